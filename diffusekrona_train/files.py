@@ -1,0 +1,50 @@
+"""Files that are either whole or absent: written beside their target, flushed to disk, then renamed. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file or make a folder at; it takes the name `path` when the block ends well.
+
+    On an error, or a kill in the middle, what stood at `path` before is untouched. Missing parent folders are made.
+    The temporary name keeps the suffix, for libraries that choose a format by it. A folder replaces only an absent or
+    an empty folder: OSError otherwise.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    try:
+        temporary = room / target.name
+        yield temporary
+        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                _flush(file)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some file systems refuse fsync of a folder; the rename is still atomic
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

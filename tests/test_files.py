@@ -1,0 +1,44 @@
+"""Atomic writes: the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from diffusekrona_train.files import atomic, sha256
+
+
+def test_a_file_takes_its_name_at_the_end_and_parents_are_made(tmp_path):
+    target = tmp_path / "a" / "b.txt"
+    with atomic(target) as path:
+        path.write_text("new")
+        assert not target.exists() and path.suffix == ".txt"
+    assert target.read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_error_leaves_the_old_file_and_no_rubbish(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_whole_too_and_replaces_no_full_folder(tmp_path):
+    target = tmp_path / "pipe"
+    with atomic(target) as path:
+        path.mkdir()
+        (path / "x").write_text("1")
+    assert (target / "x").read_text() == "1"
+    with pytest.raises(OSError), atomic(target) as path:
+        path.mkdir()
+    assert (target / "x").read_text() == "1" and list(tmp_path.iterdir()) == [target]
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc" * 10**6)
+    assert sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 10**6).hexdigest()
