@@ -1,0 +1,72 @@
+"""The doors: thin typer commands that parse, call one function and print.
+
+Nothing heavy is imported before a command runs, so `krona-* --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+USER_MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
+"""What a user can put right: shown as one line with exit status 2. pydantic's ValidationError is a ValueError."""
+
+
+def door(command: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a typer command: a user's mistake prints `error: …` (exit 2), anything else `fault: …` (exit 1).
+
+    With the environment variable KRONA_DEBUG=1, or `--debug` on the command line, the traceback is printed too.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except USER_MISTAKES as error:
+            _leave("error", error, 2)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+        except Exception as error:
+            if _is_control_flow(error):
+                raise
+            _leave("fault", error, 1)
+
+    return guarded
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` on one line: a pydantic error as `field: what is wrong`, an OSError with its file."""
+    details: Any = getattr(error, "errors", None)
+    if callable(details):
+        return "; ".join(_pydantic_line(item) for item in details())  # type: ignore[union-attr]
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror or error}"
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _pydantic_line(item: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in item.get("loc", ()))
+    message = str(item.get("msg", "")).removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
+
+
+def _is_control_flow(error: BaseException) -> bool:
+    """typer and click leave a command by raising Exit, Abort and UsageError."""
+    return any(kind.__module__.split(".")[0] in ("click", "typer") for kind in type(error).__mro__)
+
+
+def _leave(word: str, error: BaseException, status: int) -> NoReturn:
+    if os.environ.get("KRONA_DEBUG", "") not in ("", "0") or "--debug" in sys.argv:
+        traceback.print_exc()
+    name = "" if word == "error" else f"{type(error).__name__}: "
+    print(f"{word}: {name}{one_line(error)}", file=sys.stderr)
+    raise SystemExit(status) from None
