@@ -1,0 +1,102 @@
+"""The HTML page of a run or an evaluation, its charts, and the labelled contact sheet that every other room uses.
+
+`contact_sheet` needs PIL alone; matplotlib and jinja2 are imported where a page is written. A page is one file: pictures are
+data URIs, charts are inline SVG whose colours follow the reader's light or dark theme, and a content policy forbids requests.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import atomic
+
+INK, PAPER, PALE = (32, 33, 36), (255, 255, 255), (225, 228, 232)
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    path: Path | str,
+    *,
+    cell: int | None = None,
+    columns: Sequence[str] = (),
+    title: str = "",
+) -> Path:
+    """A PNG with one labelled strip of pictures for each row; returns `path`.
+
+    rows: (label, pictures of any size). cell: side of a picture's square in pixels (none: the largest picture, held within
+    128 to 320). columns: headings over the pictures of every row. Small pictures are enlarged by whole factors, without blur.
+    """
+    if not rows or not any(pictures for _, pictures in rows):
+        raise ValueError(f"contact sheet {Path(path).name}: there are no pictures to draw")
+    cell = cell or max(128, min(320, max(max(p.size) for _, pictures in rows for p in pictures)))
+    gap, margin, size = max(4, cell // 32), max(10, cell // 16), max(12, cell // 11)
+    font, small, bold = (ImageFont.load_default(n) for n in (size, max(11, size - 2), size + 4))
+    width = 2 * margin + max(max(len(p) for _, p in rows), 2) * (cell + gap) - gap
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heads = [_fit_text(draw, text, small, cell) for text in columns]
+    labels = [_wrap(draw, label, font, width - 2 * margin) for label, _ in rows]
+    line, head_line = round(size * 1.35), round(size * 1.4) if columns else 0
+    top = margin + (round(bold.size * 1.6) if title else 0)
+    height = top + sum(len(lines) * line + head_line + cell + 2 * gap for lines in labels) + margin
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((margin, margin), _fit_text(draw, title, bold, width - 2 * margin), INK, font=bold)
+    y = top
+    for lines, (_, pictures) in zip(labels, rows, strict=True):
+        for text in lines:
+            draw.text((margin, y), text, INK, font=font)
+            y += line
+        for i, text in enumerate(heads[: len(pictures)]):
+            draw.text((margin + i * (cell + gap), y), text, (95, 99, 104), font=small)
+        y += head_line
+        for i, picture in enumerate(pictures):
+            left = margin + i * (cell + gap)
+            draw.rectangle((left, y, left + cell - 1, y + cell - 1), fill=PALE)
+            fitted = fit(picture, cell)
+            sheet.paste(fitted, (left + (cell - fitted.width) // 2, y + (cell - fitted.height) // 2))
+        y += cell + 2 * gap
+    with atomic(Path(path)) as temporary:
+        sheet.save(temporary, format="PNG")
+    return Path(path)
+
+
+def fit(picture: Image.Image, cell: int) -> Image.Image:
+    """The picture as RGB within a (cell, cell) square, aspect kept; enlarged by whole factors, reduced with Lanczos."""
+    factor = cell / max(picture.size)
+    picture = picture.convert("RGB")
+    if factor >= 1:
+        return picture.resize((picture.width * int(factor), picture.height * int(factor)), Image.Resampling.NEAREST)
+    return picture.resize((max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), Image.Resampling.LANCZOS)
+
+
+def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[str]:
+    """`text` in at most three lines that fit `width` pixels; an empty text takes no line."""
+    lines: list[str] = []
+    for word in " ".join(text.split()).split(" "):
+        if lines and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
+            lines[-1] += f" {word}"
+        elif word:
+            lines.append(word)
+    if len(lines) > 3:
+        lines = [*lines[:2], " ".join(lines[2:])]
+    return [_fit_text(draw, line, font, width) for line in lines]
+
+
+def _fit_text(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+    """`text`, cut with an ellipsis where it is wider than `width` pixels."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font=font) > width:
+        text = text[:-1]
+    return text + "…"
