@@ -1,0 +1,201 @@
+"""A run's configuration: read from YAML, checked before torch is imported, written back complete.
+
+    config = load_config("dog.yaml", ["train.steps=300"])
+
+Imports pydantic and YAML alone. The manual of all fields: `sections.py`, `training.py`, `run.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from diffusekrona_train.config.base import parse_count
+from diffusekrona_train.config.run import MODEL_ALIASES, MODEL_DEFAULTS, RunConfig
+from diffusekrona_train.config.sections import PROJECTIONS, AdapterConfig, DataConfig, PriorConfig, SubjectConfig
+from diffusekrona_train.config.strict_yaml import parse_yaml, read_yaml
+from diffusekrona_train.config.training import TrainConfig, ValidationConfig
+
+__all__ = [
+    "MODEL_ALIASES",
+    "MODEL_DEFAULTS",
+    "PROJECTIONS",
+    "AdapterConfig",
+    "DataConfig",
+    "PriorConfig",
+    "RunConfig",
+    "SubjectConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "dump_config",
+    "load_config",
+    "make_config",
+    "one_line",
+    "parse_count",
+    "parse_yaml",
+    "read_yaml",
+    "schema",
+]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in the YAML file `path` after `overrides` such as "train.steps=300"; ValueError of one line."""
+    tree = read_yaml(path)
+    try:
+        return make_config(tree, overrides)
+    except ValueError as error:
+        raise ValueError(f"{repr(str(path))[1:-1]}: {error}") from None
+
+
+def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a tree as YAML gives it, with the model's defaults under its values; ValueError of one line."""
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        _override(tree, override)
+    # a section whose lines are all commented out reads as null
+    tree = {key: value for key, value in tree.items() if value is not None or key not in _sections()}
+    try:
+        return RunConfig.model_validate(_merge(model_defaults(tree.get("model", "sdxl")), tree))
+    except ValidationError as error:
+        raise ValueError(one_line(error)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete YAML of `config`: what load_config reads back as an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a config, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema(by_alias=True)}
+
+
+def model_defaults(model: Any) -> dict[str, Any]:
+    """Defaults that `model` brings, by alias, by hub name, or from the sample size that a local folder states."""
+    if not isinstance(model, str):
+        return {}
+    for alias, hub_name in MODEL_ALIASES.items():
+        if model in (alias, hub_name):
+            return MODEL_DEFAULTS.get(alias, {})
+    try:
+        unet = json.loads(Path(model, "unet", "config.json").read_text(encoding="utf-8"))
+        vae = json.loads(Path(model, "vae", "config.json").read_text(encoding="utf-8"))
+        resolution = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"data": {"resolution": resolution}} if resolution >= 16 and resolution % 8 == 0 else {}
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key in `tree` to a YAML value."""
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set {override!r} should read key=value, as train.steps=300 does")
+    try:
+        parsed = parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"--set {override!r}: {error}") from None
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--set {override!r}: {key} holds a value and not a section")
+    tree[keys[-1]] = parsed
+
+
+def one_line(error: ValidationError) -> str:
+    """What pydantic found, as one line: field, value, what would be right (two mistakes, and how many more)."""
+    lines = list(dict.fromkeys(_describe(item) for item in error.errors(include_url=False)))
+    more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+    return "; ".join(lines[:2]) + more
+
+
+def _describe(item: Any) -> str:
+    # a union adds the name of its branch, a mapping's key the word [key], to the place
+    parts = [part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[^\[\]]*", part)]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    place = _cut(repr(place)[1:-1])
+    if item["type"] == "extra_forbidden":
+        return _unknown_key(parts)
+    if item["type"] == "missing":
+        return f"{place} is missing: {_docstring(parts)}"
+    if item["type"] == "value_error":
+        message = str(item["ctx"]["error"])
+        # the validators of a section begin with the field's name
+        return f"{place}.{message}" if place else message
+    if item["type"] == "model_type":
+        return f"{place}: {_cut(repr(item['input']))} is not a section; write `key: value` lines under {place}"
+    message = re.sub(r"^Input |^(List|Tuple|String|Value) ", "", item["msg"])
+    if item["type"] == "literal_error":
+        message += _did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    return f"{place}: {_cut(repr(item['input']))} {message}"
+
+
+def _cut(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _section(parts: Sequence[Any]) -> type[BaseModel] | None:
+    """The model that holds the field at `parts`."""
+    model: type[BaseModel] = RunConfig
+    for part in parts[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        model = field.annotation
+    return model
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    """The sections of a config by their key."""
+    fields = RunConfig.model_fields.items()
+    return {
+        name: field.annotation
+        for name, field in fields
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _unknown_key(parts: Sequence[Any]) -> str:
+    key, place = str(parts[-1]), ".".join(map(str, parts))
+    model = _section(parts)
+    known = _keys(model) if model else []
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    elsewhere = {name: f"{section}.{name}" for section, inner in _sections().items() for name in _keys(inner)}
+    if not near:
+        near = [elsewhere[name] for name in difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)]
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"{_cut(repr(place)[1:-1])} is not a known key; {hint}"
+
+
+def _docstring(parts: Sequence[Any]) -> str:
+    model = _section(parts)
+    for name, field in model.model_fields.items() if model else ():
+        if parts[-1] in (name, field.alias):
+            return field.description or ""
+    return ""

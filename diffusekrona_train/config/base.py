@@ -1,0 +1,38 @@
+"""What all sections of the config share: strictness, prompt placeholders, numbers such as 4M."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+def check_prompt(field: str, text: str) -> None:
+    """ValueError where `text` is empty or holds a placeholder that nothing would fill."""
+    if not text.strip():
+        raise ValueError(f"{field} is empty; write for instance 'A [V] {{class}}'")
+    for unknown in re.findall(r"\{[^{}]*\}", text):
+        if unknown != "{class}":
+            raise ValueError(f"{field}: {text!r} holds {unknown}; only {{class}} is filled in")
+    for unknown in re.findall(r"\[V[0-9]+\]", text):
+        if unknown != "[V1]":
+            raise ValueError(f"{field}: {text!r} holds {unknown}, and there is one subject: write [V]")
+
+
+def parse_count(text: str) -> int:
+    """'4M' -> 4000000, '500k' -> 500000, '1234' -> 1234; ValueError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmM]?)\s*", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a number of parameters; write 4M, 500k or 4000000")
+    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6}[match[2].lower()])

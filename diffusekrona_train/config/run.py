@@ -1,0 +1,83 @@
+"""The whole config of a run, the model aliases of every door, and the defaults a model brings.
+
+What one section can find wrong by itself is found there; what needs two sections, here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from diffusekrona_train.config.base import Strict
+from diffusekrona_train.config.sections import AdapterConfig, DataConfig, PriorConfig, SubjectConfig
+from diffusekrona_train.config.training import TrainConfig, ValidationConfig
+
+MODEL_ALIASES = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd14": "CompVis/stable-diffusion-v1-4",
+    "sd21": "stabilityai/stable-diffusion-2-1",
+    "toybox": "toybox",
+}
+"""Short names that every door accepts for `model:`; `toybox` is embedded in the package."""
+
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "toybox": {
+        "data": {"resolution": 64},
+        "adapter": {"a1": 4, "a2": 4},
+        "train": {"batch_size": 4},
+        "validation": {"steps": 25, "guidance": 4.0},
+    },
+    "sd15": {"data": {"resolution": 512}},
+    "sd14": {"data": {"resolution": 512}},
+    "sd21": {"data": {"resolution": 768}},
+}
+"""Defaults that differ from the paper's SDXL ones; values in the YAML win over them."""
+
+
+class RunConfig(Strict):
+    model: str = "sdxl"
+    """Hub name, local diffusers folder, one .safetensors file, or an alias: sdxl, sd15, sd14, sd21, toybox."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    variant: str | None = None
+    """Weight variant such as fp16; none takes fp16 files where the hub has them."""
+    vae: str | None = None
+    """Another VAE: hub name, folder or file."""
+    model_config_dir: str | None = None
+    """Folder with the configs and tokenizers for a single-file model; none takes the package's own."""
+    subject: SubjectConfig
+    """The subject: its photos, class noun and identifier."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What is trained."""
+    data: DataConfig = DataConfig()
+    """How photos become latents."""
+    prior: PriorConfig = PriorConfig()
+    """Prior preservation."""
+    train: TrainConfig = TrainConfig()
+    """The optimisation."""
+    validation: ValidationConfig = ValidationConfig()
+    """What is rendered and measured while training."""
+    output: str
+    """Folder of the run; the adapter is named after it."""
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> RunConfig:
+        for name in ("model", "output"):
+            text = getattr(self, name)
+            if not text.strip() or "\0" in text:
+                raise ValueError(f"{name}: {text!r} is not a name")
+        if Path(self.output).name in ("", ".."):
+            raise ValueError(f"output: {self.output!r} should end in the name of the run, as runs/dog does")
+        if self.adapter.type == "full" and (self.train.quantize != "none" or self.train.memory == "nf4"):
+            raise ValueError("adapter.type: full trains the base's own weights, which cannot be quantised")
+        if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:
+            raise ValueError("subject.files cannot be picked from within an embedded subject; use subject.limit")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Base name of the run: `dog` for runs/dog."""
+        return Path(self.output).name

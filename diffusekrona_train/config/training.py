@@ -1,0 +1,106 @@
+"""Sections train and validation: the optimisation, and what is rendered and measured meanwhile."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from diffusekrona_train.config.base import Strict, check_prompt
+
+Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainConfig(Strict):
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    """Optimiser steps: 500 for simple subjects and prompts, 1000 for complex ones."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
+    """Learning rate of the factors."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Instance images a process takes at once; class images come on top."""
+    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Micro-batches summed before an optimiser step."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw, or bitsandbytes' 8-bit AdamW (factors under 4096 elements stay 32-bit: it saves little here)."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW's weight decay."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this; null does not clip."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning-rate schedule, counted in optimiser steps whatever the number of processes."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps of linear warm-up."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything: factors, picture order, noise, timesteps."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """auto: bf16 where the card is fast at it, else fp16, and no on a CPU."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen denoiser in 4 or 8 bits (bitsandbytes)."""
+    memory: Literal["auto", "plain", "checkpointing", "nf4"] = "auto"
+    """auto picks plain, gradient checkpointing, or NF4 with checkpointing from the free GPU memory."""
+    compile: bool = False
+    """torch.compile the denoiser."""
+    tf32: bool = True
+    """Allow TF32 matrix products on GPUs that have them."""
+    channels_last: bool = False
+    """Keep the denoiser in channels-last memory format."""
+    loss: Literal["mse", "huber"] = "mse"
+    """Loss between prediction and target."""
+    weighting: Literal["none", "min_snr", "debiased"] = "none"
+    """Weight of a sample's loss by its timestep."""
+    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """min_snr: the clamp gamma."""
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Adds a constant per channel to the noise."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of samples trained on the empty caption."""
+    init_from: str | None = None
+    """Adapter file to continue from (its weights, not its run)."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    """Optimiser steps between checkpoints."""
+    keep_resume_states: Annotated[int, Field(ge=1)] = 2
+    """How many resume states are kept; the adapters of all checkpoints are."""
+    keep_best: bool = False
+    """At the end, evaluate the checkpoints and name the best one."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Optimiser steps between lines of metrics.jsonl."""
+    trackers: list[Tracker] = []
+    """Further trackers that accelerate knows: tensorboard, wandb, ..."""
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> TrainConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} is more than steps: {self.steps}")
+        if self.memory == "nf4" and self.quantize == "int8":
+            raise ValueError("memory: nf4 and quantize: int8 ask for two different bases; keep one")
+        return self
+
+
+class ValidationConfig(Strict):
+    prompts: list[str] = ["A [V] {class} on the beach", "A [V] {class} in the snow"]
+    """Prompts rendered while training; [V] stands for the identifier, {class} for the class noun."""
+    every: Annotated[int, Field(ge=0)] = 100
+    """Optimiser steps between validations; 0 renders none."""
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = [0]
+    """Fixed seeds; each prompt is rendered once for each."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    """Sampling steps."""
+    guidance: Annotated[float, Field(ge=0, le=100)] = 7.5
+    """Classifier-free guidance scale."""
+    negative: str = ""
+    """Negative prompt."""
+    loss: bool = True
+    """Also measure the loss on fixed noise at fixed timestep quantiles."""
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> ValidationConfig:
+        for index, prompt in enumerate(self.prompts):
+            check_prompt(f"prompts[{index}]", prompt)
+        if self.every and self.prompts and not self.seeds:
+            raise ValueError("seeds is empty; give at least one, or set every: 0 to render nothing")
+        return self
