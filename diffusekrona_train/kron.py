@@ -1,0 +1,148 @@
+"""The mathematics of A ⊗ B: apply it, write it out, cut it, count it. Needs torch alone.
+
+Everywhere A is (a2, a1) and B is (b2, b1), torch's (out, in) layout: a1 and b1 split the input width a1*b1, a2 and b2 the
+output width a2*b2. Row α*b2+β, column p*b1+q of A ⊗ B is A[α, p] * B[β, q], as in `torch.kron`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kron_linear(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """x (..., a1*b1) -> (..., a2*b2), equal to `x @ torch.kron(A, B).T`, without ever building the dense matrix.
+
+    The products run in the type of x, under autocast in autocast's; the result has that type. The backward pass keeps x and
+    the two factors and nothing else: the small intermediate is cheaper to make again than to store.
+
+    Raises ValueError where the last dimension of x is not a1*b1.
+    """
+    a1, b1 = A.shape[1], B.shape[1]
+    if x.shape[-1] != a1 * b1:
+        raise ValueError(
+            f"x has width {x.shape[-1]}, but A {tuple(A.shape)} and B {tuple(B.shape)} take {a1} * {b1} = {a1 * b1}"
+        )
+    dtype = _compute_dtype(x)
+    y = _KronLinear.apply(x.to(dtype).reshape(-1, a1, b1), A.to(dtype), B.to(dtype))
+    return y.reshape(*x.shape[:-1], A.shape[0] * B.shape[0])  # type: ignore[union-attr]
+
+
+def kron_delta(A: Tensor, B: Tensor) -> Tensor:
+    """The dense A ⊗ B (a2*b2, a1*b1) in the factors' type."""
+    # torch.kron refuses some strided inputs, (n, 1) columns among them, where .contiguous() changes nothing
+    contiguous = torch.contiguous_format
+    return torch.kron(A.clone(memory_format=contiguous), B.clone(memory_format=contiguous))
+
+
+def kron_macs(a1: int, a2: int, b1: int, b2: int) -> tuple[int, int]:
+    """Multiplications a token takes with B contracted first, and with A first."""
+    return a1 * b1 * b2 + a1 * a2 * b2, a1 * a2 * b1 + a2 * b1 * b2
+
+
+def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact LoRA pair: up (a2*b2, r), down (r, a1*b1) with r = min(A.shape) * min(B.shape) and up @ down = A ⊗ B.
+
+    Needs no SVD: each factor is split into itself and an identity, and (uA dA) ⊗ (uB dB) = (uA ⊗ uB)(dA ⊗ dB).
+    """
+    (up_a, down_a), (up_b, down_b) = _split(A), _split(B)
+    return kron_delta(up_a, up_b), kron_delta(down_a, down_b)
+
+
+def lora_truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of A ⊗ B of rank `rank`: up (a2*b2, rank), down (rank, a1*b1), and its Frobenius error.
+
+    The singular values of A ⊗ B are the products σ_i(A)σ_j(B) with vectors U_A[:, i] ⊗ U_B[:, j], so the largest ones give
+    the dense Eckart-Young optimum from two small decompositions. Raises ValueError for a rank below 1 or above the exact one.
+    """
+    exact = min(A.shape) * min(B.shape)
+    if not 1 <= rank <= exact:
+        raise ValueError(
+            f"rank {rank} is not between 1 and {exact}, the exact rank of A {tuple(A.shape)} and B {tuple(B.shape)}"
+        )
+    U_A, S_A, V_A = torch.linalg.svd(A.double(), full_matrices=False)
+    U_B, S_B, V_B = torch.linalg.svd(B.double(), full_matrices=False)
+    sigma, order = torch.outer(S_A, S_B).flatten().sort(descending=True, stable=True)
+    i, j = order[:rank] // len(S_B), order[:rank] % len(S_B)
+    root = sigma[:rank].sqrt()
+    up = torch.einsum("ar,br->abr", U_A[:, i], U_B[:, j]).reshape(-1, rank) * root
+    down = torch.einsum("rp,rq->rpq", V_A[i], V_B[j]).reshape(rank, -1) * root[:, None]
+    return up.to(A.dtype), down.to(A.dtype), float(sigma[rank:].square().sum().sqrt())
+
+
+class _KronLinear(torch.autograd.Function):
+    """y = A X Bᵀ for each token X (a1, b1), in the cheaper order; x (n, a1, b1) -> (n, a2, b2).
+
+    Written by hand because autograd would keep the intermediate too and sum n copies of A's gradient. The backward is made
+    of differentiable operations on the inputs alone, so second derivatives are right as well.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        if _b_first(A, B):
+            return _left(A, _right(x, B))
+        return _right(_left(A, x), B)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, A, B = ctx.saved_tensors
+        needs_x, needs_A, needs_B = ctx.needs_input_grad
+        grad_x = grad_A = grad_B = None
+        if _b_first(A, B):
+            grad_z = _left(A.mT, grad) if needs_x or needs_B else None  # (n, a1, b2)
+            if needs_A:
+                grad_A = _gram_left(grad, _right(x, B))
+            if grad_z is not None:
+                grad_x = _right(grad_z, B.mT) if needs_x else None
+                grad_B = _gram_right(grad_z, x) if needs_B else None
+        else:
+            grad_z = _right(grad, B.mT) if needs_x or needs_A else None  # (n, a2, b1)
+            if needs_B:
+                grad_B = _gram_right(grad, _left(A, x))
+            if grad_z is not None:
+                grad_x = _left(A.mT, grad_z) if needs_x else None
+                grad_A = _gram_left(grad_z, x) if needs_A else None
+        return grad_x, grad_A, grad_B
+
+
+def _b_first(A: Tensor, B: Tensor) -> bool:
+    b_first, a_first = kron_macs(A.shape[1], A.shape[0], B.shape[1], B.shape[0])
+    return b_first <= a_first
+
+
+def _left(M: Tensor, x: Tensor) -> Tensor:
+    """M (r, s) times each x (n, s, t) -> (n, r, t). A batched product: torch.matmul may copy x to fold the batch."""
+    return torch.bmm(M.expand(x.shape[0], -1, -1), x)
+
+
+def _right(x: Tensor, M: Tensor) -> Tensor:
+    """Each x (n, s, t) times Mᵀ, M (r, t) -> (n, s, r), as one flat product."""
+    return torch.mm(x.reshape(-1, x.shape[2]), M.mT).reshape(x.shape[0], x.shape[1], M.shape[0])
+
+
+def _gram_left(y: Tensor, x: Tensor) -> Tensor:
+    """Σ_n y_n x_nᵀ, y (n, r, t), x (n, s, t) -> (r, s)."""
+    return torch.mm(y.transpose(0, 1).reshape(y.shape[1], -1), x.transpose(0, 1).reshape(x.shape[1], -1).mT)
+
+
+def _gram_right(y: Tensor, x: Tensor) -> Tensor:
+    """Σ_n y_nᵀ x_n, y (n, s, r), x (n, s, t) -> (r, t)."""
+    return torch.mm(y.reshape(-1, y.shape[2]).mT, x.reshape(-1, x.shape[2]))
+
+
+def _split(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, down) with up @ down = factor, the identity on the longer side."""
+    rows, columns = factor.shape
+    identity = torch.eye(min(rows, columns), dtype=factor.dtype, device=factor.device)
+    return (factor, identity) if columns <= rows else (identity, factor)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
