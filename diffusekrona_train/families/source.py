@@ -1,0 +1,347 @@
+"""A model that was found but not loaded: its parts on request, its configs, layers and identity.
+
+`LocalModel` is a diffusers folder, `HubModel` a hub repository (families/singlefile.py adds the single file); each
+answers `config(part)` and `load_part(part, cls, dtype)`. diffusers and transformers are imported when a part is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusekrona_train.files import sha256
+
+ASSETS = Path(__file__).parent.parent / "assets"
+WEIGHTS = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
+CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+PARTS = ("denoiser", "vae", "text_encoders", "tokenizers", "scheduler")
+
+TARGET = re.compile(r"(?P<name>.+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))\.weight")
+
+
+def config_name(part: str) -> str:
+    """File name of a part's config inside its subfolder."""
+    return CONFIG_NAMES.get(part.removesuffix("_2"), "config.json")
+
+
+@functools.cache
+def check_toybox() -> None:
+    """Hold the embedded model against its SHA256SUMS, once a process; ValueError names a damaged file."""
+    folder = ASSETS / "toybox"
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        expected, name = line.split(maxsplit=1)
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"model 'toybox': its file {name} is missing from the package; install it again")
+        if sha256(path) != expected:
+            raise ValueError(f"model 'toybox': its file {name} is damaged (SHA-256 differs); install it again")
+
+
+@dataclass
+class LocalModel:
+    """A folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/ …"""
+
+    path: Path
+    variant: str | None = None
+    name: str | None = None
+    alias: str | None = None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        if self.name:
+            return self.name
+        digest = hashlib.sha256()
+        for file in self._weight_files("unet"):
+            digest.update(sha256(file).encode())
+        return f"{self.path.resolve().name} sha256:{digest.hexdigest()[:16]}"
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The part's config; ValueError when the folder has no such part or its config cannot be read."""
+        file = self.path / part / config_name(part)
+        if part == "model_index":
+            file = self.path / "model_index.json"
+            if not file.is_file():
+                return {}
+        if not file.is_file():
+            raise ValueError(f"model folder {str(self.path)!r} has no {part}/{file.name}; a diffusers folder needs it")
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"model folder {str(self.path)!r}: {part}/{file.name} is not JSON ({error.msg})") from None
+
+    def load_part(self, part: str, cls: type, **options: Any) -> Any:
+        self.config(part)
+        if "torch_dtype" in options or "dtype" in options:
+            files = self._weight_files(part)
+            if not files:
+                raise ValueError(f"model folder {str(self.path)!r} has no .safetensors weights in {part}/")
+            plain = [file for file in files if file.name.count(".") == 1 or ".safetensors.index" in file.name]
+            options["variant"] = self.variant or (None if plain else _variant_of(files[0].name))
+        with _one_line(f"model folder {str(self.path)!r}, part {part}"):
+            return cls.from_pretrained(str(self.path / part), local_files_only=True, **options)
+
+    def _weight_files(self, part: str) -> list[Path]:
+        return sorted(file for pattern in WEIGHTS for file in (self.path / part).glob(pattern))
+
+
+@dataclass
+class HubModel:
+    """A repository on the Hugging Face hub; `alias` marks one whose configs the package carries."""
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    alias: str | None = None
+
+    @property
+    def identity(self) -> str:
+        return self.name
+
+    def config(self, part: str) -> dict[str, Any]:
+        if self.alias and not self.revision:
+            packaged = ASSETS / "configs" / {"sd14": "sd15"}.get(self.alias, self.alias)
+            file = packaged / ("model_index.json" if part == "model_index" else f"{part}/{config_name(part)}")
+            return json.loads(file.read_text())
+        from huggingface_hub import hf_hub_download
+
+        with self._hub_errors(part):
+            name = "model_index.json" if part == "model_index" else f"{part}/{config_name(part)}"
+            return json.loads(Path(hf_hub_download(self.name, name, revision=self.revision)).read_text())
+
+    def load_part(self, part: str, cls: type, **options: Any) -> Any:
+        if "torch_dtype" in options or "dtype" in options:
+            options["variant"] = self.variant or self._fp16_variant(part)
+        with self._hub_errors(part):
+            return cls.from_pretrained(self.name, subfolder=part, revision=self.revision, **options)
+
+    def _fp16_variant(self, part: str) -> str | None:
+        """'fp16' where the repository has half-size files of this part: they are read, then cast."""
+        files = self._files
+        return "fp16" if any(file.startswith(f"{part}/") and ".fp16." in file for file in files) else None
+
+    @functools.cached_property
+    def _files(self) -> list[str]:
+        from huggingface_hub import HfApi, snapshot_download
+
+        try:
+            return HfApi().list_repo_files(self.name, revision=self.revision)
+        except Exception:
+            with contextlib.suppress(Exception):
+                folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
+                return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+            return []
+
+    @contextlib.contextmanager
+    def _hub_errors(self, part: str):
+        """The hub's many exceptions as one line each that says what to do."""
+        from huggingface_hub import errors
+
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        try:
+            yield
+        except errors.GatedRepoError:
+            raise ValueError(
+                f"model {self.name!r} is gated: accept its licence on its hub page, then run `hf auth login`"
+            ) from None
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+            raise ValueError(
+                f"model {self.name!r}{at} was not found on the hub (or is private: run `hf auth login`)"
+            ) from None
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+            raise ValueError(_no_network(self.name)) from None
+        except errors.EntryNotFoundError:
+            raise ValueError(f"model {self.name!r}{at} has no {part}/ in diffusers' layout") from None
+        except Exception as error:  # transformers and diffusers wrap the above in OSError; httpx has its own
+            text = f"{type(error).__name__} {error} {error.__cause__ or ''} {error.__context__ or ''}"
+            if "gated" in text.lower():
+                raise ValueError(
+                    f"model {self.name!r} is gated: accept its licence on its hub page, then run `hf auth login`"
+                ) from None
+            if re.search(r"ConnectError|connection|connect to|offline|Max retries|timed out|Timeout|ProxyError", text):
+                raise ValueError(_no_network(self.name)) from None
+            if isinstance(error, OSError):
+                first = str(error).splitlines()[0][:200]
+                raise ValueError(f"model {self.name!r}{at}, part {part}: {first}") from None
+            raise
+
+
+@dataclass
+class ModelSource:
+    """A found model. `family` knows how to use it, `place` where its parts lie; nothing is loaded until `load`."""
+
+    model: str
+    place: Any
+    family: Any
+    vae: str | None = None
+    _layers: list = field(default_factory=list, repr=False)
+
+    @property
+    def identity(self) -> str:
+        """What an adapter file may say about its base: hub name, `toybox`, or base name and hash; never a path."""
+        return self.place.identity
+
+    @property
+    def alias(self) -> str | None:
+        """Short name where the package knows the model by itself: sdxl, sd15, sd14, sd21, toybox."""
+        return self.place.alias
+
+    @functools.cached_property
+    def prediction_type(self) -> str:
+        """'epsilon' or 'v_prediction', from the scheduler's config."""
+        found = self.place.config("scheduler").get("prediction_type", "epsilon")
+        if found not in ("epsilon", "v_prediction"):
+            raise ValueError(f"model {self.model!r}: prediction_type {found!r} is none of epsilon, v_prediction")
+        return found
+
+    @functools.cached_property
+    def default_resolution(self) -> int:
+        """Side in pixels that the model was trained for."""
+        blocks = self.place.config("vae")["block_out_channels"]
+        return int(self.place.config("unet")["sample_size"]) * 2 ** (len(blocks) - 1)
+
+    def layers(self) -> list:
+        """All attention and feed-forward linears as adapters.Layer rows, without loading a weight."""
+        if not self._layers:
+            from diffusekrona_train.families import tables
+
+            known = self.alias and self.alias != "toybox"
+            self._layers = tables.layer_table(self.alias) if known else layers_of(self._meta_shapes)
+        return list(self._layers)
+
+    def base_parameters(self) -> int:
+        """Number of parameters of the denoiser."""
+        if self.alias and self.alias != "toybox":
+            from diffusekrona_train.families import tables
+
+            return tables.base_parameters(self.alias)
+        return sum(shape.numel() for shape in self._meta_shapes.values())
+
+    @functools.cached_property
+    def _meta_shapes(self) -> dict[str, Any]:
+        import torch
+        from diffusers import UNet2DConditionModel
+
+        with torch.device("meta"):
+            model = UNet2DConditionModel.from_config(self.place.config("unet"))
+        return {name: tensor.shape for name, tensor in model.named_parameters()}
+
+    def load(self, *parts: str, dtype: Any = None, device: Any = "cpu") -> dict[str, Any]:
+        """Load the named PARTS (all without names) in `dtype` (fp32 without one), frozen and in eval mode."""
+        import torch
+
+        quiet()
+        unknown = [part for part in parts if part not in PARTS]
+        assert not unknown, f"unknown parts {unknown}; there are {PARTS}"
+        loaders = {
+            "denoiser": lambda: self.load_denoiser(dtype, device),
+            "vae": lambda: self._load_vae(dtype or torch.float32, device),
+            "text_encoders": lambda: self._load_text_encoders(dtype or torch.float32, device),
+            "tokenizers": self._load_tokenizers,
+            "scheduler": self._load_scheduler,
+        }
+        return {part: loaders[part]() for part in (parts or PARTS)}
+
+    def load_denoiser(self, dtype: Any = None, device: Any = "cpu", quantize: str = "none") -> Any:
+        """The denoiser, frozen; quantize 'nf4' or 'int8' keeps its transformer linears in 4 or 8 bits (bitsandbytes)."""
+        quiet()
+        import torch
+        from diffusers import UNet2DConditionModel
+
+        model = self.place.load_part("unet", UNet2DConditionModel, torch_dtype=dtype or torch.float32)
+        if quantize != "none":
+            from diffusekrona_train.families.quantize import quantize_linears
+
+            quantize_linears(model, quantize, dtype or torch.float32)
+        return _frozen(model, device)
+
+    def _load_vae(self, dtype: Any, device: Any) -> Any:
+        from diffusers import AutoencoderKL
+
+        if self.vae:
+            from diffusekrona_train.families.singlefile import load_other_vae
+
+            return _frozen(load_other_vae(self.vae, self.place.config("vae"), dtype), device)
+        return _frozen(self.place.load_part("vae", AutoencoderKL, torch_dtype=dtype), device)
+
+    def _load_text_encoders(self, dtype: Any, device: Any) -> list:
+        import transformers
+
+        # transformers reads a config's own dtype (fp16 files stay fp16) unless it is told one
+        return [
+            _frozen(self.place.load_part(part, getattr(transformers, cls), dtype=dtype), device)
+            for part, cls in self.family.text_encoders
+        ]
+
+    def _load_tokenizers(self) -> list:
+        from transformers import CLIPTokenizer
+
+        return [self.place.load_part(part, CLIPTokenizer) for part in self.family.tokenizers]
+
+    def _load_scheduler(self) -> Any:
+        import diffusers
+
+        config = self.place.config("scheduler")
+        cls = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
+        if cls is None:
+            raise ValueError(f"model {self.model!r}: diffusers has no scheduler {config['_class_name']!r}")
+        return cls.from_config(config)
+
+
+def layers_of(shapes: dict[str, Any]) -> list:
+    """adapters.Layer rows from a denoiser's parameter names and shapes, in the model's own order."""
+    from diffusekrona_train.adapters import Layer
+
+    projections = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+    rows = []
+    for key, shape in shapes.items():
+        match = TARGET.fullmatch(key)
+        if match is None:
+            continue
+        name = match["name"]
+        end = name.split(".attn1.")[-1].split(".attn2.")[-1]
+        kind = "self" if ".attn1." in name else "cross" if ".attn2." in name else "ffn"
+        rows.append(Layer(name, int(shape[1]), int(shape[0]), projections.get(end, "ffn"), kind))
+    return rows
+
+
+@functools.cache
+def quiet() -> None:
+    """Keep the libraries' progress bars and advice out of a user's terminal; their errors still come through."""
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _frozen(model: Any, device: Any) -> Any:
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _variant_of(file_name: str) -> str | None:
+    """'fp16' from model.fp16.safetensors or model.fp16-00001-of-00002.safetensors."""
+    middle = file_name.removesuffix(".safetensors").split(".", 1)[1]
+    return middle.split("-")[0] or None
+
+
+def _no_network(name: str) -> str:
+    return f"model {name!r} is not in the local hub cache and the hub cannot be reached; give a local folder or file"
+
+
+@contextlib.contextmanager
+def _one_line(what: str):
+    """A broken folder's OSError or shape error as one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{what} cannot be loaded: {first[:200]}") from None
