@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Layer
+from diffusekrona_train.adapters import Layer
 
 FOLDER = Path(__file__).resolve().parents[1] / "assets" / "layers"
 TABLES = {"sdxl": "sdxl", "sd15": "sd15", "sd14": "sd15", "sd21": "sd21", "toybox": "toybox"}
