@@ -1,0 +1,273 @@
+"""What an adapter learnt: norms, singular values and pictures of its factors, in closed form.
+
+Works on a layer's tensors as an adapter file holds them. Each kind is a scale times a Kronecker product of small
+matrices, each whole or a product of two thin ones: ‖A ⊗ B‖ = ‖A‖‖B‖ and σ(A ⊗ B) = σ(A)σ(B), so no dense ΔW is built.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusekrona_train.kron import kron_delta
+
+Matrix = Tensor | tuple[Tensor, Tensor]
+"""A matrix, or (up, down) that stand for up @ down."""
+
+
+def terms(tensors: dict[str, Tensor]) -> tuple[float, list[Matrix]]:
+    """A layer's file tensors (suffix -> tensor) as (scale, matrices) with ΔW = scale * (matrix ⊗ matrix …).
+
+    LoKr's alpha counts only where a factor has low rank, as in LyCORIS; LoHa (A·B) ⊙ (C·D) becomes its exact thin pair
+    of rank r². Raises ValueError for tensors of no known kind.
+    """
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else None
+    if "diff" in tensors:
+        return 1.0, [tensors["diff"]]
+    if "lora_up.weight" in tensors:
+        up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
+        return _scale(alpha, up.shape[1]), [(up, down)]
+    if "hada_w1_a" in tensors:
+        a, b, c, d = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        up = torch.einsum("or,os->ors", a, c).flatten(1)
+        down = torch.einsum("ri,si->rsi", b, d).flatten(0, 1)
+        return _scale(alpha, a.shape[1]), [(up, down)]
+    if any(suffix.startswith("lokr_w1") for suffix in tensors):
+        matrices, rank = [], None
+        for name in ("lokr_w1", "lokr_w2"):
+            whole = name in tensors
+            matrices.append(tensors[name] if whole else (tensors[f"{name}_a"], tensors[f"{name}_b"]))
+            rank = rank if whole else tensors[f"{name}_b"].shape[0]
+        return 1.0 if rank is None else _scale(alpha, rank), matrices
+    raise ValueError(f"tensors {', '.join(sorted(tensors))} are of no known adapter")
+
+
+def _scale(alpha: float | None, rank: int) -> float:
+    return 1.0 if alpha is None else alpha / rank
+
+
+def singular_values(tensors: dict[str, Tensor]) -> Tensor:
+    """All non-zero-able singular values of a layer's ΔW, largest first, in fp64."""
+    scale, matrices = terms(tensors)
+    values = torch.ones(1, dtype=torch.float64)
+    for matrix in matrices:
+        values = torch.outer(values, _singular_values(matrix)).flatten()
+    return abs(scale) * values.sort(descending=True).values
+
+
+def _singular_values(matrix: Matrix) -> Tensor:
+    if isinstance(matrix, Tensor):
+        return torch.linalg.svdvals(matrix.double())
+    up, down = matrix
+    if up.shape[1] >= min(up.shape[0], down.shape[1]):
+        return torch.linalg.svdvals(up.double() @ down.double())
+    core = torch.linalg.qr(up.double()).R @ torch.linalg.qr(down.double().T).R.T
+    return torch.linalg.svdvals(core)
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    """Frobenius norm of a layer's ΔW."""
+    scale, matrices = terms(tensors)
+    return abs(scale) * math.prod(_norm(matrix) for matrix in matrices)
+
+
+def _norm(matrix: Matrix) -> float:
+    if isinstance(matrix, Tensor):
+        return float(matrix.double().norm())
+    up, down = (part.double() for part in matrix)
+    return math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
+
+
+def lora_pair(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The exact LoRA pair (up, down), the scale inside up, rank min(A.shape) * min(B.shape); None for a full ΔW."""
+    if "diff" in tensors:
+        return None
+    scale, matrices = terms(tensors)
+    up = down = torch.ones(1, 1)
+    for matrix in matrices:
+        left, right = matrix if isinstance(matrix, tuple) else _split(matrix)
+        up, down = kron_delta(up, left), kron_delta(down, right)
+    return scale * up, down
+
+
+def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
+    return (matrix, identity) if matrix.shape[1] <= matrix.shape[0] else (identity, matrix)
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What one layer learnt. `relative` is ‖ΔW‖ / ‖W‖ (None: ‖W‖ unknown); energy_rank_90 holds 90 % of ‖ΔW‖²."""
+
+    name: str
+    projection: str
+    kind: str
+    norm: float
+    relative: float | None
+    singular_values: list[float]
+    energy_rank_90: int
+
+
+def measure(
+    groups: dict[str, dict[str, Tensor]], layers: list, base_norms: dict[str, float] | None = None, top: int = 64
+) -> list[LayerSpectrum]:
+    """One LayerSpectrum a layer, with its `top` largest singular values; `groups` maps layer names to their tensors."""
+    rows = []
+    for layer in layers:
+        values = singular_values(groups[layer.name])
+        total = norm(groups[layer.name])
+        base = (base_norms or {}).get(layer.name)
+        energy = (values**2).cumsum(0)
+        rank_90 = int((energy < 0.9 * energy[-1]).sum()) + 1 if total > 0 else 0
+        kept = [float(value) for value in values[:top]]
+        rows.append(
+            LayerSpectrum(
+                layer.name, layer.projection, layer.kind, total, total / base if base else None, kept, rank_90
+            )
+        )
+    return rows
+
+
+def summary(rows: list[LayerSpectrum]) -> dict[str, Any]:
+    """The measurements as one JSON object."""
+    measured = "relative" if all(row.relative is not None for row in rows) else "absolute"
+    return {"norms": measured, "layers": [asdict(row) for row in rows]}
+
+
+def write_pictures(rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor]], folder: Path) -> list[Path]:
+    """Writes spectra.json, norms.png, singular_values.png and, where there are whole factors, factors.png to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spectra.json").write_text(json.dumps(summary(rows), indent=1) + "\n")
+    written = [
+        folder / "spectra.json",
+        norm_map(rows, folder / "norms.png"),
+        spectrum_plot(rows, folder / "singular_values.png"),
+    ]
+    picture = factor_sheet(rows, groups, folder / "factors.png")
+    return written + ([picture] if picture else [])
+
+
+def norm_map(rows: list[LayerSpectrum], path: Path) -> Path:
+    """Heat map of ‖ΔW‖ / ‖W‖ (or ‖ΔW‖): blocks along the network across, projections down."""
+    plt = _pyplot()
+    relative = all(row.relative is not None for row in rows)
+    columns = list(dict.fromkeys(_block(row.name) for row in rows))
+    present = {_role(row): None for row in rows}
+    lines = [role for role in ROLES if role in present]
+    grid = torch.full((len(lines), len(columns)), float("nan"))
+    for row in rows:
+        value = row.relative if relative and row.relative is not None else row.norm
+        grid[lines.index(_role(row)), columns.index(_block(row.name))] = value
+    figure, axes = plt.subplots(
+        figsize=(max(6.0, 2.2 + 0.24 * len(columns)), 1.9 + 0.3 * len(lines)), layout="constrained"
+    )
+    image = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(lines)), lines, fontsize=8)
+    axes.set_title(
+        "Change relative to the frozen weight, ‖ΔW‖ / ‖W‖" if relative else "Absolute size of the change, ‖ΔW‖"
+    )
+    axes.set_xlabel("block.attention.layer along the network", fontsize=8)
+    figure.colorbar(image, ax=axes, pad=0.01)
+    return _save(figure, path)
+
+
+def spectrum_plot(rows: list[LayerSpectrum], path: Path) -> Path:
+    """Singular values by projection, each layer's scaled to its largest: median and middle half of the layers."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for role in ROLES:
+        spectra = [row.singular_values for row in rows if _role(row) == role and row.norm > 0]
+        if not spectra:
+            continue
+        length = min(len(values) for values in spectra)
+        scaled = torch.tensor(
+            [[value / values[0] for value in values[:length]] for values in spectra], dtype=torch.float64
+        )
+        low, middle, high = (torch.quantile(scaled, q, dim=0).numpy() for q in (0.25, 0.5, 0.75))
+        ranks = range(1, length + 1)
+        (line,) = axes.plot(ranks, middle, label=f"{role} ({len(spectra)})")
+        axes.fill_between(ranks, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set(
+        xlabel="index of the singular value",
+        ylabel="σ / largest σ",
+        title="Singular values of ΔW, median over layers",
+        ylim=(0, 1.03),
+    )
+    if axes.lines:
+        axes.legend(fontsize=8, ncols=2)
+    else:
+        axes.text(0.5, 0.5, "every ΔW is zero", ha="center", transform=axes.transAxes)
+    return _save(figure, path)
+
+
+def factor_sheet(
+    rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor]], path: Path, most: int = 24
+) -> Path | None:
+    """The factors A (a2, a1) of the layers that changed most, as images; None where the adapter has no whole A."""
+    chosen = [row for row in rows if "lokr_w1" in groups[row.name]]
+    if not chosen:
+        return None
+    chosen = sorted(chosen, key=lambda row: row.relative if row.relative is not None else row.norm, reverse=True)[:most]
+    plt = _pyplot()
+    across = min(8, len(chosen))
+    down = math.ceil(len(chosen) / across)
+    # a tall A (64, 4) would be a thin line: lay it down
+    images = [_lying(groups[row.name]["lokr_w1"].float()) for row in chosen]
+    shape = max(max(image.shape[0] / image.shape[1] for image in images), 0.25)
+    figure, grid = plt.subplots(
+        down, across, figsize=(1.75 * across, down * (1.5 * shape + 0.5) + 0.6), squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, row, image in zip(grid.flat, chosen, images, strict=False):
+        bound = float(image.abs().max()) or 1.0
+        axes.imshow(image.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto" if shape <= 0.25 else "equal")
+        axes.set_title(f"{_block(row.name)} {_role(row)}", fontsize=7)
+    turned = groups[chosen[0].name]["lokr_w1"].shape[0] > groups[chosen[0].name]["lokr_w1"].shape[1]
+    figure.suptitle(
+        f"A ({'a1 down, a2 across' if turned else 'a2 down, a1 across'}) of the {len(chosen)} layers that changed most",
+        fontsize=10,
+    )
+    return _save(figure, path)
+
+
+ROLES = [f"{kind} {letter}" for kind in ("self", "cross") for letter in "qkvo"] + ["ffn in", "ffn out"]
+
+
+def _role(row: LayerSpectrum) -> str:
+    if row.kind != "ffn":
+        return f"{row.kind} {row.projection}"
+    return "ffn out" if row.name.endswith("net.2") else "ffn in"
+
+
+def _block(name: str) -> str:
+    """down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q -> 'down 1.0.0'."""
+    parts = name.split(".")
+    numbers = [part for part in parts[: max(len(parts) - 2, 1)] if part.isdigit()]
+    return f"{parts[0].split('_')[0]} {'.'.join(numbers[:3])}"
+
+
+def _lying(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    _pyplot().close(figure)
+    return path
