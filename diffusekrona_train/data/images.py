@@ -1,0 +1,117 @@
+"""Opening a photo as everybody sees it: orientation applied, any mode as 8-bit RGB, transparency over white.
+
+Whatever is wrong with a file (truncated, no image at all, too large to be one) is a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+MIN_SIDE = 16
+"""Pixels; below this there is nothing to learn from."""
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(content: bytes | Path, name: str) -> Image.Image:
+    """The first frame as an RGB image, completely decoded; ValueError naming `name` where that fails."""
+    image, _ = inspect_image(content, name)
+    return image
+
+
+def inspect_image(content: bytes | Path, name: str) -> tuple[Image.Image, list[str]]:
+    """The RGB image, and remarks on what was done to get it (first frame of many, orientation not readable)."""
+    shown = printable(name)
+    if Path(name).suffix.lower() in HEIC_SUFFIXES:
+        _register_heic(shown)
+    if (len(content) if isinstance(content, bytes) else content.stat().st_size) == 0:
+        raise ValueError(f"{shown}: the file is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+                remarks = ["animated; its first frame is used"] if getattr(file, "n_frames", 1) > 1 else []
+                orientation = _orientation(file, remarks)
+                file.seek(0)
+                file.load()
+                image = to_rgb(file)
+    except UnidentifiedImageError:
+        raise ValueError(f"{shown}: is no image that can be read, whatever its suffix says") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{shown}: has too many pixels for a photo; scale it down below 170 megapixels") from None
+    except PermissionError:
+        raise ValueError(f"{shown}: there is no permission to read it") from None
+    except Exception as error:
+        # decoders raise what they like: OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{shown}: is damaged or truncated ({what[:120]})") from None
+    if orientation in _TRANSPOSE:
+        image = image.transpose(_TRANSPOSE[orientation])
+    if min(image.size) < MIN_SIDE:
+        raise ValueError(f"{shown}: {image.width} x {image.height} pixels are too few; {MIN_SIDE} a side is the least")
+    return image, remarks
+
+
+def _orientation(file: Image.Image, remarks: list[str]) -> int:
+    try:
+        return int(file.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:
+        # a broken EXIF block raises a dozen kinds of errors, and says nothing against the pixels
+        remarks.append("its EXIF block is damaged; taken as upright")
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB: transparency over white, 16-bit and float greyscale brought to 8 bits."""
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits, 32 bits or floats as L: full range is 65535, or 255 or 1 where no value is above that."""
+    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+    if image.mode.startswith("I;16"):
+        top = 65535.0
+    else:
+        top = next(
+            (limit for limit in (1.0 if image.mode == "F" else 255.0, 255.0, 65535.0) if values.max() <= limit), 0
+        )
+    return Image.fromarray(np.round(values * (255.0 / (top or values.max()))).astype(np.uint8))
+
+
+def _register_heic(shown: str) -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError(
+            f"{shown}: reading HEIC needs an extra: pip install 'diffusekrona-train[heic]' (or save it as JPEG)"
+        ) from None
+    pillow_heif.register_heif_opener()
+
+
+def printable(name: str, limit: int = 100) -> str:
+    """A file name on one line: line ends and control characters escaped, very long names cut in the middle."""
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in name)
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
