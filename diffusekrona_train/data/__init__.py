@@ -30,6 +30,7 @@ __all__ = [
     "collect",
     "collect_prior",
     "crop_pixels",
+    "is_image",
     "open_image",
     "plan_crops",
     "printable",

@@ -1,4 +1,4 @@
-"""Images from data sets: Arrow folders, Parquet and Arrow files, the hub. `datasets` is imported when one is asked for."""
+"""Images from data sets: Arrow folders, Parquet and Arrow files, the hub. `datasets` is imported when one is wanted."""
 
 from __future__ import annotations
 

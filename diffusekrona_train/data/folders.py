@@ -20,7 +20,7 @@ _KOHYA = re.compile(r"(\d+)_(.+)")
 
 
 def read_folder(folder: Path) -> Found:
-    """The images of one folder, by name; folders in it count only where they are kohya's or metadata.jsonl names them."""
+    """The images of one folder, by name; its folders count where they are kohya's or metadata.jsonl names them."""
     entries = list_folder(folder)
     kohya = [entry for entry in entries if entry.is_dir() and _KOHYA.fullmatch(entry.name)]
     if kohya and not any(is_image(entry) for entry in entries):
