@@ -26,6 +26,8 @@ from diffusekrona_train.data import (
     collect,
     collect_prior,
     crop_pixels,
+    is_image,
+    open_image,
     plan_crops,
     printable,
 )
