@@ -10,7 +10,7 @@ import bisect
 import functools
 import math
 
-NEAR_BUDGET = 0.85
+NEAR_BUDGET = 0.9
 """A choice is near the budget when it uses this share of what the most generous fitting one uses."""
 
 

@@ -1,0 +1,95 @@
+"""Before anything is built: each layer's factors and ranks from the config, budgets settled, indivisible widths named."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from diffusekrona_train.adapters.base import Layer, Options
+from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.factors import factorization, fit_budget, nearest_divisors, pair_count
+
+
+def plan(spec: AdapterConfig, layers: list[Layer]) -> dict[str, Options]:
+    """Layer name -> options: krona {a1, a2}; lora, loha {rank, alpha}; lokr those and {factor, full_matrix,
+    decompose_both}; full {}.
+
+    Raises ValueError where factors do not divide a width (with the nearest divisors) or a budget cannot be met.
+    """
+    if spec.type == "krona":
+        pairs = _budget_pairs(spec, layers) or {layer.name: _given_pair(spec, layer) for layer in layers}
+        return {name: {"a1": a1, "a2": a2} for name, (a1, a2) in pairs.items()}
+    if spec.type == "full":
+        return {layer.name: {} for layer in layers}
+    options: Options = {"rank": spec.rank, "alpha": float(spec.alpha or spec.rank)}
+    if spec.type == "lokr":
+        factorization(1, spec.factor)  # names a wrong factor
+        options |= {"factor": spec.factor, "full_matrix": spec.full_matrix, "decompose_both": spec.decompose_both}
+    return {layer.name: dict(options) for layer in layers}
+
+
+def plan_notes(spec: AdapterConfig, layers: list[Layer], options: dict[str, Options]) -> list[str]:
+    """Lines that a door prints: what a budget chose, which divisors were taken instead, and the two ways of naming a1, a2."""
+    if spec.type != "krona":
+        return []
+    notes = []
+    if spec.params or spec.match_lora_rank:
+        budget, field = _budget(spec, layers)
+        chosen = Counter((layer.in_features, layer.out_features, *_pair(options[layer.name])) for layer in layers)
+        total = sum(pair_count(*key) * times for key, times in chosen.items())
+        notes.append(f"{field} allows {budget:,} parameters; chosen: {total:,} in {len(layers)} layers")
+        notes += [f"  {times} x {i} -> {o}: a1={a1}, a2={a2}" for (i, o, a1, a2), times in sorted(chosen.items())]
+    else:
+        for layer in layers:
+            wanted, taken = _wanted(spec, layer), _pair(options[layer.name])
+            if wanted != taken:
+                notes.append(f"{layer.name} ({layer.in_features} -> {layer.out_features}): {wanted} -> {taken}")
+        if notes:
+            notes.insert(0, f"[a1, a2] moved to the nearest divisors in {len(notes)} layers:")
+    if any(a1 > a2 for a1, a2 in map(_pair, options.values())):
+        notes.append(
+            "a1 splits the input width, as in the paper; the authors' script names them the other way round: its (64, 8) is a1: 8, a2: 64 here"
+        )
+    return notes
+
+
+def _pair(options: Options) -> tuple[int, int]:
+    return options["a1"], options["a2"]
+
+
+def _wanted(spec: AdapterConfig, layer: Layer) -> tuple[int, int]:
+    by_projection = dict(spec.factors).get(layer.projection)  # type: ignore[call-overload]
+    pair = by_projection or spec.factors_by_width.get(layer.out_features) or (spec.a1, spec.a2)
+    return pair[0], pair[1]
+
+
+def _given_pair(spec: AdapterConfig, layer: Layer) -> tuple[int, int]:
+    pair = []
+    for field, value, side, width in zip(
+        ("a1", "a2"), _wanted(spec, layer), ("input", "output"), (layer.in_features, layer.out_features), strict=True
+    ):
+        nearest = nearest_divisors(width, value)
+        if nearest[0] != value and spec.on_indivisible == "error":
+            choices = " and ".join(map(str, sorted(nearest)))
+            raise ValueError(
+                f"adapter: {field}={value} does not divide the {side} width {width} of {layer.name}; "
+                f"the nearest divisors are {choices} (on_indivisible: nearest takes the nearest)"
+                if len(nearest) > 1
+                else f"adapter: {field}={value} does not divide the {side} width {width} of {layer.name}; the nearest divisor is {choices} (on_indivisible: nearest takes it)"
+            )
+        pair.append(nearest[0])
+    return pair[0], pair[1]
+
+
+def _budget(spec: AdapterConfig, layers: list[Layer]) -> tuple[int, str]:
+    if spec.params:
+        return spec.params, f"adapter.params: {spec.params}"
+    rank = spec.match_lora_rank or 0
+    widths = sum(layer.in_features + layer.out_features for layer in layers)
+    return rank * widths, f"adapter.match_lora_rank: {rank}"
+
+
+def _budget_pairs(spec: AdapterConfig, layers: list[Layer]) -> dict[str, tuple[int, int]] | None:
+    if not (spec.params or spec.match_lora_rank) or not layers:
+        return None
+    by_width = fit_budget([(layer.in_features, layer.out_features) for layer in layers], *_budget(spec, layers))
+    return {layer.name: by_width[layer.in_features, layer.out_features] for layer in layers}
