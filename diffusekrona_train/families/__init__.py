@@ -11,7 +11,8 @@ import importlib
 from pathlib import Path
 
 from diffusekrona_train.config import MODEL_ALIASES
-from diffusekrona_train.families.source import ASSETS, HubModel, LocalModel, ModelSource, check_toybox
+from diffusekrona_train.families.hub import HubModel
+from diffusekrona_train.families.source import ASSETS, LocalModel, ModelSource, check_toybox
 
 FAMILIES: dict[str, str] = {
     "sd": "diffusekrona_train.families.sd",

@@ -1,6 +1,6 @@
 """A model that was found but not loaded: its parts on request, its configs, layers and identity.
 
-`LocalModel` is a diffusers folder, `HubModel` a hub repository (families/singlefile.py adds the single file); each
+`LocalModel` is a diffusers folder; families/hub.py adds the hub repository, families/singlefile.py the single file. Each
 answers `config(part)` and `load_part(part, cls, dtype)`. diffusers and transformers are imported when a part is loaded.
 """
 
@@ -84,92 +84,11 @@ class LocalModel:
                 raise ValueError(f"model folder {str(self.path)!r} has no .safetensors weights in {part}/")
             plain = [file for file in files if file.name.count(".") == 1 or ".safetensors.index" in file.name]
             options["variant"] = self.variant or (None if plain else _variant_of(files[0].name))
-        with _one_line(f"model folder {str(self.path)!r}, part {part}"):
+        with one_line_errors(f"model folder {str(self.path)!r}, part {part}"):
             return cls.from_pretrained(str(self.path / part), local_files_only=True, **options)
 
     def _weight_files(self, part: str) -> list[Path]:
         return sorted(file for pattern in WEIGHTS for file in (self.path / part).glob(pattern))
-
-
-@dataclass
-class HubModel:
-    """A repository on the Hugging Face hub; `alias` marks one whose configs the package carries."""
-
-    name: str
-    revision: str | None = None
-    variant: str | None = None
-    alias: str | None = None
-
-    @property
-    def identity(self) -> str:
-        return self.name
-
-    def config(self, part: str) -> dict[str, Any]:
-        if self.alias and not self.revision:
-            packaged = ASSETS / "configs" / {"sd14": "sd15"}.get(self.alias, self.alias)
-            file = packaged / ("model_index.json" if part == "model_index" else f"{part}/{config_name(part)}")
-            return json.loads(file.read_text())
-        from huggingface_hub import hf_hub_download
-
-        with self._hub_errors(part):
-            name = "model_index.json" if part == "model_index" else f"{part}/{config_name(part)}"
-            return json.loads(Path(hf_hub_download(self.name, name, revision=self.revision)).read_text())
-
-    def load_part(self, part: str, cls: type, **options: Any) -> Any:
-        if "torch_dtype" in options or "dtype" in options:
-            options["variant"] = self.variant or self._fp16_variant(part)
-        with self._hub_errors(part):
-            return cls.from_pretrained(self.name, subfolder=part, revision=self.revision, **options)
-
-    def _fp16_variant(self, part: str) -> str | None:
-        """'fp16' where the repository has half-size files of this part: they are read, then cast."""
-        files = self._files
-        return "fp16" if any(file.startswith(f"{part}/") and ".fp16." in file for file in files) else None
-
-    @functools.cached_property
-    def _files(self) -> list[str]:
-        from huggingface_hub import HfApi, snapshot_download
-
-        try:
-            return HfApi().list_repo_files(self.name, revision=self.revision)
-        except Exception:
-            with contextlib.suppress(Exception):
-                folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
-                return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-            return []
-
-    @contextlib.contextmanager
-    def _hub_errors(self, part: str):
-        """The hub's many exceptions as one line each that says what to do."""
-        from huggingface_hub import errors
-
-        at = f" at revision {self.revision!r}" if self.revision else ""
-        try:
-            yield
-        except errors.GatedRepoError:
-            raise ValueError(
-                f"model {self.name!r} is gated: accept its licence on its hub page, then run `hf auth login`"
-            ) from None
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-            raise ValueError(
-                f"model {self.name!r}{at} was not found on the hub (or is private: run `hf auth login`)"
-            ) from None
-        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
-            raise ValueError(_no_network(self.name)) from None
-        except errors.EntryNotFoundError:
-            raise ValueError(f"model {self.name!r}{at} has no {part}/ in diffusers' layout") from None
-        except Exception as error:  # transformers and diffusers wrap the above in OSError; httpx has its own
-            text = f"{type(error).__name__} {error} {error.__cause__ or ''} {error.__context__ or ''}"
-            if "gated" in text.lower():
-                raise ValueError(
-                    f"model {self.name!r} is gated: accept its licence on its hub page, then run `hf auth login`"
-                ) from None
-            if re.search(r"ConnectError|connection|connect to|offline|Max retries|timed out|Timeout|ProxyError", text):
-                raise ValueError(_no_network(self.name)) from None
-            if isinstance(error, OSError):
-                first = str(error).splitlines()[0][:200]
-                raise ValueError(f"model {self.name!r}{at}, part {part}: {first}") from None
-            raise
 
 
 @dataclass
@@ -249,7 +168,7 @@ class ModelSource:
         return {part: loaders[part]() for part in (parts or PARTS)}
 
     def load_denoiser(self, dtype: Any = None, device: Any = "cpu", quantize: str = "none") -> Any:
-        """The denoiser, frozen; quantize 'nf4' or 'int8' keeps its transformer linears in 4 or 8 bits (bitsandbytes)."""
+        """The denoiser, frozen; quantize 'nf4' or 'int8' keeps its transformer linears in 4 or 8 bits."""
         quiet()
         import torch
         from diffusers import UNet2DConditionModel
@@ -296,19 +215,10 @@ class ModelSource:
 
 def layers_of(shapes: dict[str, Any]) -> list:
     """adapters.Layer rows from a denoiser's parameter names and shapes, in the model's own order."""
-    from diffusekrona_train.adapters import Layer
+    from diffusekrona_train.families.tables import describe_layer
 
-    projections = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-    rows = []
-    for key, shape in shapes.items():
-        match = TARGET.fullmatch(key)
-        if match is None:
-            continue
-        name = match["name"]
-        end = name.split(".attn1.")[-1].split(".attn2.")[-1]
-        kind = "self" if ".attn1." in name else "cross" if ".attn2." in name else "ffn"
-        rows.append(Layer(name, int(shape[1]), int(shape[0]), projections.get(end, "ffn"), kind))
-    return rows
+    matches = ((TARGET.fullmatch(key), shape) for key, shape in shapes.items())
+    return [describe_layer(match["name"], int(shape[1]), int(shape[0])) for match, shape in matches if match]
 
 
 @functools.cache
@@ -333,12 +243,8 @@ def _variant_of(file_name: str) -> str | None:
     return middle.split("-")[0] or None
 
 
-def _no_network(name: str) -> str:
-    return f"model {name!r} is not in the local hub cache and the hub cannot be reached; give a local folder or file"
-
-
 @contextlib.contextmanager
-def _one_line(what: str):
+def one_line_errors(what: str):
     """A broken folder's OSError or shape error as one line."""
     try:
         yield

@@ -1,0 +1,43 @@
+"""The frozen denoiser in 4 or 8 bits: its transformer linears become bitsandbytes' ones, on CPU or GPU.
+
+Embeddings, convolutions and the small time projections keep their type: they hold few parameters and shape every block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def quantize_linears(model: nn.Module, kind: str, compute_dtype: torch.dtype) -> int:
+    """Replace every linear inside an attention block in place; 'nf4' or 'int8'. Returns how many.
+
+    The numbers are rounded when the model moves to a device (on the CPU: at `.to("cpu")`), so call it before.
+    """
+    import bitsandbytes as bnb
+
+    if kind not in ("nf4", "int8"):
+        raise ValueError(f"quantize {kind!r} is unknown; there are none, nf4, int8")
+    targets = [name for name, module in model.named_modules() if type(module) is nn.Linear and ".attentions." in name]
+    for name in targets:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, child)
+        setattr(parent, child, _quantized(bnb, linear, kind, compute_dtype))
+    return len(targets)
+
+
+def _quantized(bnb: Any, linear: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Module:
+    shape = (linear.in_features, linear.out_features)
+    bias = linear.bias is not None
+    if kind == "nf4":
+        new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    else:
+        new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
+        new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    if bias:
+        new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    return new
