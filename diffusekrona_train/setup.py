@@ -1,0 +1,150 @@
+"""From a config to the parts of a run: processes, model, factors, memory level, and what their file says about them."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from diffusekrona_train import memory, weights
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.inject import Injection, inject
+from diffusekrona_train.sample import SampleSettings, render
+
+SET_UP_TIMEOUT = timedelta(hours=2)
+"""How long a process waits for another that still makes latents or class images."""
+
+
+def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
+    """accelerate's state and the type of the frozen base. ValueError where the launcher meant other processes."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    name, dtype = memory.precision(config.train.mixed_precision, "cuda" if on_gpu else "cpu")
+    accelerator = Accelerator(
+        # The base itself has this type and inputs are cast to it: accelerate only brings fp16's loss scaler.
+        mixed_precision="fp16" if name == "fp16" else "no",
+        cpu=not on_gpu,
+        log_with=list(config.train.trackers) or None,
+        project_dir=str(folder / "trackers"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=SET_UP_TIMEOUT)],
+    )
+    asked = os.environ.get("WORLD_SIZE")
+    if asked and asked.isdigit() and int(asked) != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher asked for {asked} processes (WORLD_SIZE), accelerate started {accelerator.num_processes}; "
+            "without a GPU use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …"
+        )
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+    return accelerator, dtype
+
+
+def choose_level(config: RunConfig, source: Any, accelerator: Accelerator, dtype: torch.dtype) -> tuple[memory.Level, str]:
+    """The memory level of all processes: what the main one finds room for."""
+    samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
+    level, why = memory.choose(config, source.base_parameters(), samples, dtype, accelerator.device)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        level, why = broadcast_object_list([level, why])
+    return level, why
+
+
+def load_denoiser(config: RunConfig, source: Any, level: memory.Level, dtype: torch.dtype, device: Any) -> Any:
+    """The frozen denoiser on the device, at a memory level."""
+    train = config.train
+    denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
+    if level.checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if train.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    return denoiser
+
+
+def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
+    """The adapter of the config in the denoiser, from the seed or from `init_from`. The same on every process."""
+    if config.train.init_from is None:
+        injection = inject(denoiser, config.adapter, seed=config.train.seed)
+    else:
+        file = weights.read_adapter(config.train.init_from)
+        _refuse_other_adapter(config, file)
+        injection = weights.inject_file(denoiser, file)
+        injection.spec = config.adapter
+    injection.assert_fp32()
+    if config.train.compile:
+        denoiser.compile()
+    return injection
+
+
+def _refuse_other_adapter(config: RunConfig, file: Any) -> None:
+    """ValueError where an adapter to continue from is not what the config would train."""
+    if file.spec is None:
+        raise ValueError(
+            f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
+        )
+    there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
+    starts = ("init_a", "init_b")  # how factors begin says nothing about factors that have been trained
+    other = [f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts]
+    if other:
+        raise ValueError(f"train.init_from: {config.train.init_from} was trained with {', '.join(other)}; set the same here")
+
+
+def free(device: torch.device) -> None:
+    """Gives memory of dropped modules back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def class_image_maker(config: RunConfig, source: Any, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
+    """(render, forget): `render(prompt, seed)` draws a picture with the base model, loaded at the first call."""
+    held: dict[str, Any] = {}
+
+    def draw(prompt: str, seed: int) -> Any:
+        if not held:
+            parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
+            parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
+            parts["denoiser"] = source.load_denoiser(dtype, device)
+            held["pipe"] = source.family.pipeline(parts)
+        wanted, side = config.validation, config.data.resolution
+        settings = SampleSettings(wanted.steps, wanted.guidance, config.subject.fill(wanted.negative), side, side)
+        return render(held["pipe"], source.family, [(prompt, seed)], settings)[0]
+
+    def forget() -> None:
+        held.clear()
+        free(torch.device(device))
+
+    return draw, forget
+
+
+def data_mark(data: Any) -> str:
+    """A short hash of what is trained on: names and captions, in order."""
+    digest = hashlib.sha256()
+    for bucket in [*data.instances, *data.priors]:
+        for name, caption in zip(bucket.names, bucket.caption_index.tolist(), strict=True):
+            digest.update(f"{name}\0{data.captions[caption]}\0".encode())
+        digest.update(repr(tuple(bucket.latents.shape)).encode())
+    return digest.hexdigest()[:16]
+
+
+def adapter_info(config: RunConfig, source: Any, step: int) -> dict[str, Any]:
+    """What an adapter file says about its training; weights.py takes out local paths and adds the layers."""
+    return {
+        "family": source.family.name,
+        "model": source.identity,
+        "prediction_type": source.prediction_type,
+        "token": config.subject.token,
+        "class": config.subject.class_noun,
+        "prompt": config.subject.prompt,
+        "resolution": config.data.resolution,
+        "name": config.name,
+        "step": step,
+        "training": {**config.model_dump(mode="json", by_alias=True), "model": source.identity, "output": config.name},
+    }

@@ -1,0 +1,358 @@
+"""`krona-train`: one training step, the loop, and what surrounds it.
+
+    train(load_config("dog.yaml"))        # -> runs/dog/dog.safetensors
+
+Everything random in a step is a function of (seed, step, index in the global batch): see diffusion.draw. So a resumed run is
+the uninterrupted one, and two processes are one with twice the batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from diffusekrona_train import __version__, checkpoint, faults, folder, memory, setup, weights
+from diffusekrona_train.cache import build_training_set
+from diffusekrona_train.config import RunConfig, dump_config
+from diffusekrona_train.descent import BAD_IN_A_ROW, Descent
+from diffusekrona_train.diffusion import learning_rate_factor, noise_schedule
+from diffusekrona_train.families import open_model
+from diffusekrona_train.journal import Journal, Stop
+from diffusekrona_train.objective import Objective
+from diffusekrona_train.validate import Gallery, Interrupted
+
+FIRST_STEPS = 3
+"""Out of memory in this many steps goes a level down; later it is a fault."""
+
+
+class Diverged(RuntimeError):
+    """Several steps in a row were not finite."""
+
+
+@dataclass
+class Run:
+    """A run after set-up."""
+
+    config: RunConfig
+    folder: Path
+    source: Any
+    accelerator: Accelerator
+    level: memory.Level
+    objective: Objective
+    descent: Descent
+    gallery: Gallery
+    journal: Journal
+    stop: Stop
+    start: int
+    about: dict[str, Any]
+    """What every resume state of this run says: config, number of processes, mark of the data."""
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+# ---- one step and the loop -----------------------------------------------------------------------------------------
+
+
+def training_step(run: Run, step: int) -> torch.Tensor:
+    """Gradients of the global batch, then one optimiser step; nothing here waits for the device.
+
+    Returns the processes' averaged wish to stop, on the device.
+    """
+    if step < run.start + FIRST_STEPS:
+        fit_gradients(run, step)
+    else:
+        gradients(run, step)
+    return run.descent.step(learning_rate(run, step), run.stop.signum is not None)
+
+
+def gradients(run: Run, step: int) -> None:
+    """Forward and backward of this process's share of the global batch."""
+    for micro in range(run.config.train.gradient_accumulation):
+        run.descent.backward(run.objective.loss(step, micro))
+    faults.reach("step", step)
+
+
+def learning_rate(run: Run, step: int) -> float:
+    train = run.config.train
+    return train.learning_rate * learning_rate_factor(train.schedule, step, train.steps, train.warmup_steps)
+
+
+def loop(run: Run) -> None:
+    """From the start step to the last; leaves with SystemExit after a signal, with Diverged after bad steps."""
+    train, every = run.config.train, run.config.validation.every
+    if every and run.start == 0:
+        validate(run, 0)
+    for step in range(run.start, train.steps):
+        wish = training_step(run, step)
+        done, last = step + 1, step + 1 == train.steps
+        run.journal.advance()
+        stopping = run.stop.agreed(wish, run.accelerator.num_processes)
+        saving = done % train.checkpoint_every == 0 or last or stopping
+        if done % train.log_every == 0 or saving:
+            log(run, done)
+        if saving:
+            save(run, done)
+        if stopping and not last:
+            leave(run, done)
+        if every and (done % every == 0 or last):
+            validate(run, done)
+
+
+def log(run: Run, done: int) -> None:
+    """Reads the meters: here alone the loop waits for the device. Diverged after several bad steps in a row."""
+    values = run.descent.read()
+    worst, skipped = values.pop("worst"), values.pop("skipped")
+    line = {"loss": values["loss"], "lr": learning_rate(run, done - 1), "grad_norm": values["grad_norm"]}
+    run.journal.log(done, run.objective.global_batch, {**line, **({"skipped": int(skipped)} if skipped else {})})
+    if worst > BAD_IN_A_ROW - 0.01:
+        kept = checkpoint.states(run.folder)
+        good = f"the last good checkpoint is {run.folder / 'checkpoints' / kept[0].name}" if kept else "there is no checkpoint"
+        rate = run.config.train.learning_rate
+        raise Diverged(
+            f"loss or gradient was not finite {BAD_IN_A_ROW} steps in a row before step {done}; {good}. Lower "
+            f"train.learning_rate ({rate:g}), or set train.mixed_precision: bf16 or no"
+        )
+
+
+def save(run: Run, done: int) -> None:
+    """Writes the checkpoint after `done` steps, on the main process; the others wait for it."""
+    began = time.monotonic()
+    run.objective.injection.assert_fp32()
+    if run.main:
+        scaler = run.accelerator.scaler
+        about = {**run.about, "seconds": run.journal.seconds, "level": run.level.name}
+        if scaler is not None:
+            about["scaler"] = scaler.state_dict()
+        try:
+            checkpoint.save(
+                run.folder,
+                done,
+                run.objective.injection,
+                run.descent.optimizer,
+                info=setup.adapter_info(run.config, run.source, done),
+                about=about,
+                extra={"meters": run.descent.meters},
+                keep=run.config.train.keep_resume_states,
+            )
+        except OSError as error:
+            kept = checkpoint.states(run.folder)
+            last = f"; the last good checkpoint is of {kept[0].name}, go on from it with --resume" if kept else ""
+            raise RuntimeError(f"the checkpoint of step {done} cannot be written ({error.strerror or error}){last}") from error
+    run.accelerator.wait_for_everyone()
+    run.journal.skip_time(began)
+
+
+def leave(run: Run, done: int) -> None:
+    """Ends a run that was asked to stop, after its checkpoint."""
+    if run.main:
+        run.journal.close()
+        steps = run.config.train.steps
+        print(f"stopped after step {done} of {steps}; saved. Go on with: {command_line()} --resume", file=sys.stderr)
+    raise SystemExit(run.stop.status)
+
+
+def command_line() -> str:
+    """The command that started this run, without what says how to begin."""
+    config = next((sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word == "--config"), "CONFIG.yaml")
+    sets = [f"--set {sys.argv[i + 1]}" for i, word in enumerate(sys.argv[:-1]) if word == "--set"]
+    return " ".join([f"krona-train --config {config}", *sets])
+
+
+def validate(run: Run, done: int) -> None:
+    """Pictures, held-out loss and a fresh report; whatever fails here is told and never ends the run."""
+    began = time.monotonic()
+    try:
+        run.gallery.render(done, stopping=lambda: run.stop.signum is not None)
+    except Interrupted:
+        pass
+    except Exception as error:
+        run.journal.say(f"validation at step {done} failed ({type(error).__name__}: {error}); training goes on")
+        setup.free(run.accelerator.device)
+    try:
+        if run.main and run.config.validation.loss and run.stop.signum is None:
+            run.journal.write({"step": done, "validation_loss": run.objective.held_out_loss()})
+    except Exception as error:
+        run.journal.say(f"held-out loss at step {done} failed ({type(error).__name__}: {error}); training goes on")
+    refresh_report(run)
+    run.objective.injection.assert_fp32()
+    run.accelerator.wait_for_everyone()
+    run.journal.skip_time(began)
+
+
+def refresh_report(run: Run) -> None:
+    if run.main:
+        try:
+            from diffusekrona_train.report import write_run_report  # a plotting library: not before it is needed
+
+            write_run_report(run.folder)
+        except Exception as error:
+            run.journal.say(f"report.html was not written ({type(error).__name__}: {error})")
+
+
+# ---- out of memory -------------------------------------------------------------------------------------------------
+
+
+def fit_gradients(run: Run, step: int) -> None:
+    """`gradients`, going down a memory level and starting the step again where it does not fit."""
+    while True:
+        short = False
+        try:
+            gradients(run, step)
+        except torch.OutOfMemoryError:
+            short = True
+        if run.accelerator.num_processes > 1:  # nobody may wait for gradients that another could not make
+            short = run.accelerator.reduce(torch.tensor([float(short)], device=run.accelerator.device)).item() > 0
+        if not short:
+            return
+        go_down(run)
+
+
+def go_down(run: Run) -> None:
+    """Takes the next memory level; RuntimeError at the lowest."""
+    run.descent.clear()
+    lower = memory.below(run.level, run.config)
+    if lower is None:
+        raise RuntimeError(memory.out_of_memory(run.level))
+    run.journal.say(f"out of memory with memory: {run.level.name}; going on with {lower.name}")
+    if lower.quantize == run.level.quantize:
+        run.objective.denoiser.enable_gradient_checkpointing()
+    else:
+        injection, device = run.objective.injection, run.accelerator.device
+        factors = {name: value.detach().cpu().clone() for name, value in injection.state_dict().items()}
+        moments = run.descent.optimizer.state_dict()
+        run.objective.denoiser = run.objective.injection = None
+        setup.free(device)
+        denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
+        run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
+        run.objective.injection.load_state_dict(factors)
+        meters = run.descent.meters
+        run.descent = Descent(run.objective.injection.parameters(), run.config.train, run.accelerator)
+        run.descent.optimizer.load_state_dict(moments)
+        run.descent.meters = meters
+    run.level = lower
+    setup.free(run.accelerator.device)
+
+
+# ---- the whole -----------------------------------------------------------------------------------------------------
+
+
+def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = None, overwrite: bool = False) -> Path:
+    """Trains what the config describes; returns the final adapter file.
+
+    Raises a one-line ValueError for what the user can put right, SystemExit(130 or 143) after a signal (saved), and
+    RuntimeError for a fault. `resume` goes on from the newest state in the output folder, `resume_from` from the given one.
+    """
+    stop, place = Stop(), Path(config.output).expanduser()
+    resuming = resume or resume_from is not None
+    folder.refuse_existing(place, resume=resuming, overwrite=overwrite)
+    accelerator, dtype = setup.start_accelerator(config, place)
+    with stop.listening(), folder.claimed(place, accelerator.is_main_process):
+        faults.reach("setup")
+        state = checkpoint.read(Path(resume_from)) if resume_from else checkpoint.newest(place) if resume else None
+        if state is not None:
+            checkpoint.refuse_changes(state, config.model_dump(mode="json", by_alias=True), accelerator.num_processes)
+        run = assemble(config, place, accelerator, dtype, state, stop)
+        if run.main:
+            folder.prepare(place, run.start, dump_config(config))
+        accelerator.wait_for_everyone()
+        stop.in_loop = True
+        try:
+            loop(run)
+            path = finish(run)
+        finally:
+            run.journal.close()
+        accelerator.end_training()
+        if stop.signum is not None:
+            raise SystemExit(stop.status)
+    return path
+
+
+def assemble(
+    config: RunConfig, place: Path, accelerator: Accelerator, dtype: torch.dtype, state: checkpoint.State | None, stop: Stop
+) -> Run:
+    """Everything that the loop needs, at the step where `state` left off."""
+    tell = print if accelerator.is_main_process else lambda *_: None
+    device = accelerator.device
+    source = open_model(
+        config.model,
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.vae,
+        model_config_dir=config.model_config_dir,
+    )
+    draw, forget = setup.class_image_maker(config, source, dtype, device)
+    data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
+    forget()
+    level, why = setup.choose_level(config, source, accelerator, dtype)
+    denoiser = setup.load_denoiser(config, source, level, dtype, device)
+    injection = setup.inject_factors(config, denoiser)
+    descent = Descent(injection.parameters(), config.train, accelerator)
+    alphas = noise_schedule(source.load("scheduler")["scheduler"])
+    objective = Objective(
+        config, source.family, denoiser, injection, data, alphas, source.prediction_type, dtype, device,
+        accelerator.num_processes, accelerator.process_index,
+    )  # fmt: skip
+    about = {
+        "version": __version__,
+        "config": config.model_dump(mode="json", by_alias=True),
+        "processes": accelerator.num_processes,
+        "data": setup.data_mark(data),
+    }
+    if state is not None:
+        take_up(state, about, injection, descent, accelerator)
+    start = state.step if state else 0
+    seconds = state.about.get("seconds", 0.0) if state else 0.0
+    tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
+    if state is not None:
+        tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
+    if start > config.train.steps:
+        raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
+    gallery = Gallery(config, source, objective, place)
+    journal = Journal(place, accelerator, start, config.train.steps, about["config"], seconds)
+    return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
+
+
+def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
+    """Puts a resume state back; ValueError where the pictures or captions are others."""
+    if state.about["data"] != about["data"]:
+        raise ValueError(f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on")
+    checkpoint.restore(state, injection, descent.optimizer)
+    descent.meters.copy_(state.tensors["extra/meters"])
+    if accelerator.scaler is not None and "scaler" in state.about:
+        accelerator.scaler.load_state_dict(state.about["scaler"])
+    injection.assert_fp32()
+
+
+def finish(run: Run) -> Path:
+    """The final adapter, preview and report; prints what to do next."""
+    config = run.config
+    path = run.folder / f"{config.name}.safetensors"
+    if not run.main:
+        return path
+    faults.reach("end", config.train.steps)
+    weights.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+    try:
+        run.gallery.preview(config.train.steps, path.with_suffix(".png"))
+    except Exception as error:
+        run.journal.say(f"{path.stem}.png was not written ({type(error).__name__}: {error})")
+    refresh_report(run)
+    run.journal.close()
+    minutes, seconds = divmod(round(run.journal.seconds), 60)
+    prompt = config.validation.prompts[0] if config.validation.prompts else config.subject.prompt
+    prompt = prompt.replace("{class}", config.subject.class_noun)
+    print(
+        f"done: {config.train.steps} steps in {minutes} min {seconds} s, adapter {path} ({path.stat().st_size / 2**20:.1f} MiB)\n"
+        f'try it:   krona-sample --adapter {path} --prompt "{prompt}"\n'
+        f"in code:  from diffusekrona_train.weights import load_adapter\n"
+        f'          load_adapter(pipe, "{path}")\n'
+        f"elsewhere: the file loads in ComfyUI, A1111 and Forge as it is; krona-convert {path} --to lora for the rest"
+    )
+    return path
