@@ -1,0 +1,194 @@
+"""How an adapter sits in a model: around a linear layer, or (full fine-tuning of everything) as a difference on each parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from diffusekrona_train.adapters import Adapter, Fp32Module, check_tensors, to_file
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen layer and what is added to it; the output has the base's type. Stacks: the base may be adapted itself."""
+
+    def __init__(self, base: nn.Module, adapter: Adapter):
+        super().__init__()
+        self.base, self.adapter, self.fused = base, adapter, False
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = self.base(x, *args, **kwargs)
+        if self.fused or self.adapter.strength == 0:
+            return y
+        return y + self.adapter(x).to(y.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features  # type: ignore[return-value]
+
+    def fuse(self) -> None:
+        linear = self._innermost()
+        _check_plain(self.adapter.layer.name, linear)
+        fused: list[Adapter] = linear.__dict__.setdefault("_fused_adapters", [])
+        if not fused:
+            linear.__dict__["_unfused_weight"] = linear.weight.detach().clone()  # type: ignore[operator]
+        fused.append(self.adapter)
+        _sum_into(linear)
+        self.fused = True
+
+    def unfuse(self) -> None:
+        linear = self._innermost()
+        linear.__dict__["_fused_adapters"].remove(self.adapter)
+        _sum_into(linear)
+        self.fused = False
+
+    def take_out(self, model: nn.Module, name: str) -> None:
+        """Put the base in this wrapper's place, wherever it is in a stack."""
+        parent, _, child = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        while getattr(holder, child) is not self:
+            holder, child = getattr(holder, child), "base"
+        setattr(holder, child, self.base)
+
+    def _innermost(self) -> nn.Module:
+        linear = self.base
+        while isinstance(linear, AdaptedLinear):
+            linear = linear.base
+        return linear
+
+
+class WholeModule:
+    """All parameters of one module, trained as fp32 differences: `adapter` holds them, `original + difference` is what
+    the module sees. The originals are never written (but by `fuse`, which keeps a copy)."""
+
+    def __init__(self, name: str, module: nn.Module, scale: float):
+        self.name, self.module = name, module
+        self._slots = list(module._parameters)
+        self._order = [key for key, value in module._parameters.items() if value is not None]
+        for key in self._order:
+            _check_plain(f"{name}.{key}", module, key)
+        self.adapter = WholeAdapter(name, {key: module._parameters[key] for key in self._order}, scale)  # type: ignore[misc]
+        self._kept: dict[str, Tensor] = {}
+        for key in self._order:
+            parametrize.register_parametrization(module, key, AddDifference(self.adapter, key))
+
+    @property
+    def fused(self) -> bool:
+        return self.adapter.fused
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        for key, difference in self.adapter.deltas().items():
+            original = self._original(key)
+            self._kept[key] = original.detach().clone()
+            original.copy_(original.float() + difference)
+        self.adapter.fused = True
+
+    @torch.no_grad()
+    def unfuse(self) -> None:
+        for key, kept in self._kept.items():
+            self._original(key).copy_(kept)
+        self._kept, self.adapter.fused = {}, False
+
+    def take_out(self, model: nn.Module, name: str) -> None:
+        for key in self._order:
+            parametrize.remove_parametrizations(self.module, key, leave_parametrized=False)
+        own = self.module._parameters
+        for key in self._slots:  # taken out and put back, a weight would come after its bias
+            own[key] = own.pop(key)
+
+    def _original(self, key: str) -> nn.Parameter:
+        return self.module.parametrizations[key].original  # type: ignore[index,return-value]
+
+
+class WholeAdapter(Fp32Module):
+    """The differences of one module's parameters, fp32, from zero; in files `diff` (weight), `diff_b` (bias), `diff_<name>`."""
+
+    SUFFIXES = {"weight": "diff", "bias": "diff_b"}
+
+    def __init__(self, name: str, originals: dict[str, nn.Parameter], scale: float):
+        super().__init__()
+        self.name, self.scale, self.strength, self.fused = name, float(scale), 1.0, False
+        self.suffixes = {key: self.SUFFIXES.get(key, f"diff_{key}") for key in originals}
+        for key, original in originals.items():
+            difference = torch.zeros(original.shape, dtype=torch.float32, device=original.device)
+            self.register_parameter(self.suffixes[key], nn.Parameter(difference))
+
+    def difference(self, key: str) -> nn.Parameter:
+        return getattr(self, self.suffixes[key])
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, Tensor]:
+        """Parameter name -> what is added to it, fp32, scale and strength included."""
+        return {key: self.difference(key) * (self.scale * self.strength) for key in self.suffixes}
+
+    def delta(self) -> Tensor:
+        """What is added to the weight."""
+        return self.deltas()["weight"]
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return {suffix: to_file(self.difference(key)) * self.scale for key, suffix in self.suffixes.items()}
+
+    @torch.no_grad()
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError as Adapter.load_file_tensors."""
+        wanted = {suffix: tuple(self.difference(key).shape) for key, suffix in self.suffixes.items()}
+        check_tensors(self.name, tensors, wanted)
+        for key, suffix in self.suffixes.items():
+            self.difference(key).copy_(tensors[suffix].float() / (self.scale or 1.0))
+
+
+class AddDifference(Fp32Module):
+    """original -> original + difference, summed in fp32, in the original's type."""
+
+    def __init__(self, adapter: WholeAdapter, key: str):
+        super().__init__()
+        self.difference = adapter.difference(key)
+        self._adapter = [adapter]  # in a list, so that its parameters are not this module's
+
+    def forward(self, original: Tensor) -> Tensor:
+        adapter = self._adapter[0]
+        if adapter.fused or adapter.strength == 0:
+            return original
+        return (original.float() + self.difference * (adapter.scale * adapter.strength)).to(original.dtype)
+
+
+def owners_of_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name -> module that has parameters of its own. ValueError where adapters are in the model already."""
+    if any(isinstance(module, Fp32Module) for module in model.modules()):
+        raise ValueError("targets: all needs a model without other adapters; eject them first")
+    return {
+        name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def _check_plain(name: str, module: nn.Module, key: str = "weight") -> None:
+    tensor = getattr(module, key)
+    if not tensor.is_floating_point() or parametrize.is_parametrized(module, key):
+        raise ValueError(
+            f"{name} is {tensor.dtype} ({type(module).__name__}): its weight cannot be changed; load the model unquantized"
+        )
+
+
+@torch.no_grad()
+def _sum_into(linear: nn.Module) -> None:
+    """weight = original + all fused differences, in fp32, rounded once; with none left the original itself."""
+    kept, fused = linear.__dict__["_unfused_weight"], linear.__dict__["_fused_adapters"]
+    total = kept
+    for adapter in fused:
+        total = total.float() + adapter.delta()
+    linear.weight.copy_(total)  # type: ignore[operator]
+    if not fused:
+        del linear.__dict__["_unfused_weight"], linear.__dict__["_fused_adapters"]
