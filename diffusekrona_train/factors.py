@@ -1,7 +1,8 @@
-"""How a width is split in two: divisors, LoKr's FACTORIZATION, and (a1, a2) from a budget of parameters. Integers alone.
+"""How a width is split in two: divisors, LoKr's FACTORIZATION, and (a1, a2) from a budget of parameters. Integers
+alone.
 
-A layer of in × out with A (a2, a1) trains a1*a2 + in*out/(a1*a2) numbers: below the square root of in*out, bigger factors
-mean fewer parameters. Nobody guesses that right, so a budget can be given instead.
+A layer of in × out with A (a2, a1) trains a1*a2 + in*out/(a1*a2) numbers: below the square root of in*out, bigger
+factors mean fewer parameters. Nobody guesses that right, so a budget can be given instead.
 """
 
 from __future__ import annotations
@@ -55,17 +56,18 @@ def pair_cost(width_in: int, width_out: int, a1: int, a2: int) -> int:
 
 
 def fit_budget(widths: list[tuple[int, int]], budget: int, field: str) -> dict[tuple[int, int], tuple[int, int]]:
-    """(in, out) -> (a1, a2) for layers of these widths (one entry a layer) that together train at most `budget` numbers.
+    """(in, out) -> (a1, a2) for layers of these widths (one entry a layer) that together train at most `budget`
+    numbers.
 
-    The budget is shared as one product a1*a2 for all layers would share it. Of the pairs that fit a layer's share and use
-    most of it, those with 4 <= a1 < a2 are preferred (the paper's recommended side), and of them the cheapest contraction.
-    Raises ValueError where even the smallest factors need more.
+    The budget is shared as one product a1*a2 for all layers would share it. Of the pairs that fit a layer's share and
+    use most of it, those with 4 <= a1 < a2 are preferred (the paper's recommended side), and of them the cheapest
+    contraction. Raises ValueError where even the smallest factors need more.
     """
     least = sum(pair_count(*width, *_smallest(*width)) for width in widths)
     if least > budget:
         raise ValueError(
-            f"{field} allows {budget:,} parameters, but the smallest factors of these {len(widths)} layers need {least:,}; "
-            "give a larger budget, or fewer layers (targets, attention, blocks)"
+            f"{field} allows {budget:,} parameters, but the smallest factors of these {len(widths)} layers "
+            f"need {least:,}; give a larger budget, or fewer layers (targets, attention, blocks)"
         )
     dense = sum(width_in * width_out for width_in, width_out in widths)
     product = (budget - math.sqrt(max(0, budget**2 - 4 * len(widths) * dense))) / (2 * len(widths))

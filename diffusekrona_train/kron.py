@@ -1,7 +1,7 @@
 """The mathematics of A ⊗ B: apply it, write it out, cut it, count it. Needs torch alone.
 
-Everywhere A is (a2, a1) and B is (b2, b1), torch's (out, in) layout: a1 and b1 split the input width a1*b1, a2 and b2 the
-output width a2*b2. Row α*b2+β, column p*b1+q of A ⊗ B is A[α, p] * B[β, q], as in `torch.kron`.
+Everywhere A is (a2, a1) and B is (b2, b1), torch's (out, in) layout: a1 and b1 split the input width a1*b1, a2 and b2
+the output width a2*b2. Row α*b2+β, column p*b1+q of A ⊗ B is A[α, p] * B[β, q], as in `torch.kron`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 def kron_linear(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """x (..., a1*b1) -> (..., a2*b2), equal to `x @ torch.kron(A, B).T`, without ever building the dense matrix.
 
-    The products run in the type of x, under autocast in autocast's; the result has that type. The backward pass keeps x and
-    the two factors and nothing else: the small intermediate is cheaper to make again than to store.
+    The products run in the type of x, under autocast in autocast's; the result has that type. The backward pass keeps
+    x and the two factors and nothing else: the small intermediate is cheaper to make again than to store.
 
     Raises ValueError where the last dimension of x is not a1*b1.
     """
@@ -52,8 +52,9 @@ def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def lora_truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best approximation of A ⊗ B of rank `rank`: up (a2*b2, rank), down (rank, a1*b1), and its Frobenius error.
 
-    The singular values of A ⊗ B are the products σ_i(A)σ_j(B) with vectors U_A[:, i] ⊗ U_B[:, j], so the largest ones give
-    the dense Eckart-Young optimum from two small decompositions. Raises ValueError for a rank below 1 or above the exact one.
+    The singular values of A ⊗ B are the products σ_i(A)σ_j(B) with vectors U_A[:, i] ⊗ U_B[:, j], so the largest ones
+    give the dense Eckart-Young optimum from two small decompositions. Raises ValueError for a rank below 1 or above
+    the exact one.
     """
     exact = min(A.shape) * min(B.shape)
     if not 1 <= rank <= exact:
@@ -73,8 +74,8 @@ def lora_truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, floa
 class _KronLinear(torch.autograd.Function):
     """y = A X Bᵀ for each token X (a1, b1), in the cheaper order; x (n, a1, b1) -> (n, a2, b2).
 
-    Written by hand because autograd would keep the intermediate too and sum n copies of A's gradient. The backward is made
-    of differentiable operations on the inputs alone, so second derivatives are right as well.
+    Written by hand because autograd would keep the intermediate too and sum n copies of A's gradient. The backward is
+    made of differentiable operations on the inputs alone, so second derivatives are right as well.
     """
 
     @staticmethod

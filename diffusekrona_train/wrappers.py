@@ -1,4 +1,4 @@
-"""How an adapter sits in a model: around a linear layer, or (full fine-tuning of everything) as a difference on each parameter."""
+"""How an adapter sits in a model: around a linear layer, or as a difference on every parameter (full fine-tuning)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusekrona_train.adapters import Adapter, Fp32Module, check_tensors, to_f
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen layer and what is added to it; the output has the base's type. Stacks: the base may be adapted itself."""
+    """A frozen layer and what is added to it, in the layer's output type. The base may be adapted itself."""
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
@@ -114,7 +114,7 @@ class WholeModule:
 
 
 class WholeAdapter(Fp32Module):
-    """The differences of one module's parameters, fp32, from zero; in files `diff` (weight), `diff_b` (bias), `diff_<name>`."""
+    """The differences of one module's parameters, fp32, from zero; in files `diff` (weight), `diff_b` (bias)."""
 
     SUFFIXES = {"weight": "diff", "bias": "diff_b"}
 
@@ -178,7 +178,7 @@ def _check_plain(name: str, module: nn.Module, key: str = "weight") -> None:
     tensor = getattr(module, key)
     if not tensor.is_floating_point() or parametrize.is_parametrized(module, key):
         raise ValueError(
-            f"{name} is {tensor.dtype} ({type(module).__name__}): its weight cannot be changed; load the model unquantized"
+            f"{name} is {tensor.dtype} ({type(module).__name__}): it cannot be changed; load it unquantized"
         )
 
 

@@ -1,4 +1,5 @@
-"""What is added to a frozen linear layer: one class a type, ADAPTERS is the table. A new type is a class and a row here.
+"""What is added to a frozen linear layer: one class a type, ADAPTERS is the table. A new type is a class and a row
+here.
 
 Parameters are fp32 masters whatever the layer is; products run in the type of x.
 """
@@ -47,7 +48,7 @@ def build_adapter(
 
 
 def count_parameters(spec: AdapterConfig, layers: list[Layer]) -> int:
-    """Trainable numbers in all of these layers (with `targets: all` a denoiser has more than its linears: not counted here)."""
+    """Trainable numbers in all of these layers (what `targets: all` trains beyond these linears is not counted)."""
     options, kind = plan(spec, layers), ADAPTERS[spec.type]
     return sum(
         math.prod(shape)

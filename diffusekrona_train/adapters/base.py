@@ -43,8 +43,8 @@ class Fp32Module(nn.Module):
 class Adapter(Fp32Module):
     """What is added to one linear layer.
 
-    `scale` is the config's and goes into files; `strength` is a runtime multiplier, and 0 leaves exactly the base layer.
-    A type says the `shapes` of its file tensors (the first one carries the scale in a file) and what it adds.
+    `scale` is the config's and goes into files; `strength` is a runtime multiplier, and 0 leaves exactly the base
+    layer. A type says the `shapes` of its file tensors (the first one carries the scale in a file) and what it adds.
     """
 
     def __init__(self, layer: Layer, options: Options, spec: AdapterConfig, generator: torch.Generator | None = None):
@@ -76,7 +76,7 @@ class Adapter(Fp32Module):
         """Fill the parameters, which are zero, so that the layer's output does not change yet."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> what is added (..., out), all scales included, in the type of x (under autocast in autocast's)."""
+        """x (..., in) -> what is added (..., out), all scales included, in the type of x (or autocast's)."""
         raise NotImplementedError
 
     def product(self) -> Tensor:
@@ -88,7 +88,7 @@ class Adapter(Fp32Module):
         return None
 
     def alpha_scale(self, alpha: float | None = None) -> float:
-        """alpha / rank for this alpha (none: the option's, 0: as if alpha were the rank); 1 for types without a rank."""
+        """alpha / rank for this alpha (none: the option's; 0: as if it were the rank); 1 for types without a rank."""
         if "alpha" not in self.options:
             return 1.0
         alpha = self.options["alpha"] if alpha is None else alpha
@@ -149,7 +149,7 @@ def to_file(tensor: Tensor) -> Tensor:
 
 
 def check_tensors(name: str, tensors: dict[str, Tensor], wanted: Shapes) -> None:
-    """ValueError naming layer and tensor where `tensors` are not exactly the wanted ones, of these shapes and finite."""
+    """ValueError naming layer and tensor unless `tensors` are exactly the wanted ones, of these shapes, finite."""
     if missing := [suffix for suffix in wanted if suffix not in tensors]:
         raise ValueError(f"{name}: tensor {missing[0]} is missing")
     if extra := [suffix for suffix in tensors if suffix not in wanted]:

@@ -102,9 +102,11 @@ def _split(layer: Layer, options: Options) -> tuple[tuple[int, int], tuple[int, 
 
 
 class LoHa(Adapter):
-    """ΔW = alpha / rank * (w1_a @ w1_b) ⊙ (w2_a @ w2_b), of rank up to rank². Init as in LyCORIS: w2_a zero, others normal.
+    """ΔW = alpha / rank * (w1_a @ w1_b) ⊙ (w2_a @ w2_b), of rank up to rank². Init as in LyCORIS: w2_a zero, others
+    normal.
 
-    Applied as the LoRA of rank² that it is (products of columns, products of rows) where that is cheaper than the dense ΔW.
+    Applied as the LoRA of rank² that it is (products of columns, products of rows) where that is cheaper than the
+    dense ΔW.
     """
 
     hada_w1_a: nn.Parameter

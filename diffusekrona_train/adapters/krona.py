@@ -16,10 +16,11 @@ from diffusekrona_train.kron import kron_delta, kron_linear
 class KronA(Adapter):
     """A (a2, a1), B (b2, b1): a1 splits the input width, a2 the output width, as in the paper.
 
-    Init of A, by `init_a`: `normal` N(0, std 1/a2), as the authors' code; `normal_dim` std sqrt(min(in, out)), as the paper
-    prints it; `normal_dim_reciprocal` std 1/sqrt(min(in, out)), its likely intent; `kaiming_uniform` U(±1/sqrt(a1)), that is
-    gain sqrt(1/3) with fan in a1; `xavier_uniform` U(±sqrt(6/(a1 + a2))), that is gain 1 with fan in a1 and fan out a2.
-    B is zero, or with `init_b: same` drawn by the same rule (fans b1 and b2), the ablation that the paper reports as failing.
+    Init of A, by `init_a`: `normal` N(0, std 1/a2), as the authors' code; `normal_dim` std sqrt(min(in, out)), as the
+    paper prints it; `normal_dim_reciprocal` std 1/sqrt(min(in, out)), its likely intent; `kaiming_uniform`
+    U(±1/sqrt(a1)), that is gain sqrt(1/3) with fan in a1; `xavier_uniform` U(±sqrt(6/(a1 + a2))), that is gain 1 with
+    fan in a1 and fan out a2. B is zero, or with `init_b: same` drawn by the same rule (fans b1 and b2), the ablation
+    that the paper reports as failing.
 
     With the option `row_permutation` (the authors' own checkpoints) the rows of ΔW are those of A ⊗ B with α and β
     exchanged: row β*a2+α is row α*b2+β of the product.

@@ -1,4 +1,4 @@
-"""Before anything is built: each layer's factors and ranks from the config, budgets settled, indivisible widths named."""
+"""Before anything is built: each layer's factors and ranks, budgets settled, indivisible widths named."""
 
 from __future__ import annotations
 
@@ -28,28 +28,36 @@ def plan(spec: AdapterConfig, layers: list[Layer]) -> dict[str, Options]:
 
 
 def plan_notes(spec: AdapterConfig, layers: list[Layer], options: dict[str, Options]) -> list[str]:
-    """Lines that a door prints: what a budget chose, which divisors were taken instead, and the two ways of naming a1, a2."""
+    """Lines for a door to print: what a budget chose, which divisors were taken instead, how a1 and a2 are named."""
     if spec.type != "krona":
         return []
-    notes = []
-    if spec.params or spec.match_lora_rank:
-        budget, field = _budget(spec, layers)
-        chosen = Counter((layer.in_features, layer.out_features, *_pair(options[layer.name])) for layer in layers)
-        total = sum(pair_count(*key) * times for key, times in chosen.items())
-        notes.append(f"{field} allows {budget:,} parameters; chosen: {total:,} in {len(layers)} layers")
-        notes += [f"  {times} x {i} -> {o}: a1={a1}, a2={a2}" for (i, o, a1, a2), times in sorted(chosen.items())]
-    else:
-        for layer in layers:
-            wanted, taken = _wanted(spec, layer), _pair(options[layer.name])
-            if wanted != taken:
-                notes.append(f"{layer.name} ({layer.in_features} -> {layer.out_features}): {wanted} -> {taken}")
-        if notes:
-            notes.insert(0, f"[a1, a2] moved to the nearest divisors in {len(notes)} layers:")
+    notes = _budget_notes(spec, layers, options) or _nearest_notes(spec, layers, options)
     if any(a1 > a2 for a1, a2 in map(_pair, options.values())):
         notes.append(
-            "a1 splits the input width, as in the paper; the authors' script names them the other way round: its (64, 8) is a1: 8, a2: 64 here"
+            "a1 splits the input width, as in the paper; the authors' script names them the other way round: "
+            "its (64, 8) is a1: 8, a2: 64 here"
         )
     return notes
+
+
+def _budget_notes(spec: AdapterConfig, layers: list[Layer], options: dict[str, Options]) -> list[str]:
+    if not (spec.params or spec.match_lora_rank):
+        return []
+    budget, field = _budget(spec, layers)
+    chosen = Counter((layer.in_features, layer.out_features, *_pair(options[layer.name])) for layer in layers)
+    total = sum(pair_count(*key) * times for key, times in chosen.items())
+    rows = [f"  {times} x {i} -> {o}: a1={a1}, a2={a2}" for (i, o, a1, a2), times in sorted(chosen.items())]
+    return [f"{field} allows {budget:,} parameters; chosen: {total:,} in {len(layers)} layers", *rows]
+
+
+def _nearest_notes(spec: AdapterConfig, layers: list[Layer], options: dict[str, Options]) -> list[str]:
+    moved = Counter(
+        (layer.in_features, layer.out_features, wanted, taken)
+        for layer in layers
+        if (wanted := _wanted(spec, layer)) != (taken := _pair(options[layer.name]))
+    )
+    rows = [f"  {times} x {i} -> {o}: (a1, a2) {old} -> {new}" for (i, o, old, new), times in sorted(moved.items())]
+    return [f"factors moved to the nearest divisors in {moved.total()} layers:", *rows] if rows else []
 
 
 def _pair(options: Options) -> tuple[int, int]:
@@ -72,9 +80,7 @@ def _given_pair(spec: AdapterConfig, layer: Layer) -> tuple[int, int]:
             choices = " and ".join(map(str, sorted(nearest)))
             raise ValueError(
                 f"adapter: {field}={value} does not divide the {side} width {width} of {layer.name}; "
-                f"the nearest divisors are {choices} (on_indivisible: nearest takes the nearest)"
-                if len(nearest) > 1
-                else f"adapter: {field}={value} does not divide the {side} width {width} of {layer.name}; the nearest divisor is {choices} (on_indivisible: nearest takes it)"
+                f"nearest divisors: {choices} (on_indivisible: nearest takes the nearer one)"
             )
         pair.append(nearest[0])
     return pair[0], pair[1]
