@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffusekrona_train.config.base import parse_count
+from diffusekrona_train.config.fit import check_factors
 from diffusekrona_train.config.run import MODEL_ALIASES, MODEL_DEFAULTS, RunConfig
 from diffusekrona_train.config.sections import PROJECTIONS, AdapterConfig, DataConfig, PriorConfig, SubjectConfig
 from diffusekrona_train.config.strict_yaml import parse_yaml, read_yaml
@@ -63,9 +64,11 @@ def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfi
     # a section whose lines are all commented out reads as null
     tree = {key: value for key, value in tree.items() if value is not None or key not in _sections()}
     try:
-        return RunConfig.model_validate(_merge(model_defaults(tree.get("model", "sdxl")), tree))
+        config = RunConfig.model_validate(_merge(model_defaults(tree.get("model", "sdxl")), tree))
     except ValidationError as error:
         raise ValueError(one_line(error)) from None
+    check_factors(config)
+    return config
 
 
 def dump_config(config: RunConfig) -> str:

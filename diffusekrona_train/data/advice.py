@@ -1,0 +1,90 @@
+"""What a photographer would say about the photos before training on them. Numbers from PIL and numpy, no model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from diffusekrona_train.data.crops import Crop
+from diffusekrona_train.data.images import printable
+
+ENLARGED = 1.25
+"""Enlargement from which invented detail shows."""
+CUT_AWAY = 0.6
+"""A crop that keeps less than this share of a photo may have lost the subject."""
+BLURRED = 25.0
+"""Variance of the Laplacian, photos at 512 pixels: out-of-focus ones lie below, sharp ones in the hundreds."""
+SAME_BITS, ALIKE_BITS = 6, 14
+"""Of 64 bits of a difference hash: two shots of one moment; a set without variety (unrelated photos differ in 32)."""
+
+
+def advise(crops: Sequence[Sequence[Crop]]) -> list[str]:
+    """One line for each thing worth changing about the photos, by their planned crops."""
+    first = [row[0] for row in crops]
+    pictures = [crop.picture for crop in first]
+    images = [picture.open() for picture in pictures]
+    lines = []
+    enlarged = [crop for crop in first if crop.upscaling > ENLARGED]
+    if enlarged:
+        worst = max(enlarged, key=lambda crop: crop.upscaling)
+        lines.append(
+            f"small: {_names(enlarged)} would be enlarged, at worst {worst.upscaling:.1f}x "
+            f"({worst.picture.width} x {worst.picture.height}); take larger photos or lower data.resolution"
+        )
+    cut = [crop for crop in first if crop.share < CUT_AWAY]
+    if cut:
+        worst = min(cut, key=lambda crop: crop.share)
+        lines.append(
+            f"cropped: {_names(cut)} lose much, at worst only {worst.share:.0%} is kept; look at the sheet, "
+            "crop them by hand, or set data.buckets: true"
+        )
+    blurred = [crop for crop, image in zip(first, images, strict=True) if sharpness(image) < BLURRED]
+    if blurred:
+        lines.append(f"blurred: {_names(blurred)} look out of focus; a blurred photo teaches blur")
+    return lines + _likeness(first, images)
+
+
+def _likeness(crops: Sequence[Crop], images: Sequence[Image.Image]) -> list[str]:
+    hashes = [difference_hash(image) for image in images]
+    pairs = list(itertools.combinations(range(len(images)), 2))[:200_000]
+    distances = [int(np.count_nonzero(hashes[i] != hashes[j])) for i, j in pairs]
+    near = [pair for pair, distance in zip(pairs, distances, strict=True) if distance <= SAME_BITS]
+    lines = []
+    if near:
+        shown = ", ".join(f"{_name(crops[i])} and {_name(crops[j])}" for i, j in near[:3])
+        more = f" and {len(near) - 3} more pairs" if len(near) > 3 else ""
+        lines.append(f"near-duplicates: {shown}{more}; they count as one view seen more often")
+    elif len(images) > 2 and np.mean(distances) < ALIKE_BITS:
+        lines.append("all alike: the photos hardly differ, so pose and background would be learnt with the subject")
+    if len(images) == 1:
+        lines.append("one photo: the subject is learnt in this pose alone; 3 to 5 photos from several sides show more")
+    return lines
+
+
+def sharpness(image: Image.Image) -> float:
+    """Variance of the Laplacian of the grey photo, at most 512 pixels wide; infinite for tiny ones, which are drawn."""
+    if min(image.size) < 128:
+        return float("inf")
+    small = image.convert("L")
+    small.thumbnail((512, 512), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.float64)
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
+    return float(laplacian.var())
+
+
+def difference_hash(image: Image.Image) -> np.ndarray:
+    """(64,) bool: is each of 8 x 8 cells brighter than its right neighbour."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    return (grey[:, :-1] > grey[:, 1:]).ravel()
+
+
+def _name(crop: Crop) -> str:
+    return printable(crop.picture.name, limit=40)
+
+
+def _names(crops: Sequence[Crop]) -> str:
+    shown = ", ".join(_name(crop) for crop in crops[:3])
+    return shown if len(crops) <= 3 else f"{shown} and {len(crops) - 3} more"
