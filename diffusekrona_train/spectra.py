@@ -28,8 +28,10 @@ def terms(tensors: dict[str, Tensor]) -> tuple[float, list[Matrix]]:
     of rank r². Raises ValueError for tensors of no known kind.
     """
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None
-    if "diff" in tensors:
-        return 1.0, [tensors["diff"]]
+    if any(suffix.startswith("diff") for suffix in tensors):
+        return 1.0, [
+            torch.cat([tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in tensors.values()], 1)
+        ]
     if "lora_up.weight" in tensors:
         up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
         return _scale(alpha, up.shape[1]), [(up, down)]
@@ -141,7 +143,7 @@ def summary(rows: list[LayerSpectrum]) -> dict[str, Any]:
 
 
 def write_pictures(rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor]], folder: Path) -> list[Path]:
-    """Writes spectra.json, norms.png, singular_values.png and, where there are whole factors, factors.png to `folder`."""
+    """Writes spectra.json, norms.png, singular_values.png and, where A is whole, factors.png to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spectra.json").write_text(json.dumps(summary(rows), indent=1) + "\n")
     written = [

@@ -1,6 +1,7 @@
-"""What is known of the denoisers without building them: their layers (assets/layers/*.json) and the names of layers in adapter files.
+"""What is known of the denoisers without building them: their layers, and how adapter files name them.
 
-Imports no diffusers, so `krona-inspect params` answers at once and a file can be read with no model at hand.
+Reads assets/layers/*.json. Imports no diffusers, so `krona-inspect params` answers at once and a file can be read
+with no model at hand.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(
 
 
 def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
-    """The Layer of a transformer block's linear, its projection and kind read from `name`; ValueError for another name."""
+    """The Layer of a transformer block's linear, projection and kind read from `name`; ValueError for another name."""
     match = _LAYER.search(name)
     if match is None:
         raise ValueError(f"{name} is no attention or feed-forward linear of a transformer block")

@@ -1,7 +1,7 @@
 """safetensors files, read with suspicion and written with proof. Needs torch and safetensors alone.
 
-Reading: pickles are refused unread, and every way in which a file can be broken is one line that names the file. Writing:
-beside the target, read back, compared, and only then renamed.
+Reading: pickles are refused unread, and every way in which a file can be broken is one line that names the file.
+Writing: beside the target, read back, compared, and only then renamed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors (as stored) and the metadata of a .safetensors file.
 
-    Raises ValueError, one line that starts with the path, for a missing file, a folder, a pickle, a truncated or overlong
-    file, a broken header and tensors that are not numbers (NaN, infinity).
+    Raises ValueError, one line that starts with the path, for a missing file, a folder, a pickle, a truncated or
+    overlong file, a broken header and tensors that are not numbers (NaN, infinity).
     """
     path = Path(path)
     _check_header(path)
@@ -43,7 +43,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes `tensors` atomically; the file takes its name after it was read back equal in names, types and every value.
+    """Writes `tensors` atomically; the file takes its name after it was read back equal in every name, type and value.
 
     Raises ValueError for NaN or infinity (nothing is written), OSError where the disk gives back something else.
     """
@@ -92,7 +92,9 @@ def _check_header(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(8)
         size = path.stat().st_size
-        if path.suffix.lower() in PICKLES or start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+        # a header length may begin with a pickle's \x80 too, but its last four bytes are 0
+        pickled = start[:1] == b"\x80" and start[4:] != b"\0" * 4
+        if path.suffix.lower() in PICKLES or pickled or start[:4] == b"PK\x03\x04":
             raise ValueError(
                 f"{path}: is a pickle, which runs code when it is loaded; convert it to .safetensors first"
             )
