@@ -1,8 +1,8 @@
 """What a run resumes from: written whole or not at all, read without pickle, refused where the config has changed.
 
 A checkpoint is `checkpoints/step-000100/adapter.safetensors` (kept for ever, loads in any tool) and
-`resume/step-000100/state.safetensors` (factors, optimiser, scaler, counters; the newest few are kept). What a step draws
-depends on (seed, step, index) alone, so there is no state of a random generator to keep.
+`resume/step-000100/state.safetensors` (factors, optimiser, scaler, counters; the newest few are kept). What a step
+draws depends on (seed, step, index) alone, so there is no state of a random generator to keep.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `step` under the run folder; returns the adapter file.
 
-    The adapter comes first, then the resume state, then older states beyond `keep` go. OSError (a full disk) leaves what
-    stood before as it was.
+    The adapter comes first, then the resume state, then older states beyond `keep` go. OSError (a full disk) leaves
+    what stood before as it was.
     """
     faults.reach("adapter", step)
     adapter = folder / "checkpoints" / name_of(step) / "adapter.safetensors"
@@ -191,8 +191,8 @@ def refuse_changes(state: State, config: dict, processes: int) -> None:
         changed.append(f"number of processes (was {state.about['processes']}, now {processes})")
     if changed:
         raise ValueError(
-            f"cannot resume {state.path.parent}: changed {'; '.join(changed)}. Put the old value back, or start a new run "
-            "with another output (a resumed run may change train.steps, validation, logging and output)"
+            f"cannot resume {state.path.parent}: changed {'; '.join(changed)}. Put the old value back, or start a new "
+            "run with another output (a resumed run may change train.steps, validation, logging and output)"
         )
 
 

@@ -21,8 +21,8 @@ LOSS, STOP = -2, -1
 class Descent:
     """The optimiser of a run and what it counts.
 
-    `meters` (on the device): sum of finite losses and their number since the last log, skipped steps, non-finite steps in a
-    row now and at most, the last gradient norm.
+    `meters` (on the device): sum of finite losses and their number since the last log, skipped steps, non-finite steps
+    in a row now and at most, the last gradient norm.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], train: Any, accelerator: Any):
@@ -48,8 +48,8 @@ class Descent:
     def step(self, learning_rate: float, stop: bool = False) -> torch.Tensor:
         """Applies the gradients; returns a copy of the buffer's stop place (above 0 where any process wants to stop).
 
-        A step whose loss or gradient is not finite leaves factors and optimiser state as they were. That is decided on the
-        device; only 8-bit AdamW, which knows no such switch, waits for the answer.
+        A step whose loss or gradient is not finite leaves factors and optimiser state as they were. That is decided on
+        the device; only 8-bit AdamW, which knows no such switch, waits for the answer.
         """
         if stop:
             self.flat[STOP] = 1.0
@@ -90,7 +90,14 @@ class Descent:
         total, number, skipped, streak, worst, _ = self.meters
         good = ~bad
         streak = torch.where(bad, streak + weight, 0.0)
-        new = [total + torch.where(good, loss, 0.0), number + good, skipped + bad, streak, torch.maximum(worst, streak), norm]
+        new = [
+            total + torch.where(good, loss, 0.0),
+            number + good,
+            skipped + bad,
+            streak,
+            torch.maximum(worst, streak),
+            norm,
+        ]
         self.meters = torch.stack([value.double() for value in new])
 
     def read(self) -> dict[str, float | None]:

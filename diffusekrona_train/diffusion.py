@@ -177,7 +177,7 @@ def _permutation(count: int, *key: object) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def _shelves_of_a_pass(sizes: tuple[int, ...], *key: object) -> tuple[tuple[int, int], ...]:
-    """(shelf, how often it came before in this pass) for each step of a pass; each shelf as often as it has pictures."""
+    """(shelf, how often it came before in this pass) for each step of a pass; a shelf of n pictures comes n times."""
     shelves = [shelf for shelf, size in enumerate(sizes) for _ in range(size)]
     shuffled = [shelves[i] for i in _permutation(len(shelves), "shelves", *key)]
     seen = [0] * len(sizes)
@@ -201,8 +201,8 @@ def draw(
 ) -> Draw:
     """Pictures, variants, timesteps and noise of the samples `indices` of the global batch at `step`.
 
-    One shelf serves the whole global batch, so that it can be stacked. Each shelf is walked in seeded permutations of its
-    pictures without gaps, and comes up in proportion to its size: in the long run every picture is seen equally often.
+    One shelf serves the whole global batch, so that it can be stacked. Each shelf is walked in seeded permutations of
+    its pictures without gaps, and comes up in proportion to its size: every picture is seen equally often.
     """
     sizes = tuple(shelf.pictures for shelf in shelves)
     around, position = divmod(step, sum(sizes))

@@ -13,8 +13,8 @@
 | `rotation` | the new state is safe, old ones still stand |
 | `end` | all steps are done, the final adapter is not yet written |
 
-`what`: a signal name (`SIGKILL`, `SIGTERM`, `SIGINT`), `oom` (device out of memory), `full` (no space left on the disk) or
-`error` (any exception).
+`what`: a signal name (`SIGKILL`, `SIGTERM`, `SIGINT`), `oom` (device out of memory), `full` (no space left on the disk)
+or `error` (any exception).
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ import torch
 class Journal:
     """Bar, metrics.jsonl and trackers; silent on all processes but the main one."""
 
-    def __init__(self, folder: Path, accelerator: Any, start: int, steps: int, config: dict, seconds_before: float = 0.0):
+    def __init__(
+        self, folder: Path, accelerator: Any, start: int, steps: int, config: dict, seconds_before: float = 0.0
+    ):
         from tqdm import tqdm
 
         self.path = folder / "metrics.jsonl"

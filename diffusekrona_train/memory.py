@@ -9,8 +9,8 @@ import torch
 
 GIB = 2**30
 ACTIVATIONS_PLAIN = 16.0
-"""GiB that a 16-bit UNet of the SD kinds keeps for the backward pass, for a sample of one megapixel: a rough figure, on the
-safe side, corrected by stepping down when it was wrong."""
+"""GiB that a 16-bit UNet of the SD kinds keeps for the backward pass, for a sample of one megapixel: a rough figure, on
+the safe side, corrected by stepping down when it was wrong."""
 ACTIVATIONS_CHECKPOINTING = 2.5
 """The same with gradient checkpointing."""
 RESERVE = 1.0
@@ -37,8 +37,10 @@ def levels(config: Any) -> list[Level]:
     return ladder
 
 
-def choose(config: Any, base_parameters: int, samples: int, dtype: torch.dtype, device: torch.device) -> tuple[Level, str]:
-    """The level to start with and a line that says why. `samples`: pictures in one forward pass, class images included."""
+def choose(
+    config: Any, base_parameters: int, samples: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Level, str]:
+    """The level to start with and a line that says why. `samples`: pictures in a forward pass, class images too."""
     ladder = levels(config)
     if config.train.memory != "auto":
         return next(level for level in ladder if level.name == config.train.memory), f"memory: {config.train.memory}"
@@ -71,8 +73,8 @@ def below(level: Level, config: Any) -> Level | None:
 def out_of_memory(level: Level) -> str:
     """What to tell a user when nothing is left to try."""
     return (
-        f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise train.gradient_accumulation), "
-        "lower data.resolution, or set train.memory: nf4"
+        f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise "
+        "train.gradient_accumulation), lower data.resolution, or set train.memory: nf4"
     )
 
 

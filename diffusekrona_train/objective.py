@@ -19,7 +19,7 @@ HELD_OUT_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one latent shape, on the device. The last `teacher` of them are held to the frozen model's own answer."""
+    """Samples of one latent shape, on the device. The last `teacher` of them are held to the frozen model's answer."""
 
     x_0: torch.Tensor
     eps: torch.Tensor
@@ -67,7 +67,7 @@ class Objective:
         return self.config.train.batch_size * self.config.train.gradient_accumulation * self.processes
 
     def batches(self, step: int, micro: int) -> list[Batch]:
-        """This process's samples of micro-batch `micro`, one batch a latent shape (one or, with odd class images, two)."""
+        """This process's samples of micro-batch `micro`, one batch for each latent shape (mostly one)."""
         size = self.config.train.batch_size
         first = (micro * self.processes + self.rank) * size
         instances = self._drawn(self.data.instances, step, range(first, first + size), "instance")
@@ -152,7 +152,7 @@ class Objective:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean loss on noise that no step draws, at fixed timestep quantiles: comparable from step to step and run to run."""
+        """Mean loss on noise that no step draws, at fixed timestep quantiles: comparable between steps and runs."""
         losses = [self.per_sample(batch, weighted=False) for batch in self._held_out()]
         return torch.cat(losses).mean().item()
 

@@ -46,7 +46,9 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
     return accelerator, dtype
 
 
-def choose_level(config: RunConfig, source: Any, accelerator: Accelerator, dtype: torch.dtype) -> tuple[memory.Level, str]:
+def choose_level(
+    config: RunConfig, source: Any, accelerator: Accelerator, dtype: torch.dtype
+) -> tuple[memory.Level, str]:
     """The memory level of all processes: what the main one finds room for."""
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     level, why = memory.choose(config, source.base_parameters(), samples, dtype, accelerator.device)
@@ -91,9 +93,13 @@ def _refuse_other_adapter(config: RunConfig, file: Any) -> None:
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
     starts = ("init_a", "init_b")  # how factors begin says nothing about factors that have been trained
-    other = [f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts]
+    other = [
+        f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
+    ]
     if other:
-        raise ValueError(f"train.init_from: {config.train.init_from} was trained with {', '.join(other)}; set the same here")
+        raise ValueError(
+            f"train.init_from: {config.train.init_from} was trained with {', '.join(other)}; set the same here"
+        )
 
 
 def free(device: torch.device) -> None:

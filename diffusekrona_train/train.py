@@ -2,22 +2,21 @@
 
     train(load_config("dog.yaml"))        # -> runs/dog/dog.safetensors
 
-Everything random in a step is a function of (seed, step, index in the global batch): see diffusion.draw. So a resumed run is
-the uninterrupted one, and two processes are one with twice the batch.
+Everything random in a step is a function of (seed, step, index in the global batch): see diffusion.draw. So a resumed
+run is the uninterrupted one, and two processes are one with twice the batch.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from diffusekrona_train import __version__, checkpoint, faults, folder, memory, setup, weights
+from diffusekrona_train import __version__, checkpoint, faults, folder, setup, weights
 from diffusekrona_train.cache import build_training_set
 from diffusekrona_train.config import RunConfig, dump_config
 from diffusekrona_train.descent import BAD_IN_A_ROW, Descent
@@ -25,37 +24,12 @@ from diffusekrona_train.diffusion import learning_rate_factor, noise_schedule
 from diffusekrona_train.families import open_model
 from diffusekrona_train.journal import Journal, Stop
 from diffusekrona_train.objective import Objective
+from diffusekrona_train.run import FIRST_STEPS, Run, fit_gradients, gradients
 from diffusekrona_train.validate import Gallery, Interrupted
-
-FIRST_STEPS = 3
-"""Out of memory in this many steps goes a level down; later it is a fault."""
 
 
 class Diverged(RuntimeError):
     """Several steps in a row were not finite."""
-
-
-@dataclass
-class Run:
-    """A run after set-up."""
-
-    config: RunConfig
-    folder: Path
-    source: Any
-    accelerator: Accelerator
-    level: memory.Level
-    objective: Objective
-    descent: Descent
-    gallery: Gallery
-    journal: Journal
-    stop: Stop
-    start: int
-    about: dict[str, Any]
-    """What every resume state of this run says: config, number of processes, mark of the data."""
-
-    @property
-    def main(self) -> bool:
-        return self.accelerator.is_main_process
 
 
 # ---- one step and the loop -----------------------------------------------------------------------------------------
@@ -71,13 +45,6 @@ def training_step(run: Run, step: int) -> torch.Tensor:
     else:
         gradients(run, step)
     return run.descent.step(learning_rate(run, step), run.stop.signum is not None)
-
-
-def gradients(run: Run, step: int) -> None:
-    """Forward and backward of this process's share of the global batch."""
-    for micro in range(run.config.train.gradient_accumulation):
-        run.descent.backward(run.objective.loss(step, micro))
-    faults.reach("step", step)
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -114,11 +81,10 @@ def log(run: Run, done: int) -> None:
     run.journal.log(done, run.objective.global_batch, {**line, **({"skipped": int(skipped)} if skipped else {})})
     if worst > BAD_IN_A_ROW - 0.01:
         kept = checkpoint.states(run.folder)
-        good = f"the last good checkpoint is {run.folder / 'checkpoints' / kept[0].name}" if kept else "there is no checkpoint"
-        rate = run.config.train.learning_rate
+        good = run.folder / "checkpoints" / kept[0].name if kept else "none"
         raise Diverged(
-            f"loss or gradient was not finite {BAD_IN_A_ROW} steps in a row before step {done}; {good}. Lower "
-            f"train.learning_rate ({rate:g}), or set train.mixed_precision: bf16 or no"
+            f"loss or gradient was not finite {BAD_IN_A_ROW} steps in a row before step {done}; last good checkpoint: "
+            f"{good}. Lower train.learning_rate ({run.config.train.learning_rate:g}) or use mixed_precision: bf16"
         )
 
 
@@ -145,7 +111,9 @@ def save(run: Run, done: int) -> None:
         except OSError as error:
             kept = checkpoint.states(run.folder)
             last = f"; the last good checkpoint is of {kept[0].name}, go on from it with --resume" if kept else ""
-            raise RuntimeError(f"the checkpoint of step {done} cannot be written ({error.strerror or error}){last}") from error
+            raise RuntimeError(
+                f"the checkpoint of step {done} cannot be written ({error.strerror or error}){last}"
+            ) from error
     run.accelerator.wait_for_everyone()
     run.journal.skip_time(began)
 
@@ -197,50 +165,6 @@ def refresh_report(run: Run) -> None:
             run.journal.say(f"report.html was not written ({type(error).__name__}: {error})")
 
 
-# ---- out of memory -------------------------------------------------------------------------------------------------
-
-
-def fit_gradients(run: Run, step: int) -> None:
-    """`gradients`, going down a memory level and starting the step again where it does not fit."""
-    while True:
-        short = False
-        try:
-            gradients(run, step)
-        except torch.OutOfMemoryError:
-            short = True
-        if run.accelerator.num_processes > 1:  # nobody may wait for gradients that another could not make
-            short = run.accelerator.reduce(torch.tensor([float(short)], device=run.accelerator.device)).item() > 0
-        if not short:
-            return
-        go_down(run)
-
-
-def go_down(run: Run) -> None:
-    """Takes the next memory level; RuntimeError at the lowest."""
-    run.descent.clear()
-    lower = memory.below(run.level, run.config)
-    if lower is None:
-        raise RuntimeError(memory.out_of_memory(run.level))
-    run.journal.say(f"out of memory with memory: {run.level.name}; going on with {lower.name}")
-    if lower.quantize == run.level.quantize:
-        run.objective.denoiser.enable_gradient_checkpointing()
-    else:
-        injection, device = run.objective.injection, run.accelerator.device
-        factors = {name: value.detach().cpu().clone() for name, value in injection.state_dict().items()}
-        moments = run.descent.optimizer.state_dict()
-        run.objective.denoiser = run.objective.injection = None
-        setup.free(device)
-        denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
-        run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
-        run.objective.injection.load_state_dict(factors)
-        meters = run.descent.meters
-        run.descent = Descent(run.objective.injection.parameters(), run.config.train, run.accelerator)
-        run.descent.optimizer.load_state_dict(moments)
-        run.descent.meters = meters
-    run.level = lower
-    setup.free(run.accelerator.device)
-
-
 # ---- the whole -----------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +172,8 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
     """Trains what the config describes; returns the final adapter file.
 
     Raises a one-line ValueError for what the user can put right, SystemExit(130 or 143) after a signal (saved), and
-    RuntimeError for a fault. `resume` goes on from the newest state in the output folder, `resume_from` from the given one.
+    RuntimeError for a fault. `resume` goes on from the newest state in the output folder, `resume_from` from the
+    given one.
     """
     stop, place = Stop(), Path(config.output).expanduser()
     resuming = resume or resume_from is not None
@@ -276,7 +201,12 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
 
 
 def assemble(
-    config: RunConfig, place: Path, accelerator: Accelerator, dtype: torch.dtype, state: checkpoint.State | None, stop: Stop
+    config: RunConfig,
+    place: Path,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    state: checkpoint.State | None,
+    stop: Stop,
 ) -> Run:
     """Everything that the loop needs, at the step where `state` left off."""
     tell = print if accelerator.is_main_process else lambda *_: None
@@ -323,7 +253,9 @@ def assemble(
 def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
     """Puts a resume state back; ValueError where the pictures or captions are others."""
     if state.about["data"] != about["data"]:
-        raise ValueError(f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on")
+        raise ValueError(
+            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
+        )
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if accelerator.scaler is not None and "scaler" in state.about:
@@ -345,11 +277,12 @@ def finish(run: Run) -> Path:
         run.journal.say(f"{path.stem}.png was not written ({type(error).__name__}: {error})")
     refresh_report(run)
     run.journal.close()
+    size = path.stat().st_size / 2**20
     minutes, seconds = divmod(round(run.journal.seconds), 60)
     prompt = config.validation.prompts[0] if config.validation.prompts else config.subject.prompt
     prompt = prompt.replace("{class}", config.subject.class_noun)
     print(
-        f"done: {config.train.steps} steps in {minutes} min {seconds} s, adapter {path} ({path.stat().st_size / 2**20:.1f} MiB)\n"
+        f"done: {config.train.steps} steps in {minutes} min {seconds} s: {path} ({size:.1f} MiB)\n"
         f'try it:   krona-sample --adapter {path} --prompt "{prompt}"\n'
         f"in code:  from diffusekrona_train.weights import load_adapter\n"
         f'          load_adapter(pipe, "{path}")\n'

@@ -28,7 +28,9 @@ class Gallery:
     def __init__(self, config: Any, source: Any, objective: Any, folder: Path):
         self.config, self.source, self.objective, self.folder = config, source, objective, folder
         self.jobs = [
-            (config.subject.fill(prompt), seed) for prompt in config.validation.prompts for seed in config.validation.seeds
+            (config.subject.fill(prompt), seed)
+            for prompt in config.validation.prompts
+            for seed in config.validation.seeds
         ]
         self._vae: Any = None
         self._scheduler: Any = None
@@ -65,7 +67,9 @@ class Gallery:
 
     def _pipeline(self) -> Any:
         if self._vae is None:
-            kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.data.vae_precision]
+            kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+                self.config.data.vae_precision
+            ]
             self._vae = self.source.load("vae", dtype=kind)["vae"]
             self._scheduler = self.source.load("scheduler")["scheduler"]
         parts = {"denoiser": self.objective.denoiser, "vae": self._vae, "scheduler": self._scheduler}

@@ -10,7 +10,9 @@ import typer
 
 from diffusekrona_train.cli import door
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train a Kronecker adapter on a few photos.")
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, help="Train a Kronecker adapter on a few photos."
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -20,7 +22,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="The YAML of the run (krona-train init writes one).")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one field.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest state in the output folder.")] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Go on from this state, e.g. runs/dog/resume/step-000100.")] = None,
+    resume_from: Annotated[Path | None, typer.Option(help="Go on from a state: runs/dog/resume/step-000100.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Say what the config would do, without training.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -29,7 +31,9 @@ def train(
     if context.invoked_subcommand:
         return
     if config is None:
-        raise ValueError("--config is missing: krona-train --config dog.yaml (krona-train init writes a config to start from)")
+        raise ValueError(
+            "--config is missing: krona-train --config dog.yaml (krona-train init writes one to start from)"
+        )
     from diffusekrona_train.config import load_config
 
     settings = load_config(config, set_ or [])
@@ -96,7 +100,9 @@ def starter() -> str:
 
 
 def _field(name: str, field: Any) -> list[str]:
-    default = "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False)
+    default = (
+        "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False)
+    )
     return [f"{field.alias or name}: {default}   # {field.description}"]
 
 
