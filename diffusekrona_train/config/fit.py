@@ -30,8 +30,8 @@ def check_factors(config: RunConfig) -> None:
             if width % value:
                 near = " and ".join(map(str, sorted(nearest_divisors(width, value))))
                 raise ValueError(
-                    f"adapter.{name}: {value} does not divide the {side} width {width} of the {projection} layers of {alias}; "
-                    f"nearest are {near} (or set adapter.on_indivisible: nearest)"
+                    f"adapter.{name}: {value} does not divide the {side} width {width} of the {projection} layers "
+                    f"of {alias}; nearest are {near} (or set adapter.on_indivisible: nearest)"
                 )
 
 
