@@ -178,10 +178,10 @@ def identifier_lines(config: RunConfig, source: Any, collection: Collection) -> 
     if not tokenizers:
         return [f"{token!r}: the tokenizers are not on this machine yet, so its tokens were not counted"]
     counts = [token_count(tokenizer, token) for tokenizer in tokenizers]
-    lines = [
-        f"{token!r}: {' and '.join(map(str, counts))} {'token' if counts == [1] else 'tokens'} (one a text encoder)"
-    ]
-    lines[0] = lines[0].replace(" (one a text encoder)", "" if len(counts) == 1 else " in the two text encoders")
+    where = "the text encoder" if len(counts) == 1 else "each text encoder"
+    lines = [f"{token!r}: {counts[0]} {'token' if counts[0] == 1 else 'tokens'} in {where}"]
+    if len(set(counts)) > 1:
+        lines = [f"{token!r}: {' and '.join(map(str, counts))} tokens in the text encoders"]
     known = list(dict.fromkeys(word for tokenizer in tokenizers for word in known_words(tokenizer, token)))
     if known:
         others = ", ".join(rare_words(tokenizers[0], token))

@@ -60,14 +60,14 @@ def known_words(tokenizer: Any, text: str) -> list[str]:
 
 
 def rare_words(tokenizer: Any, seed: str, count: int = 4) -> list[str]:
-    """Words of three or four letters that are a single, rare token: the same ones for the same `seed`."""
+    """Words of three letters that are a single, rare token: the same ones for the same `seed`."""
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) < 10_000:
         return []
-    # no vowel but y: letters that spell nothing are words to nobody
+    # no vowel: letters that spell nothing are words to nobody
     rare = sorted(
         token.removesuffix("</w>")
         for token, index in vocabulary.items()
-        if index > 0.95 * len(vocabulary) and re.fullmatch(r"[bcdfghjklmnpqrstvwxz]{3,4}</w>", token)
+        if index > 0.95 * len(vocabulary) and re.fullmatch(r"[bcdfghjklmnpqrstvwxz]{3}</w>", token)
     )
     return sorted(random.Random(seed).sample(rare, min(count, len(rare))))

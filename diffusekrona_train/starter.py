@@ -21,11 +21,13 @@ subject:
   images: {images}   # {photos}
   class: {class_noun}   # what it is, in one or two words
   token: sks   # the rare word that [V] stands for
-  prompt: "A [V] {{class}}"   # caption of photos that have no .txt beside them{files}
+  prompt: "A [V] {{class}}"   # caption of photos that have no .txt beside them
 
 adapter:
   type: krona   # A x B in place of LoRA's two thin matrices
-{factors}
+  a1: {a1}   # splits the input width
+  a2: {a2}   # splits the output width; [8, 64] shows finer detail on SDXL
+
 data:
   resolution: {resolution}   # {resolution_why}
   buckets: {buckets}   # {buckets_why}
@@ -34,7 +36,7 @@ train:
   steps: 500   # 1000 for a complex subject or long prompts
   learning_rate: 5e-4   # from 1e-3 on it overfits, below 1e-4 it ignores the photos
   batch_size: {batch_size}
-  memory: auto   # plain, checkpointing or nf4, by what is free on the card{memory_why}
+  memory: auto   # plain, checkpointing or nf4, by what is free on the card
   checkpoint_every: 100
   seed: 0
 
@@ -87,8 +89,8 @@ def starter_text(where: str, class_noun: str, target: Path) -> str:
         images=_quoted(where),
         photos=f"{len(pictures)} photos, {pictures[0].width} x {pictures[0].height} the first",
         class_noun=_quoted(class_noun),
-        files="",
-        factors=f"  a1: {config.adapter.a1}\n  a2: {config.adapter.a2}\n",
+        a1=config.adapter.a1,
+        a2=config.adapter.a2,
         resolution=resolution,
         resolution_why=resolution_why,
         buckets="true" if wide else "false",
@@ -96,7 +98,6 @@ def starter_text(where: str, class_noun: str, target: Path) -> str:
         if wide
         else "the photos are about square",
         batch_size=config.train.batch_size,
-        memory_why="",
         output=_quoted(f"runs/{target.stem}"),
     )
 
