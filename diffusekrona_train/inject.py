@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffusekrona_train.adapters import Options, build_adapter, plan
+from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.targets import find_layers, select_layers
 from diffusekrona_train.wrappers import AdaptedLinear, WholeModule, owners_of_parameters
@@ -69,7 +69,8 @@ class Injection:
             adapter.to(next(base.parameters()).device)
             self._sites[layer.name] = AdaptedLinear(base, adapter)
         for name, site in self._sites.items():
-            _replace(self.model, name, site)
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, site)
 
     def _inject_whole(self, names: list[str] | None) -> None:
         found = owners_of_parameters(self.model)
@@ -185,13 +186,8 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _foreign_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The model's own parameters: not those of adapters that are in it already."""
-    adapters = (site.adapter for site in model.modules() if isinstance(site, AdaptedLinear | WholeModule))
+    adapters = (module for module in model.modules() if isinstance(module, Fp32Module))
     own = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in own]
