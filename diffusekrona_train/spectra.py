@@ -115,6 +115,16 @@ class LayerSpectrum:
     singular_values: list[float]
     energy_rank_90: int
 
+    @property
+    def size(self) -> float:
+        """The relative norm, the absolute one where that is not known."""
+        return self.norm if self.relative is None else self.relative
+
+
+def strongest(rows: list[LayerSpectrum]) -> list[LayerSpectrum]:
+    """The layers that changed most first."""
+    return sorted(rows, key=lambda row: row.size, reverse=True)
+
 
 def measure(
     groups: dict[str, dict[str, Tensor]], layers: list, base_norms: dict[str, float] | None = None, top: int = 64
@@ -159,13 +169,13 @@ def norm_map(rows: list[LayerSpectrum], path: Path) -> Path:
     """Heat map of ‖ΔW‖ / ‖W‖ (or ‖ΔW‖): blocks along the network across, projections down."""
     plt = _pyplot()
     relative = all(row.relative is not None for row in rows)
-    columns = list(dict.fromkeys(_block(row.name) for row in rows))
+    # models list the middle after the end; along the network it stands between down and up
+    columns = sorted(dict.fromkeys(_block(row.name) for row in rows), key=lambda block: STAGES.index(block.split()[0]))
     present = {_role(row): None for row in rows}
     lines = [role for role in ROLES if role in present]
     grid = torch.full((len(lines), len(columns)), float("nan"))
     for row in rows:
-        value = row.relative if relative and row.relative is not None else row.norm
-        grid[lines.index(_role(row)), columns.index(_block(row.name))] = value
+        grid[lines.index(_role(row)), columns.index(_block(row.name))] = row.size if relative else row.norm
     figure, axes = plt.subplots(
         figsize=(max(6.0, 2.2 + 0.24 * len(columns)), 1.9 + 0.3 * len(lines)), layout="constrained"
     )
@@ -213,10 +223,9 @@ def factor_sheet(
     rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor]], path: Path, most: int = 24
 ) -> Path | None:
     """The factors A (a2, a1) of the layers that changed most, as images; None where the adapter has no whole A."""
-    chosen = [row for row in rows if "lokr_w1" in groups[row.name]]
+    chosen = strongest([row for row in rows if "lokr_w1" in groups[row.name]])[:most]
     if not chosen:
         return None
-    chosen = sorted(chosen, key=lambda row: row.relative if row.relative is not None else row.norm, reverse=True)[:most]
     plt = _pyplot()
     across = min(8, len(chosen))
     down = math.ceil(len(chosen) / across)
@@ -243,6 +252,9 @@ def factor_sheet(
 ROLES = [f"{kind} {letter}" for kind in ("self", "cross") for letter in "qkvo"] + ["ffn in", "ffn out"]
 
 
+STAGES = ("down", "mid", "up", "other")
+
+
 def _role(row: LayerSpectrum) -> str:
     if row.kind != "ffn":
         return f"{row.kind} {row.projection}"
@@ -253,7 +265,8 @@ def _block(name: str) -> str:
     """down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q -> 'down 1.0.0'."""
     parts = name.split(".")
     numbers = [part for part in parts[: max(len(parts) - 2, 1)] if part.isdigit()]
-    return f"{parts[0].split('_')[0]} {'.'.join(numbers[:3])}"
+    stage = parts[0].split("_")[0]
+    return f"{stage if stage in STAGES else 'other'} {'.'.join(numbers[:3])}"
 
 
 def _lying(matrix: Tensor) -> Tensor:
