@@ -28,7 +28,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
             if file.is_file():
                 _flush(file)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from None  # names what the user knows
         _flush(target.parent)
     finally:
         shutil.rmtree(room, ignore_errors=True)

@@ -42,6 +42,27 @@ def door(command: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
+def enter(app: Callable[..., Any]) -> NoReturn:
+    """Run a door's typer app: a wrong option or argument is one line too, with exit status 2."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not _is_control_flow(error):
+            raise
+        if type(error).__name__ == "Abort":
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+        text: Any = getattr(error, "format_message", lambda: str(error))
+        context: Any = getattr(error, "ctx", None)
+        if not text() or type(error).__name__ == "NoArgsIsHelpError":
+            getattr(error, "show", lambda: None)()
+        else:
+            hint = f" ({context.command_path} --help lists what there is)" if context else ""
+            print(f"error: {' '.join(text().split())}{hint}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line: a pydantic error as `field: what is wrong`, an OSError with its file."""
     details: Any = getattr(error, "errors", None)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffusekrona_train.cli import door
+from diffusekrona_train.cli import door, enter
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -84,7 +84,7 @@ def convert(
 
 
 def main() -> None:
-    app()
+    enter(app)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door
+from diffusekrona_train.cli import door, enter
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, help="Train a Kronecker adapter on a few photos."
@@ -108,7 +108,7 @@ def _field(name: str, field: Any) -> list[str]:
 
 def main() -> None:
     """The entry point of krona-train and of `python -m diffusekrona_train`."""
-    app()
+    enter(app)
 
 
 if __name__ == "__main__":
