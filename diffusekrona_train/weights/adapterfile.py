@@ -150,11 +150,17 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
     try:
         info = json.loads(metadata[KEY])
         spec = AdapterConfig.model_validate(info["adapter"])
-        family, options = info["family"], info["options"]
+        family, options = str(info["family"]), dict(info["options"])
         per_block = int(info["layers_per_block"])
         describe = whole_module if spec.targets == "all" else tables.describe_layer
-        layers = [describe(name, *widths) for name, widths in zip(info["layers"], info["widths"], strict=True)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        widths = [(int(width_in), int(width_out)) for width_in, width_out in info["widths"]]
+        layers = [describe(name, *pair) for name, pair in zip(info["layers"], widths, strict=True)]
+        shapes = {
+            layer.name: ADAPTERS[spec.type].shapes(layer, options[layer.name], spec)
+            for layer in layers
+            if layer.name in options and layer.kind != "all"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         what = (
             f"{error.errors()[0]['loc']}" if isinstance(error, ValidationError) else f"{type(error).__name__} {error}"
         )
@@ -173,7 +179,7 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
             raise ValueError(f"its JSON under {KEY!r} has no options for layer {layer.name}")
         if layer.kind == "all":
             continue
-        _check_shapes(layer, by_layer[layer.name], ADAPTERS[spec.type].shapes(layer, options[layer.name], spec))
+        _check_shapes(layer, by_layer[layer.name], shapes[layer.name])
     own = {key: value for key, value in info.items() if key not in ("options", "widths")}
     return AdapterFile(path, by_layer, metadata, own, spec, family, layers, options, per_block)
 

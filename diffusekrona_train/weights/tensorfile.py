@@ -75,7 +75,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_numbers(what: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
+    if tensor.dtype not in (torch.float64, *DTYPES.values()):
         raise ValueError(
             f"{what} has type {str(tensor.dtype).removeprefix('torch.')}; an adapter holds fp32, fp16 or bf16"
         )
@@ -87,13 +87,14 @@ def _check_header(path: Path) -> None:
     """The damage that the library reports in its own words, or not at all, in ours."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the .safetensors file inside it")
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: {'is no regular file' if path.exists() else 'no such file'}")
     with open(path, "rb") as file:
-        start = file.read(8)
+        start, mark = file.read(8), file.read(1)
+        file.seek(8)
         size = path.stat().st_size
-        # a header length may begin with a pickle's \x80 too, but its last four bytes are 0
-        pickled = start[:1] == b"\x80" and start[4:] != b"\0" * 4
+        # a header's length may begin with a pickle's \x80 too, but a header begins with a brace
+        pickled = start[:1] == b"\x80" and mark != b"{"
         if path.suffix.lower() in PICKLES or pickled or start[:4] == b"PK\x03\x04":
             raise ValueError(
                 f"{path}: is a pickle, which runs code when it is loaded; convert it to .safetensors first"
@@ -108,7 +109,7 @@ def _check_header(path: Path) -> None:
         entries = json.loads(header)
         ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
         promised = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         raise ValueError(f"{path}: its header is not the JSON of a safetensors file") from None
     if promised != size:
         what = "is truncated" if promised > size else "has bytes after its end"
