@@ -1,24 +1,16 @@
-"""The HTML page of a run or an evaluation, its charts, and the labelled contact sheet that every other room uses.
-
-`contact_sheet` needs PIL alone; matplotlib and jinja2 are imported where a page is written. A page is one file: pictures are
-data URIs, charts are inline SVG whose colours follow the reader's light or dark theme, and a content policy forbids requests.
-"""
+"""The labelled contact sheet that every room uses: rows of pictures in one PNG. PIL alone."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
-import math
-import re
+import functools
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import atomic
+from diffusekrona_train.files import atomic
 
 INK, PAPER, PALE = (32, 33, 36), (255, 255, 255), (225, 228, 232)
 
@@ -40,7 +32,8 @@ def contact_sheet(
         raise ValueError(f"contact sheet {Path(path).name}: there are no pictures to draw")
     cell = cell or max(128, min(320, max(max(p.size) for _, pictures in rows for p in pictures)))
     gap, margin, size = max(4, cell // 32), max(10, cell // 16), max(12, cell // 11)
-    font, small, bold = (ImageFont.load_default(n) for n in (size, max(11, size - 2), size + 4))
+    text = "".join([title, *columns, *(label for label, _ in rows)])
+    font, small, bold = (_font(n, text.isascii()) for n in (size, max(11, size - 2), size + 4))
     width = 2 * margin + max(max(len(p) for _, p in rows), 2) * (cell + gap) - gap
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     heads = [_fit_text(draw, text, small, cell) for text in columns]
@@ -71,13 +64,25 @@ def contact_sheet(
     return Path(path)
 
 
+@functools.cache
+def _font(size: int, ascii_only: bool) -> Any:
+    """PIL's own scalable font; it has no accents, so other text takes the font that comes with matplotlib, if there."""
+    plotting = None if ascii_only else importlib.util.find_spec("matplotlib")
+    if plotting is not None and plotting.origin:
+        wide = Path(plotting.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if wide.is_file():
+            return ImageFont.truetype(str(wide), size)
+    return ImageFont.load_default(size)
+
+
 def fit(picture: Image.Image, cell: int) -> Image.Image:
     """The picture as RGB within a (cell, cell) square, aspect kept; enlarged by whole factors, reduced with Lanczos."""
     factor = cell / max(picture.size)
     picture = picture.convert("RGB")
     if factor >= 1:
         return picture.resize((picture.width * int(factor), picture.height * int(factor)), Image.Resampling.NEAREST)
-    return picture.resize((max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), Image.Resampling.LANCZOS)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[str]:
