@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door
+from diffusekrona_train.cli import door, enter
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -208,7 +208,7 @@ def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
 
 def main() -> None:
     """Entry point of the command krona-sample."""
-    app()
+    enter(app)
 
 
 if __name__ == "__main__":
