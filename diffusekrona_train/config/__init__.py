@@ -135,7 +135,7 @@ def _describe(item: Any) -> str:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     place = _cut(repr(place)[1:-1])
     if item["type"] == "extra_forbidden":
-        return _unknown_key(parts)
+        return _unknown_key(item["loc"])
     if item["type"] == "missing":
         return f"{place} is missing: {_docstring(parts)}"
     if item["type"] == "value_error":
@@ -189,11 +189,13 @@ def _unknown_key(parts: Sequence[Any]) -> str:
     model = _section(parts)
     known = _keys(model) if model else []
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    elsewhere = {name: f"{section}.{name}" for section, inner in _sections().items() for name in _keys(inner)}
+    sections = sorted(_sections().items(), key=lambda item: item[0] == "train")  # of two `steps`, train's is meant
+    elsewhere = {name: f"{section}.{name}" for section, inner in sections for name in _keys(inner)}
     if not near:
         near = [elsewhere[name] for name in difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)]
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-    return f"{_cut(repr(place)[1:-1])} is not a known key; {hint}"
+    shown = _cut(repr(place)[1:-1]) if place.strip() else repr(place)
+    return f"{shown} is not a known key; {hint}"
 
 
 def _docstring(parts: Sequence[Any]) -> str:

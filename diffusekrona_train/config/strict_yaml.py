@@ -113,6 +113,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in the file at `path` (at most 1 MB of UTF-8); ValueError of one line naming the file."""
     path = Path(path)
     shown = _short(str(path), quote=False)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{shown}: is a link that leads nowhere")
     if not path.exists():
         near = sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; there is {_short(str(near[0]), quote=False)}" if near else ""
