@@ -38,6 +38,7 @@ def check_config(config: RunConfig) -> None:
     """Print what training would do and draw the contact sheet; ValueError where it could not start."""
     from diffusekrona_train.families import open_model
 
+    _check_start(config.train.init_from)
     collection = collect(config)
     crops = plan_crops(collection.pictures, config.data, config.train.seed)
     _print("photos", photo_lines(config, collection))
@@ -61,6 +62,17 @@ def check_config(config: RunConfig) -> None:
     _print("disk", disk_lines(config, source, collection, trainable))
     _print("device", device_lines())
     print("nothing was trained: run it without --check")
+
+
+def _check_start(init_from: str | None) -> None:
+    """ValueError where the adapter to go on from cannot be read."""
+    if init_from is not None:
+        from diffusekrona_train.weights import read_adapter
+
+        try:
+            read_adapter(Path(init_from).expanduser())
+        except ValueError as error:
+            raise ValueError(f"train.init_from: {error}") from None
 
 
 def _print(title: str, lines: Iterable[str]) -> None:
