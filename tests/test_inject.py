@@ -1,4 +1,4 @@
-"""inject.py, targets.py, wrappers.py: on small UNets of the real layouts, and on a small attention model of our own."""
+"""inject.py, targets.py and wrappers.py, on small UNets of the real layouts and a small attention model of our own."""
 
 from __future__ import annotations
 

@@ -1,0 +1,113 @@
+"""The house: imports go down only, as README.md draws it; heavy libraries stay in their rooms; modules are small."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "diffusekrona_train"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+LINES, FUNCTION_LINES = 320, 60
+DOORS = ["train", "sample", "evaluate", "inspect", "convert"]
+HEAVY = [
+    "torch",
+    "diffusers",
+    "transformers",
+    "matplotlib",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "peft",
+    "lycoris",
+]
+ONLY_IN = {
+    "diffusers": {"families"},
+    "transformers": {"families", "metrics", "identifier"},
+    "datasets": {"data"},
+    "jinja2": {"report"},
+}
+TORCH_ALONE = {"kron", "diffusion"}
+NO_TORCH = {"config", "factors", "files"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names of all modules that are imported anywhere in the file, inside functions and for type checks too."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def packages(tree: ast.AST) -> set[str]:
+    return {name.split(".")[0] for name in imported(tree)}
+
+
+def neighbours(path: Path) -> set[str]:
+    """Other rooms of the house that this file imports."""
+    names = (name.split(".") for name in imported(TREES[path]))
+    return {parts[1] for parts in names if parts[0] == PACKAGE.name and len(parts) > 1} & set(FLOORS) - {room_of(path)}
+
+
+def floors_of_the_readme() -> dict[str, int]:
+    """Room -> floor, from the rows `| 4 | `inject`, `sample` | … |` of README.md."""
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    return {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+
+
+FLOORS = floors_of_the_readme()
+
+
+def test_the_readme_has_every_room_and_no_other():
+    rooms = {room_of(path) for path in FILES} - {"__init__"}
+    assert rooms - set(FLOORS) == set(), "rooms that the table in README.md does not have"
+    assert set(FLOORS) - rooms == set(), "rows of README.md without a room"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    for other in neighbours(path):
+        assert FLOORS[other] < FLOORS[room_of(path)], f"{room_of(path)} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_libraries_stay_in_their_rooms(path):
+    room, names = room_of(path), packages(TREES[path])
+    for library, rooms in ONLY_IN.items():
+        assert library not in names or room in rooms, f"{room} imports {library}; only {', '.join(rooms)} may"
+    if room in TORCH_ALONE:
+        assert names - set(sys.stdlib_module_names) <= {"torch"}
+    if room in NO_TORCH:
+        assert "torch" not in names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_say_what_they_are_and_stay_small(path):
+    tree, text = TREES[path], path.read_text(encoding="utf-8")
+    assert ast.get_docstring(tree), "no module docstring"
+    assert len(text.splitlines()) <= LINES
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = (node.end_lineno or 0) - node.body[0].lineno  # a door's options are its signature, not its length
+            assert body < FUNCTION_LINES, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_doors_import_nothing_heavy_before_a_command_runs(door):
+    code = f"import sys, {PACKAGE.name}.cli.{door}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
