@@ -15,8 +15,10 @@ RARE_SHARE = 0.9
 
 def local_tokenizers(source: Any) -> list[Any]:
     """The model's tokenizers, one a text encoder; empty where they are not on this machine."""
+    import transformers
     from transformers import CLIPTokenizer
 
+    transformers.logging.set_verbosity_error()  # a long caption is told in our own words
     found = []
     for part in source.family.tokenizers:
         try:

@@ -81,6 +81,8 @@ def _find(subject: SubjectConfig) -> Found:
             return source(where, subject)
     except OSError as error:
         raise ValueError(f"subject.images: {printable(where)} cannot be read ({error.strerror})") from None
+    if Path(where).expanduser().exists():
+        raise ValueError(f"subject.images: {printable(where)} is no folder, image or data set")
     raise ValueError(f"subject.images: {printable(where)} is not there{_nearest(Path(where).expanduser())}")
 
 

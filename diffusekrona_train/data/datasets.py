@@ -27,21 +27,26 @@ def read_dataset(path: Path, limit: int | None) -> Found:
     """The images of a data set on disk; ValueError where it holds none or is damaged."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says it
     shown = printable(str(path))
-    try:
-        if path.is_dir() and any((path / name).is_file() for name in _SAVED):
-            return _rows(datasets.load_from_disk(str(path)), limit, shown)
-        files = [path] if path.is_file() else _table_files(path)
-        with tempfile.TemporaryDirectory() as scratch:
-            kind = _TABLES[files[0].suffix.lower()]
-            names = [str(file) for file in files]
-            table = datasets.load_dataset(kind, data_files=names, split="train", cache_dir=scratch, keep_in_memory=True)
-            return _rows(table, limit, shown)
-    except ValueError:
-        raise
-    except Exception as error:
-        # pyarrow and datasets have errors of their own for every kind of damage
-        raise ValueError(f"{shown}: is no data set that can be read ({_first_line(error)})") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            table = _load(path, scratch)
+        except Exception as error:
+            # pyarrow and datasets have errors of their own for every kind of damage, some of them ValueErrors
+            raise ValueError(f"{shown}: is no data set that can be read ({_first_line(error)})") from None
+        return _rows(table, limit, shown)
+
+
+def _load(path: Path, scratch: str) -> Any:
+    import datasets
+
+    if path.is_dir() and any((path / name).is_file() for name in _SAVED):
+        return datasets.load_from_disk(str(path))
+    files = [path] if path.is_file() else _table_files(path)
+    kind = _TABLES[files[0].suffix.lower()]
+    names = [str(file) for file in files]
+    return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=scratch, keep_in_memory=True)
 
 
 def read_hub(name: str, limit: int | None) -> Found:
