@@ -1,7 +1,7 @@
 """A model that was found but not loaded: its parts on request, its configs, layers and identity.
 
-`LocalModel` is a diffusers folder; hub.py beside it adds the hub repository, singlefile.py the single file. Each answers
-`config(part)` and `load_part(part, cls, dtype)`. diffusers and transformers are imported when a part is loaded.
+`LocalModel` is a diffusers folder; hub.py beside it adds the hub repository, singlefile.py the single file. Each
+answers `config(part)` and `load_part(part, cls, dtype)`; diffusers and transformers are imported when a part is loaded.
 """
 
 from __future__ import annotations
