@@ -1,0 +1,73 @@
+"""Runs real doors against every fault and every bad input of the tables in scripts/faults/, and ends `held N of N`.
+
+    python scripts/fault_matrix.py                          # all cases: about 20 minutes on two cores
+    python scripts/fault_matrix.py --area config --fast     # one area; only what the tests run
+    python scripts/fault_matrix.py --fuzz-seconds 600       # and ten minutes of random configs, headers and images
+    python scripts/fault_matrix.py --markdown docs/reliability.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+from scripts.faults import doors, fuzz, page  # noqa: E402
+from scripts.faults.harness import Result, run_case, same_lines  # noqa: E402
+from scripts.faults.sandbox import Shared  # noqa: E402
+from scripts.faults.tables import AREAS, all_cases  # noqa: E402
+
+
+def main() -> int:
+    options = _options()
+    chosen = [case for case in all_cases(options.area) if (case.fast or not options.fast) and options.only in case.name]
+    if any(case.how == "fork" and not case.fast for case in chosen):
+        doors.preload()
+    started, results = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="krona-faults-") as room:
+        shared = Shared(Path(room))
+        for case in chosen:
+            results.append(run_case(case, shared, options.keep))
+            _print(results[-1])
+    twins = same_lines(results)
+    for twin in twins:
+        print(f"the same line twice: {twin}")
+    fuzzed = fuzz.run(options.fuzz_seconds) if options.fuzz_seconds else []
+    for outcome in fuzzed:
+        print(outcome)
+    held = sum(not result.problems for result in results)
+    if options.markdown:
+        page.write(options.markdown, results, fuzzed)
+    print(f"{time.monotonic() - started:.0f} s")
+    print(f"held {held} of {len(results)}")
+    return 0 if held == len(results) and not twins and all(outcome.held for outcome in fuzzed) else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--area", choices=AREAS, help="only the cases of one area")
+    parser.add_argument("--only", default="", help="only cases whose name holds this text")
+    parser.add_argument("--fast", action="store_true", help="only the cases that the tests run too")
+    parser.add_argument("--fuzz-seconds", type=float, default=0, help="seconds of fuzzing, shared by the fuzzers")
+    parser.add_argument("--keep", type=Path, help="folder for the sandboxes of cases that fail")
+    parser.add_argument("--markdown", type=Path, help="write the table as Markdown to this file")
+    return parser.parse_args()
+
+
+def _print(result: Result) -> None:
+    word = "FAILED" if result.problems else "held  "
+    print(f"{word} {result.case.area}: {result.case.name} [{result.seconds:.1f} s] {result.line[:160]}", flush=True)
+    for problem in result.problems:
+        print(f"       {problem}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
