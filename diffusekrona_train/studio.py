@@ -218,7 +218,7 @@ class Studio:
     ):
         self.source, self.family, self.memory = source, source.family, memory
         self._conditioning = encode_texts(source, texts, device)
-        self._scale: float | None = 0.0
+        self._scale: Any = "not set"
         dtype = pick_dtype(memory.dtype, device)
         place = device if memory.offload == "none" else torch.device("cpu")
         denoiser = source.load_denoiser(dtype, place, memory.quantize)

@@ -50,7 +50,7 @@ def unet_names(unet) -> dict[str, Tensor]:
         "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
     }
-    for i, block in enumerate(unet.down_blocks):
+    for i in range(len(unet.down_blocks)):
         for j in range(2):
             prefixes[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{3 * i + j + 1}.0"
             prefixes[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{3 * i + j + 1}.1"

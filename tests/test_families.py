@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from tests.original_layout import vae_names, write_checkpoint
-from tests.tiny import make_pipeline
 
 from diffusekrona_train import families
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.families import FAMILIES, hub, open_model, singlefile, source, tables
 from diffusekrona_train.inject import find_layers, inject
+from tests.original_layout import vae_names, write_checkpoint
+from tests.tiny import make_pipeline
 
 KINDS = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
 PROMPTS = ["A photo of a dog on the beach", "", "snow " * 100]
@@ -292,10 +292,9 @@ def bad_models(folders, tmp_path):
         save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / name)
         return str(tmp_path / name)
 
-    unet = {
-        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
-        "model.diffusion_model.out.2.weight": (4, 8, 3, 3),
-    }
+    entry, cross = "model.diffusion_model.input_blocks.0.0.weight", "a.attn2.to_k.weight"
+    unet = {entry: (8, 4, 3, 3), "model.diffusion_model.out.2.weight": (4, 8, 3, 3)}
+    whole = {**unet, cross: (8, 32), "first_stage_model.x": (1,), "cond_stage_model.x": (1,)}
     no_part = tmp_path / "partial"
     shutil.copytree(folders["sd15"], no_part)
     shutil.rmtree(no_part / "unet")
@@ -319,11 +318,10 @@ def bad_models(folders, tmp_path):
         file("lora.safetensors", {"a.lora_down.weight": (1, 1)}): "is an adapter, not a model",
         file("flux.safetensors", {"double_blocks.0": (1,)}): "a whole Stable Diffusion checkpoint is needed",
         file("unet.safetensors", unet): "holds no VAE",
-        file("paint.safetensors", {**unet, "model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}): "9 input channels",
-        file("small.safetensors", {**unet, "a.attn2.to_k.weight": (8, 32), "first_stage_model.x": (1,), "cond_stage_model.x": (1,)}):
-            "text width 32",
+        file("paint.safetensors", {**unet, entry: (8, 9, 3, 3)}): "9 input channels",
+        file("small.safetensors", whole): "text width 32",
         "owner/name": "hub cannot be reached",
-    }  # fmt: skip
+    }
 
 
 def test_every_bad_model_is_one_line(folders, tmp_path):

@@ -91,7 +91,8 @@ def sample(
     found = studio.base_model_of(subjects, model, run if run and run.is_dir() else None)
     given = {"revision": revision, "variant": variant, "vae": vae, "model_config_dir": model_config_dir}
     found |= {name: value for name, value in given.items() if value is not None}
-    folder = output or (uses[0][0].parent if uses else Path.cwd()) / "pictures"
+    home = run if run and run.is_dir() else uses[0][0].parent if uses else Path.cwd()
+    folder = output or home / "pictures"
     drawn = {"prompts": prompts, "seeds": range(seed, seed + num_images), "wanted": wanted, "sweeps": sweep or []}
     _draw(subjects, found, memory, drawn, folder, scale, base, sheet, batch_size, overwrite)
 

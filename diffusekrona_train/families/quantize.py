@@ -34,8 +34,8 @@ def _quantized(bnb: Any, linear: nn.Linear, kind: str, compute_dtype: torch.dtyp
     bias = linear.bias is not None
     if kind == "nf4":
         new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4")
-        # on a CPU with AVX512-BF16, bitsandbytes 0.50 would repack the weights at the first call without gradients, for a
-        # kernel that has no backward pass and misreads permuted inputs
+        # on a CPU with AVX512-BF16, bitsandbytes 0.50 would repack the weights at the first call without gradients, for
+        # a kernel that has no backward pass and misreads permuted inputs
         new.support_avx512bf16_for_cpu = False
         new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
     else:
