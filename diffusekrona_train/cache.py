@@ -179,7 +179,7 @@ def _text_maker(source: Any, device: Any) -> Callable[[str], dict[str, Tensor]]:
 def _fingerprint(source: Any, *parts: str) -> list[str]:
     """What tells two local folders with the same denoiser apart: name, size and both ends of each file of `parts`."""
     root = getattr(getattr(source, "place", None), "path", None)
-    if root is None or not Path(root).is_dir() or source.identity == "toybox":
+    if root is None or not Path(root).is_dir():
         return []
     marks = []
     for part in parts:
