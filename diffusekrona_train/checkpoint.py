@@ -70,8 +70,8 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `step` under the run folder; returns the adapter file.
 
-    The adapter comes first, then the resume state, then older states beyond `keep` go. OSError (a full disk) leaves
-    what stood before as it was.
+    The adapter comes first, then the resume state, then states beyond `keep` and those of later steps go.
+    OSError (a full disk) leaves what stood before as it was.
     """
     faults.reach("adapter", step)
     adapter = folder / "checkpoints" / name_of(step) / "adapter.safetensors"
@@ -88,9 +88,15 @@ def save(
         save_file(copies, temporary, metadata={"krona": json.dumps(header)})
         faults.reach("state", step)
     faults.reach("rotation", step)
-    for old in states(folder)[keep:]:
+    for old in [*_later(folder, step), *states(folder)[keep:]]:
         shutil.rmtree(old, ignore_errors=True)
     return adapter
+
+
+def _later(folder: Path, step: int) -> list[Path]:
+    """What a run left behind that was rewound to before it: it belongs to another line of steps."""
+    found = [*(folder / "resume").glob("step-*"), *(folder / "checkpoints").glob("step-*")]
+    return [path for path in found if (_step_of(path) or 0) > step]
 
 
 def name_of(step: int) -> str:
