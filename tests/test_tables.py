@@ -1,4 +1,4 @@
-"""The layer tables against diffusers' real classes on the meta device, and the file names against diffusers' own map."""
+"""The layer tables against diffusers' real classes on the meta device, the file names against its own map."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def test_sgm_names_lead_back_to_diffusers_by_diffusers_own_map():
 
 def test_names_are_those_of_the_other_tools():
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
-    assert tables.file_name("sd", name) == (
-        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    )
+    assert tables.file_name("sd", name) == ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0")
     assert tables.file_name("sdxl", name) == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"
     assert tables.file_name("flux", name).startswith("lycoris_down_blocks_1")
     assert "input_blocks_3_1" in tables.file_name("sdxl", name, layers_per_block=1)
@@ -93,7 +91,9 @@ def test_unknown_names_are_refused():
 
 
 def test_the_tables_need_no_diffusers():
-    code = "import sys; from diffusekrona_train.families import tables; tables.layer_table('sdxl'); " \
+    code = (
+        "import sys; from diffusekrona_train.families import tables; tables.layer_table('sdxl'); "
         "print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

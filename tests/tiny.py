@@ -13,7 +13,9 @@ WORDS = ("dog", "cat", "the", "beach", "snow", "photo", "teapot")
 END = "</w>"
 
 
-def make_pipeline(kind: str, folder: str | Path, *, prediction_type: str = "epsilon", seed: int = 0, width: int = 32) -> Path:
+def make_pipeline(
+    kind: str, folder: str | Path, *, prediction_type: str = "epsilon", seed: int = 0, width: int = 32
+) -> Path:
     """Writes a random pipeline of `kind` ("sd15", "sd21" or "sdxl") to `folder` and returns it.
 
     `width` is the width of the first UNet block; the others follow (sd: w, 2w, 2w, 2w; sdxl: w, 2w, 4w). Latents are
@@ -37,7 +39,9 @@ def make_pipeline(kind: str, folder: str | Path, *, prediction_type: str = "epsi
             parts |= {"text_encoder_2": _text_tower(tokenizer_2, projection=True), "tokenizer_2": tokenizer_2}
             pipe = StableDiffusionXLPipeline(**parts)
         else:
-            pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            pipe = StableDiffusionPipeline(
+                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
     pipe.save_pretrained(folder)
     return Path(folder)
 
@@ -84,7 +88,12 @@ def make_tokenizer(folder: Path, pad: str):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad}
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    }
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))

@@ -174,6 +174,7 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
     if extra := sorted(groups.keys() - names.values()):
         raise ValueError(f"layer {extra[0]} is extra: its own description does not list it ({len(extra)} such)")
     by_layer = {name: groups[names[name]] for name in names}
+    options = {name: options[name] for name in names if name in options}  # JSON objects keep no order
     for layer in layers:
         if layer.name not in options:
             raise ValueError(f"its JSON under {KEY!r} has no options for layer {layer.name}")

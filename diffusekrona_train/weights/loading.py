@@ -66,6 +66,8 @@ def load_adapter(pipe_or_model: Any, path: str | Path, strength: float = 1.0) ->
     model = _denoiser(pipe_or_model)
     injection = inject_file(model, read_adapter(path))
     injection.set_strength(strength)
+    for parameter in injection.parameters():
+        parameter.requires_grad_(False)  # for rendering; training injects by itself
     _loaded(model).append(injection)
     return injection
 

@@ -64,7 +64,7 @@ def cast(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
         raise ValueError(f"dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}")
     result = {key: tensor.to(DTYPES[dtype]) for key, tensor in tensors.items()}
     for key, tensor in result.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()) and bool(torch.isfinite(tensors[key]).all()):
             largest = float(tensors[key].abs().max())
             raise ValueError(f"tensor {key} reaches {largest:.3g}, too large for {dtype}; write bf16 or fp32")
     return result
