@@ -6,6 +6,7 @@ Whatever is wrong with a file (truncated, no image at all, too large to be one) 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,8 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", 
 HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 MIN_SIDE = 16
 """Pixels; below this there is nothing to learn from."""
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our one line says what is wrong with a file
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
