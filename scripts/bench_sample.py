@@ -1,0 +1,71 @@
+"""What an adapter costs at sampling time: seconds a picture for the bare base, the fused adapter and the adapter apart.
+
+    python scripts/bench_sample.py                 # toybox on one CPU thread
+    python scripts/bench_sample.py --model sdxl --steps 50 --dtype fp16
+
+The variants take turns, so that a slow minute of the machine hits all alike; the median of the rounds is printed. On a
+CPU the clock counts the process' own time, on a GPU the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.families import open_model
+from diffusekrona_train.inject import inject
+from diffusekrona_train.sample import SampleSettings, render
+from diffusekrona_train.studio import DTYPES, encode_texts, pick_device
+
+PROMPT = "a dog on the grass"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="toybox")
+    parser.add_argument("--a1", type=int, default=4)
+    parser.add_argument("--a2", type=int, default=4, help="64 is the paper's choice for SDXL")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    given = parser.parse_args()
+    device = pick_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    source = open_model(given.model)
+    texts = encode_texts(source, [PROMPT, ""], device)
+    parts = source.load("vae", "scheduler", device=device)
+    parts["denoiser"] = source.load_denoiser(DTYPES[given.dtype], device)
+    pipe = source.family.pipeline(parts)
+    settings = SampleSettings(given.steps, 4.0)
+
+    def draw() -> float:
+        start = clock()
+        render(pipe, source.family, [(PROMPT, 0)], settings, conditioning_of=texts.__getitem__)
+        return clock() - start
+
+    seconds: dict[str, list[float]] = {"bare base": [], "fused adapter": [], "adapter apart": []}
+    for round_number in range(given.rounds + 1):  # the first one warms up
+        times = {"bare base": draw()}
+        injection = inject(parts["denoiser"], AdapterConfig(a1=given.a1, a2=given.a2))
+        times["adapter apart"] = draw()
+        injection.fuse()
+        times["fused adapter"] = draw()
+        injection.eject()
+        for name, value in times.items():
+            seconds[name].extend([value] if round_number else [])
+    base = statistics.median(seconds["bare base"])
+    print(f"{given.model}, {given.steps} steps, {given.dtype}, {device}, median of {given.rounds}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:14} {median:7.3f} s  {median / base:5.3f}x  ({min(values):.3f} to {max(values):.3f})")
+
+
+if __name__ == "__main__":
+    main()
