@@ -15,7 +15,7 @@ PROMPT = "A [V] dog"
 
 
 def native(path: Path, alias: str = "toybox", info: dict[str, Any] | None = None, **spec: Any) -> Path:
-    """An adapter file of this project for the model `alias`, its B not zero; `spec` as in the YAML's adapter section."""
+    """An adapter file of this project for the model `alias`, its B not zero; `spec` as in the YAML."""
     import torch
 
     from diffusekrona_train.adapters import build_adapter, plan

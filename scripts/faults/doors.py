@@ -1,7 +1,7 @@
 """Calling a door and catching all it prints: in this process, in a forked child, or as a program of its own.
 
-A forked child shares what is imported already, so that killing a real process costs no start of torch; what it prints is
-caught at the level of file descriptors, C libraries included.
+A forked child shares what is imported already, so that killing a real process costs no start of torch. What is
+printed is caught at the level of file descriptors, C libraries included.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Random input within a budget of time: configs, adapter headers, image bytes, captions. Each either works or is one line.
+"""Random input within a budget of time: configs, adapter files, image bytes. Each either works or is one line.
 
-    run(seconds)          # all fuzzers, an equal share of the time each; the tests run `try_out(name, examples)`
+run(seconds)          # all fuzzers, an equal share of the time each; the tests run `try_out(name, examples)`
 """
 
 from __future__ import annotations
@@ -75,13 +75,17 @@ def try_out(name: str, examples: int, start: int = 0) -> Outcome:
 
 def _values() -> st.SearchStrategy:
     """What YAML can hold, with a liking for numbers at the edges and words that mean something."""
-    words = st.sampled_from(["", " ", "auto", "none", "all", "krona", "q", "fp16", "1e-4", "[V]", "{class}", "toybox", "..", "4M"])
+    words = st.sampled_from(
+        ["", " ", "auto", "none", "all", "krona", "q", "fp16", "1e-4", "[V]", "{class}", "toybox", "..", "4M"]
+    )
     leaves = (
         st.none() | st.booleans() | st.integers() | st.sampled_from([0, -1, 2**63, 10**30, 1e308]) | st.floats() | words
     )
     leaves |= st.text(max_size=12)
     keys = words | st.text(max_size=8)
-    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=8)
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
+    )
 
 
 @cache
@@ -116,8 +120,37 @@ def _probe_config(changes: dict[str, Any]) -> str:
 
 
 def _yaml_texts() -> st.SearchStrategy:
-    pieces = ["model: toybox\n", "train: ", "{", "}", "[", "]", "- ", ": ", "&a ", "*a", "!!int ", "'", '"', "|\n", "\t", "# ",
-              "\n", "  ", "steps", "? ", "---\n", "%YAML 1.2\n", "\0", "\ufeff", "1e-4", "2020-01-01", "0x1F", "<<: ", "~"]  # fmt: skip
+    pieces = [
+        "model: toybox\n",
+        "train: ",
+        "{",
+        "}",
+        "[",
+        "]",
+        "- ",
+        ": ",
+        "&a ",
+        "*a",
+        "!!int ",
+        "'",
+        '"',
+        "|\n",
+        "\t",
+        "# ",
+        "\n",
+        "  ",
+        "steps",
+        "? ",
+        "---\n",
+        "%YAML 1.2\n",
+        "\0",
+        "\ufeff",
+        "1e-4",
+        "2020-01-01",
+        "0x1F",
+        "<<: ",
+        "~",
+    ]
     return st.lists(st.sampled_from(pieces) | st.text(max_size=6), max_size=14).map("".join)
 
 
@@ -146,7 +179,9 @@ def _good_adapter() -> Path:
 
 def _json_values() -> st.SearchStrategy:
     leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=10)
-    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    )
 
 
 def _headers() -> st.SearchStrategy:
@@ -157,9 +192,13 @@ def _headers() -> st.SearchStrategy:
             "data_offsets": st.lists(st.integers(-1, 100), min_size=2, max_size=2) | _json_values(),
         }
     )
-    names = st.sampled_from(["x.lokr_w1", "x.lokr_w2", "x.alpha", "y.lora_up.weight", "__metadata__"]) | st.text(max_size=8)
+    names = st.sampled_from(["x.lokr_w1", "x.lokr_w2", "x.alpha", "y.lora_up.weight", "__metadata__"]) | st.text(
+        max_size=8
+    )
     body = st.dictionaries(names, entry | _json_values(), max_size=4).map(lambda tree: json.dumps(tree).encode())
-    whole = st.tuples(body, st.binary(max_size=64)).map(lambda pair: struct.pack("<Q", len(pair[0])) + pair[0] + pair[1])
+    whole = st.tuples(body, st.binary(max_size=64)).map(
+        lambda pair: struct.pack("<Q", len(pair[0])) + pair[0] + pair[1]
+    )
     return whole | st.binary(max_size=200)
 
 
@@ -178,7 +217,19 @@ def _damaged(good: Callable[[], bytes]) -> st.SearchStrategy:
 
 
 def _own_json() -> st.SearchStrategy:
-    keys = ["version", "adapter", "family", "layers_per_block", "layers", "widths", "options", "token", "class", "prompt", "step"]
+    keys = [
+        "version",
+        "adapter",
+        "family",
+        "layers_per_block",
+        "layers",
+        "widths",
+        "options",
+        "token",
+        "class",
+        "prompt",
+        "step",
+    ]
     return st.dictionaries(st.sampled_from(keys), _json_values(), min_size=1, max_size=3)
 
 

@@ -1,8 +1,8 @@
 """A case of the fault matrix, the call of its door, and what must hold in every case.
 
-A case makes its input in a fresh sandbox, calls a real door there (in this process, or in a forked child where a signal,
-a limit or another user is part of it), and then is judged: exit status, the one line on stderr, which files stand, and
-the invariants of `judge_always`.
+A case makes its input in a fresh sandbox, calls a real door there (in this process, or in a forked child where a
+signal, a limit or missing rights are part of it), and then is judged: exit status, the one line on stderr, which files
+stand, and the invariants of `judge_always`.
 """
 
 from __future__ import annotations

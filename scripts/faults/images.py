@@ -67,13 +67,37 @@ def _refused() -> list[Case]:
         ("truncated PNG", "a.png", whole[: len(whole) // 2], r"a\.png: is damaged or truncated", ""),
         ("truncated JPEG", "a.jpg", jpeg[: len(jpeg) // 2], r"a\.jpg: is damaged or truncated \(.*bytes", ""),
         ("only a PNG signature", "a.png", whole[:8], r"a\.png: is (damaged|no image)", UNREADABLE),
-        ("text with the suffix of a photo", "a.jpg", b"dear diary", r"a\.jpg: is no image that can be read", UNREADABLE),
+        (
+            "text with the suffix of a photo",
+            "a.jpg",
+            b"dear diary",
+            r"a\.jpg: is no image that can be read",
+            UNREADABLE,
+        ),
         ("a web page saved as .webp", "a.webp", b"<html>not found</html>", r"a\.webp: is no image", UNREADABLE),
         ("random bytes as .png", "a.png", bytes(range(256)) * 8, r"a\.png: is no image", UNREADABLE),
-        ("1 x 1", "a.png", lambda: encoded(picture((1, 1))), r"a\.png: 1 x 1 pixels are too few", "the same least side"),
-        ("4,000 x 3", "a.png", lambda: encoded(picture((4000, 3))), r"4000 x 3 pixels are too few", "the same least side"),
+        (
+            "1 x 1",
+            "a.png",
+            lambda: encoded(picture((1, 1))),
+            r"a\.png: 1 x 1 pixels are too few",
+            "the same least side",
+        ),
+        (
+            "4,000 x 3",
+            "a.png",
+            lambda: encoded(picture((4000, 3))),
+            r"4000 x 3 pixels are too few",
+            "the same least side",
+        ),
         ("decompression bomb", "a.png", png_claiming(50_000, 50_000), r"a\.png: has too many pixels", ""),
-        ("a bomb just below the limit", "a.png", png_claiming(13_000, 13_000), r"a\.png: is damaged or truncated", "truncated"),
+        (
+            "a bomb just below the limit",
+            "a.png",
+            png_claiming(13_000, 13_000),
+            r"a\.png: is damaged or truncated",
+            "truncated",
+        ),
         ("a PNG of 2^31 x 2^31", "a.png", png_claiming(2**31 - 1, 2**31 - 1), r"a\.png: ", "the same limit of pixels"),
         ("a caption that is not UTF-8", "01.txt", b"caf\xe9", r"01\.txt: byte 3 is not UTF-8", ""),
     ]
@@ -87,11 +111,25 @@ def _refused() -> list[Case]:
         _case("a listed file that is missing", _listed_missing, 2, r"subject\.files\[0\].*not there"),
         _case("a listed file that is a folder", _listed_folder, 2, r"subject\.files\[0\].*is a folder"),
         _case("embedded subject misspelt", lambda box: {"subject.images": "toybox:pudle"}, 2, r"no embedded subject"),
-        _case("a photo as text file given as images", _text_as_images, 2, r"notes\.txt is no folder, image or data set"),
-        _case("no permission for a photo", _no_permission, 2, r"01\.png: .*ermission", how="fork", limits={"unprivileged": 1}),
+        _case(
+            "a photo as text file given as images", _text_as_images, 2, r"notes\.txt is no folder, image or data set"
+        ),
+        _case(
+            "no permission for a photo",
+            _no_permission,
+            2,
+            r"01\.png: .*ermission",
+            how="fork",
+            limits={"unprivileged": 1},
+        ),
         _case("no permission for the folder", _closed, 2, r"photos.*ermission", how="fork", limits={"unprivileged": 1}),
         _case("a kohya folder with 0 repeats", _kohya(0), 2, r"0 repeats; a kohya folder has 1 to 10000"),
-        _case("a parquet file of nothing", _beside_alone("data.parquet", b"PAR1"), 2, r"photos: is no data set that can be read"),
+        _case(
+            "a parquet file of nothing",
+            _beside_alone("data.parquet", b"PAR1"),
+            2,
+            r"photos: is no data set that can be read",
+        ),
         _case("a parquet file given that is text", _text_parquet, 2, r"no data set that can be read"),
     ]
 
@@ -163,7 +201,12 @@ def _welcome() -> list[Case]:
         ("floats in a TIFF", "a.tiff", lambda: encoded(photo.convert("F"), "TIFF"), r"\b3\b"),
         ("transparent", "a.png", lambda: encoded(photo.convert("RGBA")), r"\b3\b"),
         ("palette with transparency", "a.png", lambda: encoded(palette, transparency=bytes(range(8))), r"\b3\b"),
-        ("animated", "a.gif", lambda: encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), r"first frame"),
+        (
+            "animated",
+            "a.gif",
+            lambda: encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+            r"first frame",
+        ),
         ("wrong suffix of a whole image", "a.png", lambda: encoded(photo, "JPEG"), r"\b3\b"),
         ("corrupt EXIF", "a.jpg", corrupt_exif, r"\b3\b"),
         ("corrupt colour profile", "a.jpg", icc, r"\b3\b"),
@@ -209,8 +252,8 @@ def _many(box: Sandbox) -> None:
 
 
 def _odd_folder(box: Sandbox) -> dict:
-    box.photos(2, "my \"best\" dog's photos 🐕/..x")
-    return {"subject.images": "./my \"best\" dog's photos 🐕/../my \"best\" dog's photos 🐕/..x"}
+    box.photos(2, 'my "best" dog\'s photos 🐕/..x')
+    return {"subject.images": './my "best" dog\'s photos 🐕/../my "best" dog\'s photos 🐕/..x'}
 
 
 def _limited(box: Sandbox) -> dict:
@@ -255,7 +298,9 @@ def _metadata() -> list[Case]:
         box.photos(2)
         box.write("photos/metadata.jsonl", b'{"file_name": "00.png", "text": "caf\xe9"}\n')
 
-    table = [_case(f"metadata.jsonl: {name}", with_line(line), 2, says, same.get(name, "")) for name, line, says in rows]
+    table = [
+        _case(f"metadata.jsonl: {name}", with_line(line), 2, says, same.get(name, "")) for name, line, says in rows
+    ]
     return [*table, _case("metadata.jsonl: not UTF-8", bytes_in_it, 2, r"metadata\.jsonl: byte \d+ is not UTF-8")]
 
 
@@ -269,5 +314,3 @@ def fuzz_image(content: bytes) -> str:
         text = str(error)
         return "" if text.startswith("photo.png: ") and "\n" not in text and len(text) < 400 else f"said {text[:200]!r}"
     return "" if image.mode == "RGB" and min(image.size) >= 1 else f"opened as {image.mode} {image.size}"
-
-

@@ -28,8 +28,8 @@ AREAS = {
     "config": "Wrong values, wrong YAML, wrong files: found before torch is imported.",
     "images": "Photos, captions and folders, by `krona-train --check`.",
     "adapters": "Adapter files, by `krona-convert` and `krona-inspect factors`.",
-    "runs": "Signals, full disks, missing rights and damage between two runs. A run that died goes on with `--resume`, and "
-    "ends with the adapter of a run that did not, bit for bit.",
+    "runs": "Signals, full disks, missing rights and damage between two runs. A run that died goes on with `--resume` "
+    "and ends with the adapter of a run that did not, bit for bit.",
     "sampling": "What `krona-sample`, `krona-eval` and `krona-inspect` are given, and what stands in their way.",
 }
 
@@ -44,7 +44,9 @@ def write(path: Path, results: Sequence[Result], fuzzed: Sequence) -> None:
     for area, about in AREAS.items():
         rows = [result for result in results if result.case.area == area]
         if rows:
-            parts.append(f"## {area.capitalize()} ({len(rows)})\n\n{about}\n\n| case | exit | says | held |\n|---|---|---|---|\n")
+            parts.append(
+                f"## {area.capitalize()} ({len(rows)})\n\n{about}\n\n| case | exit | says | held |\n|---|---|---|---|\n"
+            )
             parts[-1] += "".join(map(_row, rows))
     if fuzzed:
         lines = [f"| {outcome.name} | {outcome.tried:,} | {'yes' if outcome.held else 'no'} |\n" for outcome in fuzzed]

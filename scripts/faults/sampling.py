@@ -1,4 +1,4 @@
-"""Cases of the area sampling: what krona-sample, krona-eval and krona-inspect are given, and what stands in their way."""
+"""Cases of the area sampling: what krona-sample, krona-eval and krona-inspect are given, and what is in their way."""
 
 from __future__ import annotations
 
@@ -75,8 +75,12 @@ def _refused() -> list[Case]:
         _case("a pickle to draw with", evil, 2, r"is a pickle, which runs code", "the same reader at every door"),
         _case("a run folder without an adapter", run_folder(), 2, r"holds neither an adapter file nor checkpoints"),
         _case("a run folder with two files", run_folder("a.safetensors", "b.safetensors"), 2, r"holds 2 adapter files"),
-        _case("checkpoint that is not there", lambda box: [*run_folder("dog.safetensors")(box), "--checkpoint", "7"], 2,
-              r"--checkpoint 7: .*has checkpoints at steps none"),
+        _case(
+            "checkpoint that is not there",
+            lambda box: [*run_folder("dog.safetensors")(box), "--checkpoint", "7"],
+            2,
+            r"--checkpoint 7: .*has checkpoints at steps none",
+        ),
         _case("checkpoint of a file", _sample("--checkpoint", "7"), 2, r"--checkpoint 7 needs a run folder"),
         _case("steps 0 to draw", _sample("--steps", "0"), 2, r"steps is 0; give 1 or more"),
         _case("guidance -1", _sample("--guidance", "-1"), 2, r"guidance is -1"),
@@ -92,17 +96,32 @@ def _refused() -> list[Case]:
         _case("sweep to 0 steps", _sample("--sweep", "steps=2,0"), 2, r"steps is 0", "the same rule in a sweep"),
         _case("dtype fp8", _sample("--dtype", "fp8"), 2, r"--dtype 'fp8': there are"),
         _case("offload to the moon", _sample("--offload", "moon"), 2, r"--offload 'moon': there are"),
-        _case("a second subject with one adapter", _with("sample", "dog.safetensors", "A [V2] dog"), 2, r"\[V2\] has no adapter"),
+        _case(
+            "a second subject with one adapter",
+            _with("sample", "dog.safetensors", "A [V2] dog"),
+            2,
+            r"\[V2\] has no adapter",
+        ),
         _case("a file that names no identifier", nameless, 2, r"does not say what \[V\] stands for; give --token"),
         _case("adapters of two families", two_families, 2, r"adapters are for different families \(sd, sdxl\)"),
-        _case("model misspelt to draw", _sample("--model", "toybix"), 2, r"did you mean 'toybox'",
-              "one rule for model names at every door"),
+        _case(
+            "model misspelt to draw",
+            _sample("--model", "toybix"),
+            2,
+            r"did you mean 'toybox'",
+            "one rule for model names at every door",
+        ),
         _case("prompts file empty", prompts(b"# none\n"), 2, r"prompts\.txt' holds no prompt"),
         _case("prompts file not UTF-8", prompts(b"caf\xe9"), 2, r"prompts\.txt' is no UTF-8 text"),
         _case("prompts file missing", _with("sample", "dog.safetensors", "--prompts-file", "no.txt"), 2, r"no\.txt"),
-        _case("a strength in words", _with("sample", "--adapter", "dog.safetensors:much", "A [V]"), 2, r"dog\.safetensors:much",
-              "what is no strength is part of the name"),
-    ]  # fmt: skip
+        _case(
+            "a strength in words",
+            _with("sample", "--adapter", "dog.safetensors:much", "A [V]"),
+            2,
+            r"dog\.safetensors:much",
+            "what is no strength is part of the name",
+        ),
+    ]
 
 
 def _inspect() -> list[Case]:
@@ -110,15 +129,24 @@ def _inspect() -> list[Case]:
         return lambda box: ["inspect", "params", *more]
 
     return [
-        _case("counting a model misspelt", params("--model", "sdx"), 2, r"'sdx'.*did you mean 'sdxl'",
-              "one rule for model names at every door"),
+        _case(
+            "counting a model misspelt",
+            params("--model", "sdx"),
+            2,
+            r"'sdx'.*did you mean 'sdxl'",
+            "one rule for model names at every door",
+        ),
         _case("counting a1 of 7", params("--model", "sdxl", "--a1", "7"), 2, r"a1=7 does not divide"),
         _case("counting rank 0", params("--model", "sdxl", "--adapter", "lora", "--rank", "0"), 2, r"rank.*0"),
         _case("counting an unknown adapter", params("--model", "sdxl", "--adapter", "lara"), 2, r"lara"),
         _case("counting a1 of 2^70", params("--model", "sdxl", "--a1", str(2**70)), 2, r"a1"),
-        _case("picturing a folder", lambda box: box.path("d/x").parent and ["inspect", "factors", "d", "--output", "out"], 2,
-              r"^error: d: is a folder"),
-    ]  # fmt: skip
+        _case(
+            "picturing a folder",
+            lambda box: box.path("d/x").parent and ["inspect", "factors", "d", "--output", "out"],
+            2,
+            r"^error: d: is a folder",
+        ),
+    ]
 
 
 def _drawn() -> list[Case]:
@@ -173,12 +201,20 @@ def _drawn() -> list[Case]:
         slow("pictures into a file", out_is_file, 2, r"out", may_write=()),
         slow("pictures into a closed folder", out_closed, 2, r"out.*ermission", limits={"unprivileged": 1}),
         slow("no room for pictures", _sample(), 1, r"File too large", limits={"file_size": 1500}, absent=PICTURE),
-        slow("drawing ended by SIGTERM", _many, 143, r"", limits={"kill_after": 6, "kill_with": 15}, then=killed_goes_on),
+        slow(
+            "drawing ended by SIGTERM", _many, 143, r"", limits={"kill_after": 6, "kill_with": 15}, then=killed_goes_on
+        ),
         slow("drawing ended by SIGINT", _many, 130, r"", limits={"kill_after": 6, "kill_with": 2}, then=killed_goes_on),
         slow("drawing ended by SIGKILL", _many, 137, r"", limits={"kill_after": 6}, then=killed_goes_on),
-        slow("merging ended by a full disk", _with("convert", "dog.safetensors", "out/model", "--to", "merged"), 1,
-             r"File too large|space", limits={"file_size": 100_000}, absent=("out/model",)),
-    ]  # fmt: skip
+        slow(
+            "merging ended by a full disk",
+            _with("convert", "dog.safetensors", "out/model", "--to", "merged"),
+            1,
+            r"File too large|space",
+            limits={"file_size": 100_000},
+            absent=("out/model",),
+        ),
+    ]
 
 
 def _many(box: Sandbox) -> list[str]:
@@ -187,4 +223,80 @@ def _many(box: Sandbox) -> list[str]:
 
 
 def _evaluation() -> list[Case]:
-    return []
+    """krona-eval: mistakes that end before an encoder is loaded, and an encoder that is none."""
+
+    def evaluate(*arguments: str, pictures: int = 2) -> Callable[[Sandbox], list[str]]:
+        def make(box: Sandbox) -> list[str]:
+            box.photos(2)
+            box.path("made/x")
+            if pictures:
+                box.photos(pictures, "made")
+                box.write("made/manifest.jsonl", "".join(_line(index) for index in range(pictures)))
+            return ["eval", *arguments, "--output", "out"]
+
+        return make
+
+    def spoilt(content: bytes) -> Callable[[Sandbox], list[str]]:
+        def make(box: Sandbox) -> list[str]:
+            arguments = evaluate(*TOYBOX)(box)
+            box.write("made/01.png", content)
+            return arguments
+
+        return make
+
+    def suite(text: str) -> Callable[[Sandbox], list[str]]:
+        def make(box: Sandbox) -> list[str]:
+            box.write("suite.yaml", text)
+            box.path("made/x")
+            return ["eval", "suite", "suite.yaml", "--generated", "made", "--output", "out"]
+
+        return make
+
+    def no_prompt(box: Sandbox) -> list[str]:
+        arguments = evaluate(*TOYBOX)(box)
+        box.folder.joinpath("made/manifest.jsonl").unlink()
+        return arguments
+
+    def best(box: Sandbox) -> list[str]:
+        box.path("runs/dog/x")
+        return ["eval", "best", "runs/dog"]
+
+    images = ("images", "made")
+    return [
+        _case("photos not named", evaluate(*images), 2, r"--photos is missing"),
+        _case("photos not there", evaluate(*images, "--photos", "fotos"), 2, r"fotos is not there"),
+        _case(
+            "pictures not there",
+            evaluate("images", "mode", "--photos", "photos"),
+            2,
+            r"mode is not a folder of pictures",
+        ),
+        _case("no pictures", evaluate(*TOYBOX, pictures=0), 2, r"made holds no picture"),
+        _case("a picture without a prompt", no_prompt, 2, r"00\.png: nothing says its prompt"),
+        _case("a picture of zero bytes", spoilt(b""), 2, r"01\.png: the file is empty", "the same reader of images"),
+        _case("a picture that is text", spoilt(b"text"), 2, r"01\.png: is no image", "the same reader of images"),
+        _case("an encoder that is nowhere", evaluate(*TOYBOX[:4], "--clip", "no/clip"), 2, r"encoder 'no/clip' cannot"),
+        _case(
+            "a folder as encoder", evaluate(*TOYBOX[:4], "--clip", "photos"), 2, r"encoder 'photos' cannot", "encoder"
+        ),
+        _case(
+            "a suite that is none", evaluate("suite", "dreambanch", "--generated", "made"), 2, r"dreambanch is neither"
+        ),
+        _case("a suite of runs and pictures", evaluate("suite", "toybox"), 2, r"either --runs .* or --generated"),
+        _case("a suite of nothing known", suite("name: x\nrows: 7\nmore: 1\n"), 2, r"suite"),
+        _case("a suite with a python tag", suite("name: !!python/name:os.system x\n"), 2, r"tag", "one YAML reader"),
+        _case("best of no run", best, 2, r"runs/dog: no config\.yaml in it"),
+        _case(
+            "comparing by nothing known",
+            lambda box: dog(box) and ["eval", "compare", "dog.safetensors", "--sort", "luck"],
+            2,
+            r"--sort 'luck' is no metric",
+        ),
+    ]
+
+
+TOYBOX = ("images", "made", "--photos", "photos", "--clip", "toybox", "--dino", "toybox")
+
+
+def _line(index: int) -> str:
+    return json.dumps({"file": f"{index:02d}.png", "prompt": "A sks dog", "seed": index}) + "\n"

@@ -23,11 +23,11 @@ SMALL_RUN: dict[str, Any] = {
     "model": "toybox",
     "subject": {"images": "photos", "class": "dog"},
     "adapter": {"blocks": ["mid_block"]},
-    "train": {"steps": 6, "batch_size": 1, "checkpoint_every": 2, "log_every": 1, "mixed_precision": "no"},
-    "validation": {"prompts": ["A [V] dog"], "every": 3, "steps": 2},
+    "train": {"steps": 4, "batch_size": 1, "checkpoint_every": 1, "log_every": 1, "mixed_precision": "no"},
+    "validation": {"prompts": ["A [V] dog"], "every": 4, "steps": 1, "loss": False},
     "output": "runs/dog",
 }
-"""A run of a few seconds that passes every phase: three checkpoints, three validations, an end."""
+"""A run of a few seconds that passes every phase: four checkpoints, two validations, an end."""
 
 
 def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from scripts.faults import adapters, config, images, runs, sampling
+from scripts.faults import adapters, between, config, foreign, images, models, runs, sampling
 from scripts.faults.harness import Case
 
 TABLES = {
-    "config": config.cases,
-    "images": images.cases,
-    "adapters": adapters.cases,
-    "runs": runs.cases,
-    "sampling": sampling.cases,
+    "config": (config,),
+    "images": (images,),
+    "adapters": (adapters, foreign),
+    "runs": (runs, between, models),
+    "sampling": (sampling,),
 }
 AREAS = tuple(TABLES)
 
 
 def all_cases(area: str | None = None) -> list[Case]:
     """The cases of one area, or of all; names differ within an area."""
-    cases = [case for name, table in TABLES.items() if area in (None, name) for case in table()]
+    rooms = [room for name, rooms in TABLES.items() if area in (None, name) for room in rooms]
+    cases = [case for room in rooms for case in room.cases()]
     assert len({(case.area, case.name) for case in cases}) == len(cases), "two cases have the same name"
     return cases
