@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 INK = "#010203"  # replaced by currentColor
 COLOURS = ("#3b82f6", "#e8833a", "#22a06b", "#a169e0", "#d64d6a", "#8a8f98")
@@ -29,7 +30,7 @@ def line_chart(
     figure, axes = _axes(title)
     colour = 0
     for line in lines:
-        style = {"linewidth": 0.8, "alpha": 0.35} if line.faint else {"linewidth": 1.8}
+        style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.35} if line.faint else {"linewidth": 1.8}
         label = None if line.faint else line.label
         marker = "o" if line.points else None
         axes.plot(

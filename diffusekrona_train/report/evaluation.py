@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusekrona_train.metrics import METRICS
 from diffusekrona_train.report.charts import Line, bar_chart, line_chart
 from diffusekrona_train.report.page import Section, Strip, Table, picture, write_page
 
-TITLES = {
-    "clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO", "class_drift": "class drift", "copy": "copy score",
-}  # fmt: skip
+TITLES = {name: metric.title for name, metric in METRICS.items()}
 Scores = dict[str, dict[str, Any]]
 """Metric -> its summary: mean, std, low, high, n, by_seed (metrics.summarise)."""
 
@@ -48,7 +47,8 @@ def write_evaluation_report(
 ) -> Path:
     """The page of `krona-eval`'s result (evaluate.py): tables, charts, settings and strips of (caption, file).
 
-    `result` holds title, and where they apply rule, rows [(label, scores)], best (a row number), groups, notes, settings.
+    `result` holds title, rows [(label, scores)] and settings, and where they apply summary, note, best (a row number),
+    extra, groups, seeds and differences (head and body of a table).
     """
     rows = result["rows"]
     sections = [

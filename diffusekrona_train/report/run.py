@@ -1,4 +1,4 @@
-"""`report.html` of a run folder, finished or not: made from its files alone, so that it can be written again at any time."""
+"""`report.html` of a run folder, finished or not: made from its files alone, so it can be written again at any time."""
 
 from __future__ import annotations
 

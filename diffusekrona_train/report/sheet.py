@@ -25,8 +25,9 @@ def contact_sheet(
 ) -> Path:
     """A PNG with one labelled strip of pictures for each row; returns `path`.
 
-    rows: (label, pictures of any size). cell: side of a picture's square in pixels (none: the largest picture, held within
-    128 to 320). columns: headings over the pictures of every row. Small pictures are enlarged by whole factors, without blur.
+    rows: (label, pictures of any size). cell: side of a picture's square in pixels (none: the largest picture, held
+    within 128 to 320). columns: headings over the pictures of every row. Small pictures are enlarged by whole factors,
+    without blur.
     """
     if not rows or not any(pictures for _, pictures in rows):
         raise ValueError(f"contact sheet {Path(path).name}: there are no pictures to draw")

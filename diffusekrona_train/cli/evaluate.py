@@ -1,0 +1,250 @@
+"""krona-eval: scores of pictures, of a suite of subjects, of several adapters, of the checkpoints of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusekrona_train.cli import door, enter
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+
+Photos = Annotated[str | None, typer.Option(help="The subject's photos: folder, data set, or toybox:NAME.")]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat it for more.")]
+PromptsFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
+Clip = Annotated[
+    str | None, typer.Option(help="CLIP encoder: hub name, folder or toybox (openai/clip-vit-base-patch32).")
+]
+Dino = Annotated[str | None, typer.Option(help="DINO encoder: hub name, folder or toybox (facebook/dino-vits16).")]
+Keep = Annotated[bool, typer.Option("--keep-identifier", help="Leave the identifier in CLIP-T's text.")]
+Output = Annotated[Path | None, typer.Option(help="Folder of scores.json and report.html.")]
+NumSeeds = Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="First seed.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps, over the run's own.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance, over the run's own.")]
+Model = Annotated[str | None, typer.Option(help="Base model, over the adapter's own: alias, hub name, folder, file.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+@door
+def images(
+    folder: Annotated[Path, typer.Argument(help="Generated pictures, by any tool.")],
+    photos: Photos = None,
+    prompt: Prompt = None,
+    prompts_file: PromptsFile = None,
+    token: Annotated[
+        list[str] | None, typer.Option(help="Identifier that CLIP-T's text leaves out; repeatable.")
+    ] = None,
+    keep_identifier: Keep = False,
+    clip: Clip = None,
+    dino: Dino = None,
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Score a folder of pictures against photos: krona-eval images pictures --photos photos/dog --token sks"""
+    if photos is None:
+        raise ValueError("--photos is missing: name the folder of the subject's photos")
+    from diffusekrona_train import evaluate
+
+    generated = evaluate.read_generated(folder, _prompts(prompt, prompts_file))
+    real = evaluate.photos_of(photos)
+    plan = evaluate.Plan(clip=clip, dino=dino, keep_identifier=keep_identifier)
+    place = output or folder / "evaluation"
+    result = evaluate.evaluate_images(generated, real, plan, place, identifiers=token or [], name=folder.resolve().name)
+    _print_rows([(result["name"], result["scores"])])
+    print(place / "report.html")
+
+
+@app.command()
+@door
+def suite(
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="dreambench, toybox, or a YAML file.")],
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder with a run for each subject (scripts/train_suite.py).")
+    ] = None,
+    generated: Annotated[Path | None, typer.Option(help="Folder with a folder of pictures for each subject.")] = None,
+    photos: Annotated[Path | None, typer.Option(help="Folder with a folder of photos for each subject.")] = None,
+    keep_identifier: Keep = False,
+    clip: Clip = None,
+    dino: Dino = None,
+    num_images: NumSeeds = 4,
+    seed: FirstSeed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    model: Model = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "auto",
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Score every subject of a suite, by subject and group: krona-eval suite toybox --runs runs/toybox"""
+    if (runs is None) == (generated is None):
+        raise ValueError("give either --runs (adapters, drawn here) or --generated (pictures)")
+    from diffusekrona_train import evaluate
+
+    chosen = evaluate.load_suite(name)
+    plan = _plan(num_images, seed, None, clip, dino, keep_identifier, batch_size, dtype)
+    place = output or (runs or generated or Path()) / "evaluation"
+    result = evaluate.evaluate_suite(
+        chosen,
+        plan,
+        place,
+        runs=runs,
+        generated=generated,
+        photos=photos,
+        model=model,
+        settings={"steps": steps, "guidance": guidance},
+    )
+    if result is None:
+        return
+    rows = [(label, row["scores"]) for label, row in result["subjects"].items()]
+    groups = [(f"group {label}", scores) for label, scores in result["groups"].items()]
+    _print_rows([*rows, *groups, ("all subjects", result["all"])])
+    if result["missing"]:
+        print(f"not there: {', '.join(result['missing'])}")
+    print(place / "report.html")
+
+
+@app.command()
+@door
+def compare(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter files or run folders of one subject.")],
+    photos: Photos = None,
+    prompt: Prompt = None,
+    prompts_file: PromptsFile = None,
+    sort: Annotated[
+        str, typer.Option(help="Metric that orders the table: clip_i, clip_t, dino, class_drift, copy.")
+    ] = "dino",
+    keep_identifier: Keep = False,
+    clip: Clip = None,
+    dino: Dino = None,
+    num_images: NumSeeds = 4,
+    seed: FirstSeed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    model: Model = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "auto",
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Compare adapters on the same prompts and seeds: krona-eval compare runs/dog runs/dog-lora"""
+    from diffusekrona_train import evaluate, studio
+    from diffusekrona_train.metrics import METRICS
+
+    if sort not in METRICS:
+        raise ValueError(f"--sort {sort!r} is no metric; there are {', '.join(METRICS)}")
+    files = [studio.find_adapter(path) for path in adapters]
+    real = evaluate.photos_of(photos) if photos else None
+    plan = _plan(num_images, seed, _prompts(prompt, prompts_file), clip, dino, keep_identifier, batch_size, dtype)
+    place = output or Path("comparison")
+    settings = {"steps": steps, "guidance": guidance}
+    result = evaluate.compare(files, real, plan, place, model=model, settings=settings, sort=sort)
+    if result is None:
+        return
+    labels = [f"{'* ' if row['best'] else '  '}{row['name']}" for row in result["rows"]]
+    extra = [f"{row['parameters']:>12} {row['size']:>10}" for row in result["rows"]]
+    scores = [row["scores"] for row in result["rows"]]
+    _print_rows([*zip(labels, scores, strict=True), ("  base model", result["base"]["scores"])], [*extra, ""])
+    for row in result["rows"]:
+        if not row["best"]:
+            sure = [METRICS[name].title for name, gap in row["best_minus_this"].items() if gap["larger_than_chance"]]
+            print(f"best against {row['name']}: larger than chance in {', '.join(sure) or 'nothing'}")
+    print(f"* {result['rule']}")
+    print(place / "report.html")
+
+
+@app.command()
+@door
+def best(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    prompt: Prompt = None,
+    prompts_file: PromptsFile = None,
+    keep_identifier: Keep = False,
+    clip: Clip = None,
+    dino: Dino = None,
+    num_images: NumSeeds = 4,
+    seed: FirstSeed = 0,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure a run's checkpoints and name the best: krona-eval best runs/dog"""
+    from diffusekrona_train import evaluate
+
+    plan = _plan(num_images, seed, _prompts(prompt, prompts_file), clip, dino, keep_identifier, batch_size, dtype)
+    result = evaluate.best_checkpoint(run, plan)
+    if result is None:
+        return
+    rows = [(f"step {row['step']}", row["scores"]) for row in result["checkpoints"]]
+    _print_rows([*rows, ("base model", result["base"]["scores"])])
+    print(f"best: step {result['chosen_step']}, {run / result['adapter']}")
+    print(result["rule"])
+    print(run / "report.html")
+
+
+def _plan(
+    num_images: int,
+    seed: int,
+    prompts: list[str] | None,
+    clip: str | None,
+    dino: str | None,
+    keep: bool,
+    batch_size: int,
+    dtype: str,
+) -> Any:
+    """What the evaluation rooms are asked, with this process' share under `accelerate launch`."""
+    from diffusekrona_train import evaluate, studio
+
+    crowd = studio.processes()
+    return evaluate.Plan(
+        seeds=list(range(seed, seed + num_images)),
+        prompts=prompts or None,
+        clip=clip,
+        dino=dino,
+        keep_identifier=keep,
+        batch_size=batch_size,
+        memory=studio.Memory(dtype),
+        device=studio.pick_device(crowd.local_process_index if crowd else 0),
+        share=(crowd.process_index, crowd.num_processes) if crowd else (0, 1),
+        wait=crowd.wait_for_everyone if crowd else lambda: None,
+    )
+
+
+def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    found = list(prompts or [])
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts-file {str(file)!r} is no UTF-8 text") from None
+        found += [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ValueError(f"--prompts-file {str(file)!r} holds no prompt; write one a line")
+    return found
+
+
+def _print_rows(rows: list[tuple[str, dict[str, Any]]], extra: list[str] | None = None) -> None:
+    """A table of value ± standard deviation over pictures."""
+    from diffusekrona_train.metrics import METRICS
+
+    shown = [name for name in METRICS if any(name in scores for _, scores in rows)]
+    width = max(len(label) for label, _ in rows) + 2
+    print(" " * width + "".join(f"{METRICS[name].title:>16}" for name in shown))
+    for i, (label, scores) in enumerate(rows):
+        cells = [f"{scores[n]['value']:.3f} ± {scores[n]['std']:.3f}" if n in scores else "–" for n in shown]
+        print(f"{label:<{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"  {(extra or [''] * len(rows))[i]}")
+
+
+def main() -> None:
+    """Entry point of the command krona-eval."""
+    enter(app)
+
+
+if __name__ == "__main__":
+    main()
