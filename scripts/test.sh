@@ -6,38 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-fail() {
-    echo "test.sh: $*" >&2
-    exit 1
-}
-
-supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
-
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
-        if supported "$candidate"; then
-            echo "$candidate"
-            return
-        fi
-    done
-    fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>/dev/null || echo none); name one with PYTHON=…"
-}
-
-python=.venv/bin/python
-if ! supported $python; then
-    base=$(find_python)
-    rm -rf .venv
-    "$base" -m venv .venv >/dev/null 2>&1 || fail "$base cannot make a virtual environment (Debian: apt install python3-venv)"
-fi
-
-stamp=$(cat pyproject.toml constraints.txt | cksum)
-if [ "${SKIP_INSTALL:-0}" != 1 ] && [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
-    echo "installing into .venv (a few minutes the first time; log: .venv/install.log)"
-    $python -m pip install -c constraints.txt -e '.[test]' >.venv/install.log 2>&1 ||
-        fail "pip could not install (no network?): $(grep -m 1 -i error .venv/install.log || tail -n 1 .venv/install.log)"
-    echo "$stamp" >.venv/installed
-fi
+. scripts/venv.sh
+prepare_venv '.[test]'
 
 export OMP_NUM_THREADS=1
 step() {
@@ -46,5 +16,5 @@ step() {
 }
 step .venv/bin/ruff check .
 step .venv/bin/ruff format --check .
-step .venv/bin/pyright --pythonpath $python
-step $python -m pytest "$@"
+step .venv/bin/pyright --pythonpath "$python"
+step "$python" -m pytest "$@"

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Teaches the embedded model a poodle and shows it: no GPU, no weights to download, a few minutes on two cores.
+#   scripts/quickstart.sh          run it again and it reuses what is there
+# PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 takes .venv as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/venv.sh
+prepare_venv .
+bin=.venv/bin run=runs/toybox
+
+if [ -f $run/toybox.safetensors ]; then
+    echo "$run/toybox.safetensors is there already: not trained again (remove $run to start over)"
+else
+    echo "teaching the embedded model a poodle: 300 steps at 64 x 64"
+    resume=()
+    [ -d $run/resume ] && resume=(--resume)
+    $bin/krona-train --config configs/toybox.yaml ${resume[@]+"${resume[@]}"} || exit
+fi
+
+echo "drawing six prompts with the base model and with the adapter"
+$bin/krona-sample $run "A [V] dog on the beach" "A [V] dog in the snow" "A [V] dog in the forest" \
+    "A [V] dog at night" "A [V] dog on a red background" "A [V] dog in the mountains" \
+    --num-images 2 --base --sheet --output $run/pictures || exit
+
+cat <<TEXT
+
+what it learnt:   $PWD/$run/pictures/sheet.png
+the whole story:  $PWD/$run/report.html
+the adapter:      $PWD/$run/toybox.safetensors
+
+next, your own photos on SDXL (a GPU with 8 GB or more):
+  .venv/bin/krona-train init path/to/photos --class dog     # writes a commented YAML
+  .venv/bin/krona-train --config dog.yaml --check           # what would happen; loads nothing
+  .venv/bin/krona-train --config dog.yaml
+  .venv/bin/krona-sample runs/dog "A [V] dog on the beach"
+TEXT
