@@ -44,7 +44,7 @@ def _hub_tokenizer(place: Any, part: str, cls: type) -> Any:
     from diffusekrona_train.families.singlefile import load_tokenizer
     from diffusekrona_train.families.source import ASSETS
 
-    return load_tokenizer(ASSETS / "configs" / {"sd14": "sd15"}.get(place.alias, place.alias) / part, cls)
+    return load_tokenizer(ASSETS / "configs" / str({"sd14": "sd15"}.get(place.alias, place.alias)) / part, cls)
 
 
 def token_count(tokenizer: Any, text: str) -> int:

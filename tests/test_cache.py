@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,7 @@ class Source:
 
     def __init__(self, identity="fake", vae="vae", sizes=True):
         self.identity, self.vae, self.family, self.loaded = identity, vae, Family(sizes), []
+        self.place = SimpleNamespace(path=None)
 
     def load(self, *parts, dtype=None, device="cpu"):
         self.loaded += parts
@@ -147,7 +150,7 @@ def test_two_local_folders_with_the_same_denoiser_are_told_apart(tmp_path, photo
         (tmp_path / name / "vae").mkdir(parents=True)
         (tmp_path / name / "vae" / "model.safetensors").write_bytes(content)
         source = Source()
-        source.place = type("Place", (), {"path": tmp_path / name})()
+        source.place = SimpleNamespace(path=tmp_path / name)
         return source
 
     build(run(photos), local("one", b"1" * 3_000_000))

@@ -48,7 +48,7 @@ def gathering(monkeypatch):
 
 
 def in_two(action):
-    results = [None, None]
+    results: list = [None, None]
 
     def run(rank):
         try:

@@ -14,6 +14,9 @@ from diffusekrona_train.config.base import Strict
 from diffusekrona_train.config.sections import AdapterConfig, DataConfig, PriorConfig, SubjectConfig
 from diffusekrona_train.config.training import TrainConfig, ValidationConfig
 
+LONGEST_NAME = 200
+"""Bytes of a run's name: file systems take 255, and files are named after the run."""
+
 MODEL_ALIASES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -71,6 +74,8 @@ class RunConfig(Strict):
                 raise ValueError(f"{name}: {text!r} is not a name")
         if Path(self.output).name in ("", ".."):
             raise ValueError(f"output: {self.output!r} should end in the name of the run, as runs/dog does")
+        if len(self.name.encode()) > LONGEST_NAME:
+            raise ValueError(f"output: its last part has {len(self.name.encode())} bytes; at most {LONGEST_NAME} fit")
         if self.adapter.type == "full" and (self.train.quantize != "none" or self.train.memory == "nf4"):
             raise ValueError("adapter.type: full trains the base's own weights, which cannot be quantised")
         if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:

@@ -29,7 +29,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict:
+def _mapping(loader: Any, node: Any) -> dict:
     if not isinstance(node, yaml.MappingNode):
         raise yaml.MarkedYAMLError(problem="expected a mapping", problem_mark=node.start_mark)
     result: dict = {}
@@ -43,11 +43,11 @@ def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict:
     return result
 
 
-def _sequence(loader: StrictLoader, node: yaml.SequenceNode) -> list:
+def _sequence(loader: Any, node: Any) -> list:
     return loader.construct_sequence(node, deep=True)
 
 
-def _number(loader: StrictLoader, node: yaml.ScalarNode) -> int | float:
+def _number(loader: Any, node: Any) -> int | float:
     text = loader.construct_scalar(node)
     if len(text) > 100:
         raise yaml.MarkedYAMLError(problem="a number of more than 100 digits", problem_mark=node.start_mark)
@@ -56,7 +56,11 @@ def _number(loader: StrictLoader, node: yaml.ScalarNode) -> int | float:
     return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
 
 
-def _other(loader: StrictLoader, node: yaml.Node) -> Any:
+def _text(loader: Any, node: Any) -> str:
+    return loader.construct_scalar(node)
+
+
+def _other(loader: Any, node: Any) -> Any:
     raise yaml.MarkedYAMLError(
         problem=f"the tag {_short(node.tag)} is not taken; a config holds text, numbers, lists and mappings",
         problem_mark=node.start_mark,
@@ -79,10 +83,10 @@ StrictLoader.add_constructor(_TAG + "null", lambda loader, node: None)
 StrictLoader.add_constructor(_TAG + "bool", lambda loader, node: node.value.lower() == "true")
 StrictLoader.add_constructor(_TAG + "int", _number)
 StrictLoader.add_constructor(_TAG + "float", _number)
-StrictLoader.add_constructor(_TAG + "str", lambda loader, node: loader.construct_scalar(node))
+StrictLoader.add_constructor(_TAG + "str", _text)
 StrictLoader.add_constructor(_TAG + "seq", _sequence)
 StrictLoader.add_constructor(_TAG + "map", _mapping)
-StrictLoader.add_constructor(None, _other)
+StrictLoader.add_constructor(None, _other)  # type: ignore[arg-type]
 
 
 def parse_yaml(text: str) -> Any:
@@ -101,11 +105,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def _describe(error: yaml.MarkedYAMLError, text: str) -> str:
-    mark = error.problem_mark or error.context_mark
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    line = text.splitlines()[mark.line : mark.line + 1] if mark else []
-    if line and "\t" in line[0][: mark.column + 1]:
-        return f"line {mark.line + 1}: a tab in the indentation; YAML takes spaces alone"
+    mark, place = error.problem_mark or error.context_mark, ""
+    if mark is not None:
+        place = f"line {mark.line + 1}, column {mark.column + 1}: "
+        if any("\t" in line[: mark.column + 1] for line in text.splitlines()[mark.line : mark.line + 1]):
+            return f"line {mark.line + 1}: a tab in the indentation; YAML takes spaces alone"
     return place + " ".join((error.problem or error.context or "not YAML").split())
 
 

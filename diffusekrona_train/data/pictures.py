@@ -76,7 +76,8 @@ def open_all(
         more = f" (and {len(broken) - 1} more images are unusable)" if len(broken) > 1 else ""
         raise ValueError(broken[0] + more)
     collection = Collection([], [(printable(name), why) for name, why in skipped])
-    for candidate, (digest, width, height, remarks) in zip(candidates, results, strict=True):  # type: ignore[misc]
+    whole = [result for result in results if not isinstance(result, str)]
+    for candidate, (digest, width, height, remarks) in zip(candidates, whole, strict=True):
         caption = fill(candidate.caption)
         collection.pictures.append(
             Picture(
