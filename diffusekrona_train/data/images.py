@@ -106,7 +106,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def _register_heic(shown: str) -> None:
     try:
-        import pillow_heif
+        import pillow_heif  # type: ignore[import-not-found]
     except ImportError:
         raise ValueError(
             f"{shown}: reading HEIC needs an extra: pip install 'diffusekrona-train[heic]' (or save it as JPEG)"
