@@ -1,10 +1,11 @@
-"""Files that are either whole or absent: written beside their target, flushed to disk, then renamed. Standard library only."""
+"""Files that are either whole or absent: written beside their target, flushed, then renamed. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write a file or make a folder at; it takes the name `path` when the block ends well.
+    """Yields a path to write a file or make a folder at, which takes the name `path` when the block ends well.
 
     On an error, or a kill in the middle, what stood at `path` before is untouched. Missing parent folders are made.
     The temporary name keeps the suffix, for libraries that choose a format by it. A folder replaces only an absent or
@@ -28,13 +29,23 @@ def atomic(path: str | Path) -> Iterator[Path]:
         for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
             if file.is_file():
                 _flush(file)
-        try:
-            os.replace(temporary, target)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(target)) from None  # names what the user knows
+        os.replace(temporary, target)
         _flush(target.parent)
+    except Exception as error:
+        number = _system_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(target)) from error  # names what the user knows
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The errno of an OSError, also of one that a library written in Rust reports as text; None for other errors."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _flush(path: Path) -> None:

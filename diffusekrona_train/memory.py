@@ -70,8 +70,13 @@ def below(level: Level, config: Any) -> Level | None:
     return ladder[place + 1] if config.train.memory == "auto" and place + 1 < len(ladder) else None
 
 
-def out_of_memory(level: Level) -> str:
-    """What to tell a user when nothing is left to try."""
+def out_of_memory(level: Level | None = None) -> str:
+    """What to tell a user when nothing is left to try; without a level, before the first step."""
+    if level is None:
+        return (
+            "out of device memory while the run was set up. Lower data.resolution, set data.vae_precision: bf16 or "
+            "train.memory: nf4, and end other programs on the device"
+        )
     return (
         f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise "
         "train.gradient_accumulation), lower data.resolution, or set train.memory: nf4"

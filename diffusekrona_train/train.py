@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffusekrona_train import __version__, checkpoint, faults, folder, setup, weights
+from diffusekrona_train import __version__, checkpoint, faults, folder, memory, setup, weights
 from diffusekrona_train.cache import build_training_set
 from diffusekrona_train.config import RunConfig, dump_config
 from diffusekrona_train.descent import BAD_IN_A_ROW, Descent
@@ -184,7 +184,10 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
         state = checkpoint.read(Path(resume_from)) if resume_from else checkpoint.newest(place) if resume else None
         if state is not None:
             checkpoint.refuse_changes(state, config.model_dump(mode="json", by_alias=True), accelerator.num_processes)
-        run = assemble(config, place, accelerator, dtype, state, stop)
+        try:
+            run = assemble(config, place, accelerator, dtype, state, stop)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(memory.out_of_memory()) from error
         if run.main:
             folder.prepare(place, run.start, dump_config(config))
         accelerator.wait_for_everyone()
@@ -192,6 +195,10 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
         try:
             loop(run)
             path = finish(run)
+        except torch.OutOfMemoryError as error:
+            kept = checkpoint.states(place)
+            last = f"; go on from {kept[0].name} with --resume" if kept else ""
+            raise RuntimeError(memory.out_of_memory(run.level) + last) from error
         finally:
             run.journal.close()
         accelerator.end_training()

@@ -149,7 +149,10 @@ def _load(kind: Any, where: str, name: str, expected: str, device: Any) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(where)
+        try:
+            config = transformers.AutoConfig.from_pretrained(where)
+        except ValueError as error:
+            raise OSError(str(error)) from None
         if expected == "clip" and config.model_type != "clip":
             raise ValueError(f"encoder {name!r} is a {config.model_type} and not a CLIP such as {CLIP}")
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
