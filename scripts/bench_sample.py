@@ -3,8 +3,8 @@
     python scripts/bench_sample.py                 # toybox on one CPU thread
     python scripts/bench_sample.py --model sdxl --steps 50 --dtype fp16
 
-The variants take turns, so that a slow minute of the machine hits all alike; the median of the rounds is printed. On a
-CPU the clock counts the process' own time, on a GPU the wall's.
+The variants take turns in changing order, so that a slow minute of the machine hits all alike; the median of the rounds
+is printed. On a CPU the clock counts the process' own time, on a GPU the wall's.
 """
 
 from __future__ import annotations
@@ -52,14 +52,18 @@ def main() -> None:
 
     seconds: dict[str, list[float]] = {"bare base": [], "fused adapter": [], "adapter apart": []}
     for round_number in range(given.rounds + 1):  # the first one warms up
-        times = {"bare base": draw()}
-        injection = inject(parts["denoiser"], AdapterConfig(a1=given.a1, a2=given.a2))
-        times["adapter apart"] = draw()
-        injection.fuse()
-        times["fused adapter"] = draw()
-        injection.eject()
-        for name, value in times.items():
+        names = list(seconds)
+        turn = round_number % 3
+        for name in names[turn:] + names[:turn]:
+            injection = None
+            if name != "bare base":
+                injection = inject(parts["denoiser"], AdapterConfig(a1=given.a1, a2=given.a2))
+            if injection is not None and name == "fused adapter":
+                injection.fuse()
+            value = draw()
             seconds[name].extend([value] if round_number else [])
+            if injection is not None:
+                injection.eject()
     base = statistics.median(seconds["bare base"])
     print(f"{given.model}, {given.steps} steps, {given.dtype}, {device}, median of {given.rounds}")
     for name, values in seconds.items():
