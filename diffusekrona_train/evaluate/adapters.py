@@ -27,7 +27,7 @@ KEPT_CLIP_T, MOST_DRIFT = 0.9, 0.5
 RULE = (
     f"The best is the one with the highest DINO among those that keep at least {KEPT_CLIP_T:.0%} of the base model's "
     f"CLIP-T on the same prompts without the identifier and whose class drift is at most {MOST_DRIFT}; where none does "
-    "both, the one with the highest CLIP-T."
+    "both, the one with the highest product of DINO and CLIP-T."
 )
 
 
@@ -62,7 +62,8 @@ class Outcome:
     adapted: list[Measured]
     best: int
     about: dict[str, str]
-    class_pictures: dict[int, list[Generated]]
+    class_pictures: list[list[Generated]]
+    """Of the base, then of each adapter."""
 
 
 def rule_allows(scores: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]]) -> bool:
@@ -76,7 +77,7 @@ def choose(scores: Sequence[dict[str, dict[str, Any]]], base: dict[str, dict[str
     allowed = [i for i, row in enumerate(scores) if rule_allows(row, base)]
     if allowed:
         return max(allowed, key=lambda i: scores[i]["dino"]["value"])
-    return max(range(len(scores)), key=lambda i: scores[i]["clip_t"]["value"])
+    return max(range(len(scores)), key=lambda i: scores[i]["dino"]["value"] * scores[i]["clip_t"]["value"])
 
 
 def evaluate_adapters(
@@ -110,10 +111,8 @@ def evaluate_adapters(
         share=plan.share,
         log=plan.log,
     )
-    base = bench.pictures(None, plain, plan.seeds)
-    class_base = bench.pictures(None, [class_prompt], plan.seeds)
-    drawn = [bench.pictures(subject, own, plan.seeds) for subject, own in zip(subjects, asked, strict=True)]
-    drifted = [bench.pictures(subject, [class_prompt], plan.seeds) for subject in subjects]
+    drawn = [bench.pictures(one, own, plan.seeds, class_prompt) for one, own in zip(subjects, asked, strict=True)]
+    base, class_base = bench.pictures(None, plain, plan.seeds, class_prompt)
     plan.wait()
     if plan.share[0] != 0:
         return None
@@ -124,11 +123,11 @@ def evaluate_adapters(
     of_base = measure(judges, photos, base)
     adapted = [
         measure(judges, photos, own, identifiers=omit, class_base=class_base, class_adapted=changed)
-        for own, changed in zip(drawn, drifted, strict=True)
+        for own, changed in drawn
     ]
     best = choose([one.scores for one in adapted], of_base.scores)
     about = {**judges.describe(), **_settings_told(settings, plan, source), "class prompt": class_prompt}
-    return Outcome(list(subjects), of_base, adapted, best, about, dict(enumerate([class_base, *drifted])))
+    return Outcome(list(subjects), of_base, adapted, best, about, [class_base, *(changed for _, changed in drawn)])
 
 
 def _settings_told(settings: SampleSettings, plan: Plan, source: Any) -> dict[str, str]:

@@ -38,15 +38,17 @@ class Bench:
         self._texts = [*dict.fromkeys(texts), settings.negative]
         self._studio: Studio | None = None
 
-    def pictures(self, subject: Subject | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[Generated]:
-        """prompts x seeds by the base model with `subject`'s adapter (None: by the bare base), drawn where missing.
+    def pictures(
+        self, subject: Subject | None, prompts: Sequence[str], seeds: Sequence[int], class_prompt: str
+    ) -> tuple[list[Generated], list[Generated]]:
+        """prompts x seeds, and class prompt x seeds, by the base model with `subject`'s adapter (None: without).
 
-        With a share (rank, processes) only this process' part is drawn, but all are named.
+        Drawn where missing. With a share (rank, processes) only this process' part is drawn, but all are named.
         """
         subjects = [subject] if subject else []
         dtype = pick_dtype(self.memory.dtype, self.device)
         planned = plan_pictures(
-            list(dict.fromkeys(prompts)),
+            list(dict.fromkeys([*prompts, class_prompt])),
             seeds,
             self.settings,
             scale=1.0 if subject else None,
@@ -54,14 +56,15 @@ class Bench:
         )
         missing = [item for item in planned if not (self.folder / item.file).exists()]
         if missing:
-            name = subject.name if subject else "the base model"
+            name = "/".join(Path(subject.file.path).parts[-2:]) if subject else "the base model"
             self.log(f"drawing {len(missing)} of {len(planned)} pictures with {name}")
             paint = self._wear(subject)
             rank, world = self.share
             draw(planned, self.folder, paint, batch_size=self.batch_size, rank=rank, world=world, log=lambda _: None)
             if world == 1:
                 settle_manifest(planned, self.folder)
-        return [Generated(self.folder / item.file, item.prompt, item.seed) for item in planned]
+        found = [Generated(self.folder / item.file, item.prompt, item.seed) for item in planned]
+        return [one for one in found if one.prompt in prompts], [one for one in found if one.prompt == class_prompt]
 
     def _wear(self, subject: Subject | None) -> Callable[[list], list]:
         """The studio's painter with this adapter alone in the denoiser."""

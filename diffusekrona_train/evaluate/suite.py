@@ -121,9 +121,8 @@ def _measure_run(
         batch_size=plan.batch_size,
         log=plan.log,
     )
-    class_base = bench.pictures(None, [class_prompt], plan.seeds)
-    drawn = bench.pictures(subject, prompts, plan.seeds)
-    drifted = bench.pictures(subject, [class_prompt], plan.seeds)
+    drawn, drifted = bench.pictures(subject, prompts, plan.seeds, class_prompt)
+    _, class_base = bench.pictures(None, [], plan.seeds, class_prompt)
     del bench
     cache = output / "embeddings"
     judges = Judges.open(plan.clip, plan.dino, toybox=source.identity == "toybox", device=plan.where(), cache=cache)
