@@ -52,7 +52,7 @@ def enter(app: Callable[..., Any]) -> NoReturn:
         if type(error).__name__ == "Abort":
             print("stopped", file=sys.stderr)
             raise SystemExit(130) from None
-        text: Any = getattr(error, "format_message", lambda: str(error))
+        text: Any = getattr(error, "format_message", error.__str__)
         context: Any = getattr(error, "ctx", None)
         if not text() or type(error).__name__ == "NoArgsIsHelpError":
             getattr(error, "show", lambda: None)()
