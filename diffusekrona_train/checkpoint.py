@@ -170,6 +170,16 @@ def newest(folder: Path, log=print) -> State | None:
     return None
 
 
+def refuse_lost(folder: Path) -> None:
+    """ValueError where no state can be read though the run went far: starting it anew would wipe its checkpoints."""
+    kept = list((folder / "checkpoints").glob("step-*/adapter.safetensors"))
+    if states(folder) or len(kept) > 1:
+        raise ValueError(
+            f"--resume: {folder} holds {len(kept)} checkpoints and no resume state that can be read; give an adapter as "
+            "train.init_from of another run, or start this one again with --overwrite"
+        )
+
+
 def restore(state: State, injection: Any, optimizer: torch.optim.Optimizer) -> None:
     """Puts factors and optimiser back, bit for bit. ValueError where the state belongs to other factors."""
     wanted = {name: tuple(value.shape) for name, value in injection.state_dict().items()}

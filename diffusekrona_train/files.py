@@ -22,7 +22,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    try:
+        room = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target.parent)) from None
     try:
         temporary = room / target.name
         yield temporary

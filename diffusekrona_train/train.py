@@ -155,6 +155,21 @@ def validate(run: Run, done: int) -> None:
     run.journal.skip_time(began)
 
 
+def name_the_best(run: Run) -> None:
+    """Measures all checkpoints and says which one is best; a failure is told and costs nothing but the answer."""
+    from diffusekrona_train.evaluate import best_checkpoint
+
+    run.objective.denoiser = None  # the evaluation loads the base itself; the factors are saved
+    setup.free(run.accelerator.device)
+    try:
+        best = best_checkpoint(run.folder)
+    except Exception as error:
+        run.journal.say(f"keep_best: the checkpoints were not measured ({type(error).__name__}: {error})")
+        return
+    if best is not None:
+        run.journal.say(f"best checkpoint: {run.folder / best['adapter']} (step {best['chosen_step']})")
+
+
 def refresh_report(run: Run) -> None:
     if run.main:
         try:
@@ -182,19 +197,20 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
     with stop.listening(), folder.claimed(place, accelerator.is_main_process):
         faults.reach("setup")
         state = checkpoint.read(Path(resume_from)) if resume_from else checkpoint.newest(place) if resume else None
+        if state is None and resume:
+            checkpoint.refuse_lost(place)
         if state is not None:
             checkpoint.refuse_changes(state, config.model_dump(mode="json", by_alias=True), accelerator.num_processes)
         try:
             run = assemble(config, place, accelerator, dtype, state, stop)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(memory.out_of_memory()) from error
-        if run.main:
-            folder.prepare(place, run.start, dump_config(config))
-        accelerator.wait_for_everyone()
         stop.in_loop = True
         try:
             loop(run)
             path = finish(run)
+            if config.train.keep_best:
+                name_the_best(run)
         except torch.OutOfMemoryError as error:
             kept = checkpoint.states(place)
             last = f"; go on from {kept[0].name} with --resume" if kept else ""
@@ -253,6 +269,9 @@ def assemble(
     if start > config.train.steps:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
     gallery = Gallery(config, source, objective, place)
+    if accelerator.is_main_process:
+        folder.prepare(place, start, dump_config(config))
+    accelerator.wait_for_everyone()
     journal = Journal(place, accelerator, start, config.train.steps, about["config"], seconds)
     return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
 
@@ -290,9 +309,10 @@ def finish(run: Run) -> Path:
     prompt = prompt.replace("{class}", config.subject.class_noun)
     print(
         f"done: {config.train.steps} steps in {minutes} min {seconds} s: {path} ({size:.1f} MiB)\n"
-        f'try it:   krona-sample --adapter {path} --prompt "{prompt}"\n'
-        f"in code:  from diffusekrona_train.weights import load_adapter\n"
-        f'          load_adapter(pipe, "{path}")\n'
-        f"elsewhere: the file loads in ComfyUI, A1111 and Forge as it is; krona-convert {path} --to lora for the rest"
+        f'try it:    krona-sample {run.folder} "{prompt}"\n'
+        f"in code:   from diffusekrona_train.weights import load_adapter\n"
+        f'           load_adapter(pipe, "{path}")\n'
+        f"elsewhere: ComfyUI, A1111 and Forge read the file as it is; for diffusers and others:\n"
+        f"           krona-convert {path} {path.with_name(path.stem + '-lora.safetensors')} --to lora"
     )
     return path
