@@ -94,7 +94,7 @@ def _others() -> list[Case]:
         seconds = int(seen.out.split("the other after ")[1].split(" s")[0])
         assert seconds < 60, f"the other went on for {seconds} s"
 
-    launched = {"WORLD_SIZE": "2", "RANK": "0"}
+    launched = {"WORLD_SIZE": "2"}
     return [
         training_case("one of two processes killed", pair, 1, r"\S", how="spawn", then=within_a_minute, seconds=300),
         training_case(
