@@ -3,7 +3,7 @@
     python scripts/bench_layer.py [--tokens 1024] [--widths 640 1280] [--rounds 15] [--device cpu] [--json]
 
 All variants take turns in every round, so a busy machine slows all of them: a ratio is the median of those within the
-rounds; on a CPU it is processor time that counts. "saved" is what autograd keeps for the backward pass beside parameters.
+rounds; on a CPU processor time counts. "saved" is what autograd keeps for the backward pass beside parameters.
 Needs peft and lycoris-lora (`pip install -e '.[test]'`).
 """
 
