@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusekrona_train.files import atomic
 from diffusekrona_train.kron import kron_delta
 
 Matrix = Tensor | tuple[Tensor, Tensor]
@@ -155,7 +156,8 @@ def summary(rows: list[LayerSpectrum]) -> dict[str, Any]:
 def write_pictures(rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor]], folder: Path) -> list[Path]:
     """Writes spectra.json, norms.png, singular_values.png and, where A is whole, factors.png to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spectra.json").write_text(json.dumps(summary(rows), indent=1) + "\n")
+    with atomic(folder / "spectra.json") as path:
+        path.write_text(json.dumps(summary(rows), indent=1) + "\n")
     written = [
         folder / "spectra.json",
         norm_map(rows, folder / "norms.png"),
@@ -283,6 +285,7 @@ def _pyplot():
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)
     _pyplot().close(figure)
     return path

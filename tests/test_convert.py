@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def pipelines(tmp_path_factory):
     return {kind: make_pipeline(kind, folder / kind) for kind in INPUTS}
 
 
-def load(folder):
+def load(folder) -> Any:
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder)
@@ -273,7 +274,7 @@ def test_their_lora_mode_is_told_by_shape(pipelines, tmp_path):
     unet, path = load(pipelines["sd15"]).unet, tmp_path / "lora.safetensors"
     pairs = authors_checkpoint(unet, path, mode="lora", letters=("to_q", "to_v"))
     file = import_diffusekrona(path, find_layers(unet, None), "sd")
-    assert file.spec.type == "lora" and file.spec.rank == 3 and not file.row_permutation
+    assert file.spec is not None and file.spec.type == "lora" and file.spec.rank == 3 and not file.row_permutation
     assert {layer.name for layer in file.layers} == set(pairs)
     for layer in file.layers:
         down, up = pairs[layer.name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -126,7 +127,8 @@ def test_factors_pictures_a_file_with_and_without_its_base(tmp_path):
     path, plain, out = tmp_path / "dog.safetensors", tmp_path / "plain.safetensors", tmp_path / "out"
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)
+    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    unet.requires_grad_(False)
     saved(unet, AdapterConfig(a1=4, a2=8), path)
     output = run("factors", path, "--output", out)
     assert "absolute norms only" in output and "owner/name" in output
@@ -138,7 +140,7 @@ def test_factors_pictures_a_file_with_and_without_its_base(tmp_path):
     file = read_adapter(path)
     for row in rows[::16]:
         group = file.groups[row["name"]]
-        weight = unet.get_submodule(row["name"]).weight
+        weight: Any = unet.get_submodule(row["name"]).weight
         relative = group["lokr_w1"].norm() * group["lokr_w2"].norm() / weight.norm()
         assert row["relative"] == pytest.approx(float(relative), rel=1e-5)
     write_adapter(plain, file, own_json=False)

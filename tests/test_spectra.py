@@ -51,8 +51,8 @@ def test_norm_and_singular_values_are_the_dense_ones(spec):
 def test_the_exact_lora_pair(spec):
     tensors, dense = made(spec)
     pair = spectra.lora_pair(tensors)
-    if spec.type == "full":
-        assert pair is None
+    if pair is None:
+        assert spec.type == "full"
         return
     assert torch.allclose((pair[0].double() @ pair[1].double()), dense, rtol=1e-4, atol=1e-5)
 
@@ -85,8 +85,8 @@ def test_pictures_and_json(tmp_path, spec):
     assert [path.name for path in pictures] == ["norms.png", "singular_values.png"] + ["factors.png"] * has_a
     for path in pictures:
         with Image.open(path) as image:
-            low, high = image.convert("L").getextrema()
-        assert high - low > 200
+            shades = image.convert("L").histogram()
+        assert sum(count > 0 for count in shades) > 100
     summary = json.loads((tmp_path / "out" / "spectra.json").read_text())
     assert summary["norms"] == "relative" and len(summary["layers"]) == len(rows)
     first = summary["layers"][0]

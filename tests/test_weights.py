@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_sd2_says_so(tmp_path):
     from diffusers import UNet2DConditionModel
 
     config = dict(make_unet("sd21").config) | {"cross_attention_dim": 1024}
-    injection = inject(UNet2DConditionModel.from_config(config), AdapterConfig(a1=4, a2=8))
+    unet: Any = UNet2DConditionModel.from_config(config)
+    injection = inject(unet, AdapterConfig(a1=4, a2=8))
     for predicts, version in (("epsilon", "sd_v2"), ("v_prediction", "sd_v2_v")):
         save_adapter(tmp_path / "a.safetensors", injection, {"prediction_type": predicts})
         metadata = read_adapter(tmp_path / "a.safetensors").metadata
@@ -159,10 +161,11 @@ def test_half_size_files_load_as_fp32_masters(unets, tmp_path, dtype):
 
 def test_a_file_with_nan_or_too_large_for_fp16_is_not_written(unets, tmp_path):
     injection = shaken(unets["sd15"], SPECS["krona"])
-    next(iter(injection.adapters.values())).A.data[0, 0] = float("nan")
+    adapter: Any = next(iter(injection.adapters.values()))
+    adapter.A.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         save_adapter(tmp_path / "a.safetensors", injection, {})
-    next(iter(injection.adapters.values())).A.data[0, 0] = 1e6
+    adapter.A.data[0, 0] = 1e6
     with pytest.raises(ValueError, match="too large for fp16"):
         save_adapter(tmp_path / "a.safetensors", injection, {}, "fp16")
     injection.eject()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 WORDS = ("dog", "cat", "the", "beach", "snow", "photo", "teapot")
 END = "</w>"
@@ -27,7 +28,7 @@ def make_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = make_tokenizer(Path(folder) / "tokenizer", pad="!" if kind == "sd21" else "<|endoftext|>")
-        parts = {
+        parts: dict[str, Any] = {
             "unet": make_unet(kind, width),
             "vae": _vae(),
             "text_encoder": _text_tower(tokenizer, projection=False),
@@ -39,9 +40,8 @@ def make_pipeline(
             parts |= {"text_encoder_2": _text_tower(tokenizer_2, projection=True), "tokenizer_2": tokenizer_2}
             pipe = StableDiffusionXLPipeline(**parts)
         else:
-            pipe = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipe = StableDiffusionPipeline(**parts)
     pipe.save_pretrained(folder)
     return Path(folder)
 
@@ -50,30 +50,36 @@ def make_unet(kind: str, width: int = 32):
     """A random UNet2DConditionModel with the block types, naming and projections of `kind`."""
     from diffusers import UNet2DConditionModel
 
-    shared = {"in_channels": 4, "out_channels": 4, "sample_size": 8, "layers_per_block": 2, "norm_num_groups": 8}
+    shared: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "sample_size": 8,
+        "layers_per_block": 2,
+        "norm_num_groups": 8,
+    }
     if kind == "sdxl":
-        return UNet2DConditionModel(
-            **shared,
-            block_out_channels=(width, 2 * width, 4 * width),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2),
-            attention_head_dim=(2, 4, 8),
-            cross_attention_dim=64,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 32,
-        ).eval()
-    return UNet2DConditionModel(
-        **shared,
-        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=4 if kind == "sd15" else (2, 4, 4, 4),
-        cross_attention_dim=32,
-        use_linear_projection=kind == "sd21",
-    ).eval()
+        own = {
+            "block_out_channels": (width, 2 * width, 4 * width),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 1, 2),
+            "attention_head_dim": (2, 4, 8),
+            "cross_attention_dim": 64,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        }
+    else:
+        own = {
+            "block_out_channels": (width, 2 * width, 2 * width, 2 * width),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            "attention_head_dim": 4 if kind == "sd15" else (2, 4, 4, 4),
+            "cross_attention_dim": 32,
+            "use_linear_projection": kind == "sd21",
+        }
+    return UNet2DConditionModel(**{**shared, **own}).eval()
 
 
 def make_tokenizer(folder: Path, pad: str):
@@ -135,15 +141,16 @@ def _text_tower(tokenizer, *, projection: bool):
 def _vae():
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=64,
-    ).eval()
+    settings: dict[str, Any] = {  # diffusers' own types of these are too narrow
+        "block_out_channels": (8, 8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": 64,
+    }
+    return AutoencoderKL(**settings).eval()
 
 
 def _scheduler(kind: str, prediction_type: str):

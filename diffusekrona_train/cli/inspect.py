@@ -189,7 +189,7 @@ def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
         key = (layer.projection, layer.in_features, layer.out_features, factors)
         if key not in rows:
             fields = ("projection", "in", "out", "factors")
-            rows[key] = dict(zip(fields, key, strict=True)) | dict.fromkeys(SUMS, 0)
+            rows[key] = {**dict(zip(fields, key, strict=True)), **dict.fromkeys(SUMS, 0)}
             single[key] = _size(shapes), macs(spec, layer, options[layer.name])
         count, cost = single[key]
         values = (1, count, cost, layer.in_features * layer.out_features)

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import ADAPTERS, Layer
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.families import tables
+from diffusekrona_train.families import FAMILIES, tables
 from diffusekrona_train.inject import Injection
 from diffusekrona_train.weights import tensorfile
 from diffusekrona_train.weights.names import (
@@ -150,7 +150,8 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
     try:
         info = json.loads(metadata[KEY])
         spec = AdapterConfig.model_validate(info["adapter"])
-        family, options = str(info["family"]), dict(info["options"])
+        family, options = info["family"], dict(info["options"])
+        is_known = family in FAMILIES
         per_block = int(info["layers_per_block"])
         describe = whole_module if spec.targets == "all" else tables.describe_layer
         widths = [(int(width_in), int(width_out)) for width_in, width_out in info["widths"]]
@@ -165,6 +166,8 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
             f"{error.errors()[0]['loc']}" if isinstance(error, ValidationError) else f"{type(error).__name__} {error}"
         )
         raise ValueError(f"its JSON under {KEY!r} is damaged or of another version ({what})") from None
+    if not is_known:
+        raise ValueError(f"is for family {family!r}; this version knows {', '.join(FAMILIES)}")
     names = tables.file_names(family, [layer.name for layer in layers], per_block)
     groups = {
         name: {key.removeprefix("rows_"): value for key, value in group.items()} for name, group in groups.items()
