@@ -59,16 +59,16 @@ class SD:
         """diffusers' pipeline around loaded parts; text encoders and tokenizers may be missing."""
         from diffusers import StableDiffusionPipeline
 
-        (encoder,) = parts.get("text_encoders") or [None]
-        (tokenizer,) = parts.get("tokenizers") or [None]
+        encoder: Any = (parts.get("text_encoders") or [None])[0]
+        tokenizer: Any = (parts.get("tokenizers") or [None])[0]
         pipe = StableDiffusionPipeline(
             vae=parts["vae"],
             text_encoder=encoder,
             tokenizer=tokenizer,
             unet=parts["denoiser"],
             scheduler=parts["scheduler"],
-            safety_checker=None,
-            feature_extractor=None,
+            safety_checker=None,  # type: ignore[arg-type]
+            feature_extractor=None,  # type: ignore[arg-type]
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)

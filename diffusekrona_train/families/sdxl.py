@@ -54,8 +54,8 @@ class SDXL(SD):
         """diffusers' pipeline around loaded parts; text encoders and tokenizers may be missing."""
         from diffusers import StableDiffusionXLPipeline
 
-        encoders = parts.get("text_encoders") or [None, None]
-        tokenizers = parts.get("tokenizers") or [None, None]
+        encoders: Any = parts.get("text_encoders") or [None, None]
+        tokenizers: Any = parts.get("tokenizers") or [None, None]
         pipe = StableDiffusionXLPipeline(
             vae=parts["vae"],
             text_encoder=encoders[0],

@@ -134,7 +134,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's 49,408 tokens and 48,894 merges, in the order of the original tokenizer (OpenAI's simple_tokenizer.py)."""
     text = gzip.decompress((CONFIGS / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
     lines = text.split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = [tuple(line.split()) for line in lines]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
     tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]

@@ -130,8 +130,8 @@ class ModelSource:
         if not self._layers:
             from diffusekrona_train.families import tables
 
-            known = self.alias and self.alias != "toybox"
-            self._layers = tables.layer_table(self.alias) if known else layers_of(self._meta_shapes)
+            known = self.alias if self.alias != "toybox" else None
+            self._layers = tables.layer_table(known) if known else layers_of(self._meta_shapes)
         return list(self._layers)
 
     def base_parameters(self) -> int:
