@@ -175,8 +175,8 @@ def refuse_lost(folder: Path) -> None:
     kept = list((folder / "checkpoints").glob("step-*/adapter.safetensors"))
     if states(folder) or len(kept) > 1:
         raise ValueError(
-            f"--resume: {folder} holds {len(kept)} checkpoints and no resume state that can be read; give an adapter as "
-            "train.init_from of another run, or start this one again with --overwrite"
+            f"--resume: {folder} holds {len(kept)} checkpoints and no resume state that can be read; give an adapter "
+            "as train.init_from of another run, or start this one again with --overwrite"
         )
 
 

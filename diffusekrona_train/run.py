@@ -1,4 +1,4 @@
-"""A run after set-up, the gradients of a step, and how a step is made to fit in memory."""
+"""A run and its set-up, the gradients of a step, and how a step is made to fit in memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffusekrona_train import faults, memory, setup
-from diffusekrona_train.config import RunConfig
+from diffusekrona_train import __version__, checkpoint, faults, folder, memory, setup
+from diffusekrona_train.cache import build_training_set
+from diffusekrona_train.config import RunConfig, dump_config
 from diffusekrona_train.descent import Descent
+from diffusekrona_train.diffusion import noise_schedule
+from diffusekrona_train.families import open_model
 from diffusekrona_train.journal import Journal, Stop
 from diffusekrona_train.objective import Objective
 from diffusekrona_train.validate import Gallery
@@ -41,6 +44,72 @@ class Run:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
+
+
+def assemble(
+    config: RunConfig,
+    place: Path,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    state: checkpoint.State | None,
+    stop: Stop,
+) -> Run:
+    """Everything that the loop needs, at the step where `state` left off."""
+    tell = print if accelerator.is_main_process else lambda *_: None
+    device = accelerator.device
+    source = open_model(
+        config.model,
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.vae,
+        model_config_dir=config.model_config_dir,
+    )
+    draw, forget = setup.class_image_maker(config, source, dtype, device)
+    data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
+    forget()
+    level, why = setup.choose_level(config, source, accelerator, dtype)
+    denoiser = setup.load_denoiser(config, source, level, dtype, device)
+    injection = setup.inject_factors(config, denoiser)
+    descent = Descent(injection.parameters(), config.train, accelerator)
+    alphas = noise_schedule(source.load("scheduler")["scheduler"])
+    objective = Objective(
+        config, source.family, denoiser, injection, data, alphas, source.prediction_type, dtype, device,
+        accelerator.num_processes, accelerator.process_index,
+    )  # fmt: skip
+    about = {
+        "version": __version__,
+        "config": config.model_dump(mode="json", by_alias=True),
+        "processes": accelerator.num_processes,
+        "data": setup.data_mark(data),
+    }
+    if state is not None:
+        take_up(state, about, injection, descent, accelerator)
+    start = state.step if state else 0
+    seconds = state.about.get("seconds", 0.0) if state else 0.0
+    tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
+    if state is not None:
+        tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
+    if start > config.train.steps:
+        raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
+    gallery = Gallery(config, source, objective, place)
+    if accelerator.is_main_process:
+        folder.prepare(place, start, dump_config(config))
+    accelerator.wait_for_everyone()
+    journal = Journal(place, accelerator, start, config.train.steps, about["config"], seconds)
+    return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
+
+
+def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
+    """Puts a resume state back; ValueError where the pictures or captions are others."""
+    if state.about["data"] != about["data"]:
+        raise ValueError(
+            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
+        )
+    checkpoint.restore(state, injection, descent.optimizer)
+    descent.meters.copy_(state.tensors["extra/meters"])
+    if accelerator.scaler is not None and "scaler" in state.about:
+        accelerator.scaler.load_state_dict(state.about["scaler"])
+    injection.assert_fp32()
 
 
 def gradients(run: Run, step: int) -> None:

@@ -11,21 +11,16 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from diffusekrona_train import __version__, checkpoint, faults, folder, memory, setup, weights
-from diffusekrona_train.cache import build_training_set
-from diffusekrona_train.config import RunConfig, dump_config
-from diffusekrona_train.descent import BAD_IN_A_ROW, Descent
-from diffusekrona_train.diffusion import learning_rate_factor, noise_schedule
-from diffusekrona_train.families import open_model
-from diffusekrona_train.journal import Journal, Stop
-from diffusekrona_train.objective import Objective
-from diffusekrona_train.run import FIRST_STEPS, Run, fit_gradients, gradients
-from diffusekrona_train.validate import Gallery, Interrupted
+from diffusekrona_train import checkpoint, faults, folder, memory, setup, weights
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.descent import BAD_IN_A_ROW
+from diffusekrona_train.diffusion import learning_rate_factor
+from diffusekrona_train.journal import Stop
+from diffusekrona_train.run import FIRST_STEPS, Run, assemble, fit_gradients, gradients
+from diffusekrona_train.validate import Interrupted
 
 
 class Diverged(RuntimeError):
@@ -76,7 +71,7 @@ def loop(run: Run) -> None:
 def log(run: Run, done: int) -> None:
     """Reads the meters: here alone the loop waits for the device. Diverged after several bad steps in a row."""
     values = run.descent.read()
-    worst, skipped = values.pop("worst"), values.pop("skipped")
+    worst, skipped = values.pop("worst") or 0, values.pop("skipped") or 0
     line = {"loss": values["loss"], "lr": learning_rate(run, done - 1), "grad_norm": values["grad_norm"]}
     run.journal.log(done, run.objective.global_batch, {**line, **({"skipped": int(skipped)} if skipped else {})})
     if worst > BAD_IN_A_ROW - 0.01:
@@ -221,72 +216,6 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
         if stop.signum is not None:
             raise SystemExit(stop.status)
     return path
-
-
-def assemble(
-    config: RunConfig,
-    place: Path,
-    accelerator: Accelerator,
-    dtype: torch.dtype,
-    state: checkpoint.State | None,
-    stop: Stop,
-) -> Run:
-    """Everything that the loop needs, at the step where `state` left off."""
-    tell = print if accelerator.is_main_process else lambda *_: None
-    device = accelerator.device
-    source = open_model(
-        config.model,
-        revision=config.revision,
-        variant=config.variant,
-        vae=config.vae,
-        model_config_dir=config.model_config_dir,
-    )
-    draw, forget = setup.class_image_maker(config, source, dtype, device)
-    data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
-    forget()
-    level, why = setup.choose_level(config, source, accelerator, dtype)
-    denoiser = setup.load_denoiser(config, source, level, dtype, device)
-    injection = setup.inject_factors(config, denoiser)
-    descent = Descent(injection.parameters(), config.train, accelerator)
-    alphas = noise_schedule(source.load("scheduler")["scheduler"])
-    objective = Objective(
-        config, source.family, denoiser, injection, data, alphas, source.prediction_type, dtype, device,
-        accelerator.num_processes, accelerator.process_index,
-    )  # fmt: skip
-    about = {
-        "version": __version__,
-        "config": config.model_dump(mode="json", by_alias=True),
-        "processes": accelerator.num_processes,
-        "data": setup.data_mark(data),
-    }
-    if state is not None:
-        take_up(state, about, injection, descent, accelerator)
-    start = state.step if state else 0
-    seconds = state.about.get("seconds", 0.0) if state else 0.0
-    tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
-    if state is not None:
-        tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
-    if start > config.train.steps:
-        raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
-    gallery = Gallery(config, source, objective, place)
-    if accelerator.is_main_process:
-        folder.prepare(place, start, dump_config(config))
-    accelerator.wait_for_everyone()
-    journal = Journal(place, accelerator, start, config.train.steps, about["config"], seconds)
-    return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
-
-
-def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
-    """Puts a resume state back; ValueError where the pictures or captions are others."""
-    if state.about["data"] != about["data"]:
-        raise ValueError(
-            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
-        )
-    checkpoint.restore(state, injection, descent.optimizer)
-    descent.meters.copy_(state.tensors["extra/meters"])
-    if accelerator.scaler is not None and "scaler" in state.about:
-        accelerator.scaler.load_state_dict(state.about["scaler"])
-    injection.assert_fp32()
 
 
 def finish(run: Run) -> Path:

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from diffusekrona_train.checkpoint import State, newest
 from diffusekrona_train.config import RunConfig, make_config
 from tests.tiny import make_pipeline
 
@@ -63,6 +64,13 @@ def factors(folder: Path, name: str | None = None) -> dict[str, torch.Tensor]:
 
 def same_factors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def newest_state(folder: Path) -> State:
+    """The newest resume state of a run folder, which has one."""
+    state = newest(folder)
+    assert state is not None, f"{folder} has no resume state"
+    return state
 
 
 def _child(target, env: dict, log: Path) -> None:

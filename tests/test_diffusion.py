@@ -44,8 +44,8 @@ def test_add_noise_and_targets_are_diffusers():
     x_0, eps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     t = torch.tensor([0, 500, 999])
     bar = diffusion.noise_schedule(scheduler)
-    torch.testing.assert_close(diffusion.add_noise(x_0, eps, t, bar), scheduler.add_noise(x_0, eps, t))
-    wanted = scheduler.get_velocity(x_0, eps, t)
+    torch.testing.assert_close(diffusion.add_noise(x_0, eps, t, bar), scheduler.add_noise(x_0, eps, t))  # type: ignore[arg-type]
+    wanted = scheduler.get_velocity(x_0, eps, t)  # type: ignore[arg-type]
     torch.testing.assert_close(diffusion.target(x_0, eps, t, bar, "v_prediction"), wanted)
     assert diffusion.target(x_0, eps, t, bar, "epsilon") is eps
     assert diffusion.target(x_0, eps, t, bar, "sample") is x_0

@@ -11,7 +11,7 @@ import pytest
 
 from diffusekrona_train import checkpoint
 from diffusekrona_train.train import train
-from tests.runs import factors, finish, make_run, make_world, same_factors, start
+from tests.runs import factors, finish, make_run, make_world, newest_state, same_factors, start
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -65,7 +65,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(world, straight,
     config = make_run(world, tmp_path / "straight", train={"checkpoint_every": 100})
     child = start(lambda: train(config), tmp_path / "log", KRONA_FAULT=f"step:2:{signal.Signals(number).name}")
     assert finish(child) == status
-    assert checkpoint.newest(tmp_path / "straight").step == 3
+    assert newest_state(tmp_path / "straight").step == 3
     assert "--resume" in (tmp_path / "log").read_text()
     resumed = make_run(world, tmp_path / "straight", train={"checkpoint_every": 1})
     assert same_factors(factors(train(resumed, resume=True).parent), straight)
@@ -80,7 +80,7 @@ def test_a_signal_from_outside_in_the_middle(world, straight, tmp_path):
         time.sleep(0.05)
     os.kill(child.pid, signal.SIGTERM)
     assert finish(child) == 143
-    assert 3 <= checkpoint.newest(tmp_path / "straight").step < 400
+    assert 3 <= newest_state(tmp_path / "straight").step < 400
 
 
 def test_a_longer_run_is_a_straight_one_and_resume_from_takes_an_older_state(world, straight, tmp_path):
@@ -102,7 +102,7 @@ def test_rewinding_forgets_later_states(world, straight, tmp_path):
     shorter = make_run(world, tmp_path / "straight", train={"keep_resume_states": 9, "steps": 4})
     train(shorter, resume_from=str(state))
     assert [path.name for path in checkpoint.states(tmp_path / "straight")] == ["step-000004", "step-000002"]
-    assert checkpoint.newest(tmp_path / "straight").step == 4
+    assert newest_state(tmp_path / "straight").step == 4
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffusekrona_train import checkpoint
 from diffusekrona_train.config import dump_config
 from diffusekrona_train.folder import read_metrics
 from diffusekrona_train.train import train
-from tests.runs import factors, finish, make_run, make_world, start, world_env
+from tests.runs import factors, finish, make_run, make_world, newest_state, start, world_env
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +47,7 @@ def test_two_processes_are_one_with_batch_2_or_accumulation_2(world, tmp_path, p
     one = factors(train(run("one", batch_size=2)).parent)
     two = run("two")
     assert [finish(child) for child in start_two(two, tmp_path)] == [0, 0]
-    state = checkpoint.newest(tmp_path / "two")
+    state = newest_state(tmp_path / "two")
     assert state.about["processes"] == 2
     assert apart(one, factors(tmp_path / "two")) < 2e-3
     accumulated = factors(train(run("sum", gradient_accumulation=2)).parent)
@@ -66,7 +65,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(world, tmp_path):
         time.sleep(0.05)
     os.kill(children[1].pid, signal.SIGTERM)
     assert [finish(child) for child in children] == [143, 143]
-    assert 3 <= checkpoint.newest(tmp_path / "run").step < 300
+    assert 3 <= newest_state(tmp_path / "run").step < 300
 
 
 def test_the_other_process_ends_when_one_dies(world, tmp_path):
@@ -91,7 +90,7 @@ def test_out_of_memory_on_one_process_takes_both_down_a_level(world, tmp_path):
         start(lambda: train(config), tmp_path / "log1", **second, KRONA_FAULT="step:1:oom"),
     ]
     assert [finish(child) for child in children] == [0, 0]
-    assert checkpoint.newest(tmp_path / "run").about["level"] == "checkpointing"
+    assert newest_state(tmp_path / "run").about["level"] == "checkpointing"
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
@@ -114,7 +113,7 @@ def test_launchers_start_two_processes(world, tmp_path, launcher):
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert checkpoint.newest(tmp_path / "run").about["processes"] == 2
+    assert newest_state(tmp_path / "run").about["processes"] == 2
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["steps"] == 2
     assert done.stdout.count("done: 2 steps") == 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -59,51 +59,15 @@ def schema() -> None:
 @app.command()
 @door
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write the config.")] = Path("krona.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    photos: Annotated[Path, typer.Argument(help="Folder of the subject's photos, or toybox:NAME.")],
+    class_noun: Annotated[str, typer.Option("--class", help="What the subject is, in a word or two: dog.")],
+    path: Annotated[Path | None, typer.Option("--config", help="Where to write it (NAME.yaml here).")] = None,
 ) -> None:
-    """Write a config with every field, its default and what it means."""
-    from diffusekrona_train.files import atomic
+    """Write a commented config that fits a folder of photos."""
+    from diffusekrona_train.starter import write_init
 
-    if path.exists() and not force:
-        raise ValueError(f"{path} is there already; give another name, or --force")
-    with atomic(path) as temporary:
-        temporary.write_text(starter(), encoding="utf-8")
-    print(f"{path} written; set subject.images, subject.class and output, then: krona-train --config {path}")
-
-
-START = """\
-# What is not set here has the value in the comment. Check with: krona-train --config FILE --check
-model: sdxl
-subject:
-  images: photos/dog
-  class: dog
-output: runs/dog
-"""
-
-
-def starter() -> str:
-    """A config to begin with: the fields that everybody sets, then all others as comments."""
-    from pydantic import BaseModel
-
-    from diffusekrona_train.config import RunConfig
-
-    lines = [START]
-    for name, field in RunConfig.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            lines.append(f"# {name}:   # {field.description}")
-            lines += [f"#   {line}" for inner in section.model_fields.items() for line in _field(*inner)]
-        elif name not in ("model", "output"):
-            lines += [f"# {line}" for line in _field(name, field)]
-    return "\n".join(lines) + "\n"
-
-
-def _field(name: str, field: Any) -> list[str]:
-    default = (
-        "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False)
-    )
-    return [f"{field.alias or name}: {default}   # {field.description}"]
+    written = write_init(str(photos), class_noun, path)
+    print(f"{written} written; look it over, then: krona-train --config {written} --check")
 
 
 def main() -> None:

@@ -1,0 +1,470 @@
+"""The loop and its step, against losses and updates worked out by hand; and everything that may go wrong in a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from diffusekrona_train import checkpoint, diffusion, memory, weights
+from diffusekrona_train import train as room
+from diffusekrona_train.cache import Bucket, TrainingSet
+from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.descent import Descent
+from diffusekrona_train.families import open_model
+from diffusekrona_train.inject import inject
+from diffusekrona_train.journal import Stop
+from diffusekrona_train.objective import Objective
+from diffusekrona_train.train import Diverged, train
+from tests.runs import draw_photos, factors, make_run, make_world, newest_state, same_factors
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def world_sd(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world_sd"), "sd15")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_and_says_what_to_do_next(world, tmp_path, capsys):
+    watch = {"every": 2, "loss": True, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
+    path = train(make_run(world, tmp_path / "dog", train={"steps": 4, "log_every": 2}, validation=watch))
+    assert path == tmp_path / "dog" / "dog.safetensors"
+    for name in ("dog.png", "config.yaml", "metrics.jsonl", "report.html"):
+        assert (tmp_path / "dog" / name).stat().st_size > 0
+    pictures = sorted(file.name for file in (tmp_path / "dog" / "samples" / "step-000004").iterdir())
+    assert pictures == ["00-0.png", "01-5.png", "02-0.png", "03-5.png"]
+    lines = metrics(tmp_path / "dog")
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4]
+    assert {"step", "loss", "lr", "grad_norm", "images_per_s", "time"} <= lines[1].keys()
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4]
+    assert yaml.safe_load((tmp_path / "dog" / "config.yaml").read_text())["train"]["steps"] == 4
+    assert same_factors(
+        load_file(path), load_file(tmp_path / "dog" / "checkpoints" / "step-000004" / "adapter.safetensors")
+    )
+    said = capsys.readouterr().out
+    assert "krona-sample" in said and "load_adapter" in said and "krona-convert" in said
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_the_file_holds_no_local_path(world, tmp_path):
+    file = weights.read_adapter(train(make_run(world, tmp_path / "dog", train={"steps": 1})))
+    assert str(tmp_path) not in json.dumps(file.metadata) and str(world) not in json.dumps(file.metadata)
+    assert file.info["token"] == "sks" and file.info["class"] == "dog" and file.info["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"mixed_precision": "bf16"}},
+        {"train": {"optimizer": "adamw8bit"}},
+        {"train": {"quantize": "nf4"}},
+        {"train": {"memory": "nf4", "mixed_precision": "bf16"}},
+        {"train": {"memory": "checkpointing", "gradient_accumulation": 2}},
+        {"train": {"channels_last": True, "loss": "huber", "weighting": "min_snr", "noise_offset": 0.1}},
+        {"train": {"caption_dropout": 0.5, "weighting": "debiased", "schedule": "cosine", "warmup_steps": 1}},
+        {"data": {"buckets": True, "flip": True, "variants": 3}},
+        {"prior": {"kind": "teacher", "weight": 0.5}},
+        {"adapter": {"type": "lora", "rank": 2}},
+        {"adapter": {"type": "full"}},
+        {"adapter": {"type": "full", "targets": "all"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_ways_to_train(world, world_sd, tmp_path, kind, sections):
+    train_section = {"steps": 2, "learning_rate": 1e-3, **sections.get("train", {})}
+    adapter = sections.get("adapter", {})
+    if "type" in adapter:
+        sections = {**sections, "adapter": {**adapter, "a1": 4, "a2": 4}}
+    place = world if kind == "sdxl" else world_sd
+    path = train(make_run(place, tmp_path / "run", **{**sections, "train": train_section}))
+    assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+
+
+def test_training_lowers_the_held_out_loss(world, tmp_path):
+    train(make_run(world, tmp_path / "run", train={"steps": 40}, validation={"every": 40, "loss": True}))
+    before, after = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
+    assert after < before
+
+
+def test_class_images_are_made_once(world, tmp_path, capsys):
+    prior = {"kind": "images", "count": 2, "images": str(tmp_path / "class")}
+    for name in ("a", "b"):
+        train(make_run(world, tmp_path / name, train={"steps": 2}, prior=prior))
+    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    assert same_factors(factors(tmp_path / "a"), factors(tmp_path / "b"))
+
+
+def test_init_from_continues_the_factors_and_refuses_other_ones(world, tmp_path):
+    first = train(make_run(world, tmp_path / "first", train={"steps": 2}))
+    second = make_run(world, tmp_path / "second", train={"steps": 1, "init_from": str(first), "learning_rate": 1e-9})
+    before, after = load_file(first), factors(train(second).parent)
+    assert max((before[name] - after[name]).abs().max() for name in before) < 1e-6
+    other = make_run(world, tmp_path / "third", train={"init_from": str(first)}, adapter={"a1": 2, "a2": 4})
+    with pytest.raises(ValueError, match="init_from.*adapter.a1: 4"):
+        train(other)
+
+
+# ---- one step, by hand ---------------------------------------------------------------------------------------------
+
+
+class Linear(torch.nn.Module):
+    """A denoiser that is one number: it predicts weight * x_t, or with the adapter off, x_t."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+
+class Family:
+    @staticmethod
+    def predict(denoiser, x_t, t, conditioning):
+        return denoiser.weight * x_t + conditioning["prompt_embeds"].mean((1, 2)).view(-1, 1, 1, 1)
+
+
+class Off:
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+
+    def disabled(self):
+        import contextlib
+
+        @contextlib.contextmanager
+        def off():
+            weight = self.denoiser.weight
+            self.denoiser.weight = torch.nn.Parameter(torch.tensor(1.0))
+            yield
+            self.denoiser.weight = weight
+
+        return off()
+
+
+def make_objective(world, tmp_path, priors=0, **sections):
+    config = make_run(world, tmp_path / "x", **sections)
+    torch.manual_seed(0)
+    bucket = Bucket(torch.randn(3, 1, 2, 4, 4), torch.zeros(3, 1, 0), torch.tensor([1, 1, 2]), ["a", "b", "c"])
+    prior = Bucket(
+        torch.randn(2, 1, 2, *([4, 4] if priors == 1 else [2, 8])), torch.zeros(2, 1, 0), torch.tensor([3, 3]), []
+    )
+    embeds = torch.arange(4.0).view(4, 1, 1).expand(4, 5, 6) / 10
+    captions = ["", "A sks dog", "a photo", "A dog"]
+    data = TrainingSet([bucket], [prior] if priors else [], captions, {"prompt_embeds": embeds})
+    alphas = torch.linspace(0.99, 0.01, 100)
+    denoiser = Linear()
+    device = torch.device("cpu")
+    return Objective(config, Family, denoiser, Off(denoiser), data, alphas, "epsilon", torch.float32, device)
+
+
+@pytest.mark.parametrize("priors", [0, 1, 2])
+def test_the_loss_is_the_weighted_sum_over_instances(world, tmp_path, priors):
+    kind = {"prior": {"kind": "images", "weight": 0.3}} if priors else {}
+    objective = make_objective(world, tmp_path, priors, train={"batch_size": 2, "weighting": "min_snr"}, **kind)
+    total = 0.0
+    streams = [("instance", objective.data.instances[0], 1.0)]
+    streams += [("prior", objective.data.priors[0], 0.3)] if priors else []
+    for stream, bucket, share in streams:
+        shelf = diffusion.Shelf(len(bucket.latents), 1, tuple(bucket.latents.shape[2:]))
+        drawn = diffusion.draw(0, 3, range(2), 2, [shelf], timesteps=100, stream=stream)
+        for i in range(2):
+            a = objective.alphas_cumprod[drawn.t[i]]
+            x_t = a.sqrt() * bucket.latents[drawn.picture[i], 0] + (1 - a).sqrt() * drawn.eps[i]
+            guess = 0.5 * x_t + bucket.caption_index[drawn.picture[i]] / 10
+            snr = a / (1 - a)
+            total += share * min(snr, 5.0) / snr * ((guess - drawn.eps[i]) ** 2).mean()
+    torch.testing.assert_close(objective.loss(3, 0).detach(), total / 2)
+
+
+def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path):
+    objective = make_objective(world, tmp_path, prior={"kind": "teacher", "weight": 0.3}, train={"batch_size": 2})
+    plain = make_objective(world, tmp_path, train={"batch_size": 2})
+    (batch,) = plain.batches(0, 0)
+    x_t = diffusion.add_noise(batch.x_0, batch.eps, batch.t, plain.alphas_cumprod)
+    teaching = 0.3 * ((0.5 * x_t - 1.0 * x_t) ** 2).flatten(1).mean(1).sum() / 2
+    torch.testing.assert_close(objective.loss(0, 0), plain.loss(0, 0) + teaching)
+    assert objective.denoiser.weight.item() == 0.5
+
+
+def test_caption_dropout_takes_the_empty_caption(world, tmp_path):
+    every = make_objective(world, tmp_path, train={"caption_dropout": 1.0})
+    some = make_objective(world, tmp_path, train={"caption_dropout": 0.5, "batch_size": 8})
+    assert every.batches(0, 0)[0].caption.tolist() == [0, 0]
+    dropped = torch.cat([some.batches(step, 0)[0].caption == 0 for step in range(40)]).float().mean()
+    assert 0.4 < dropped < 0.6
+
+
+class OneProcess:
+    num_processes, scaler = 1, None
+
+    @staticmethod
+    def backward(loss):
+        loss.backward()
+
+
+def make_descent(world, tmp_path, **train_section):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in [(3, 5), (7,), (64, 128)]]
+    return parameters, Descent(parameters, make_run(world, tmp_path / "x", train=train_section).train, OneProcess)
+
+
+def squares(parameters):
+    return torch.stack([(parameter**2).sum() for parameter in parameters]).sum()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_is_adamw_on_clipped_means(world, tmp_path, accumulation):
+    parameters, descent = make_descent(world, tmp_path, gradient_accumulation=accumulation, max_grad_norm=0.5)
+    mine = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    reference = torch.optim.AdamW(mine, lr=0.1, weight_decay=1e-2)
+    for _ in range(3):
+        for _ in range(accumulation):
+            descent.backward(squares(parameters))
+        descent.step(0.1)
+        squares(mine).backward()
+        torch.nn.utils.clip_grad_norm_(mine, 0.5)
+        reference.step()
+        reference.zero_grad()
+    for a, b in zip(parameters, mine, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, optimizer, factor):
+    parameters, descent = make_descent(world, tmp_path, optimizer=optimizer)
+
+    def step(factor=1.0):
+        descent.backward(squares(parameters) * factor)
+        descent.step(0.1)
+
+    def everything():
+        moments, numbers = checkpoint._flatten(descent.optimizer.state_dict()["state"])
+        return [p.detach().clone() for p in parameters], {k: v.clone() for k, v in moments.items()}, numbers
+
+    step()
+    before = everything()
+    step(factor)
+    after = everything()
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1]) and before[2] == after[2]
+    read = descent.read()
+    assert read["skipped"] == 1 and read["worst"] == 1
+    step()
+    assert not torch.equal(parameters[0], before[0][0])
+
+
+def test_the_schedule_follows_optimiser_steps(world, tmp_path):
+    train(make_run(world, tmp_path / "run", train={"schedule": "linear", "steps": 4, "gradient_accumulation": 2}))
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, steps):
+    """Makes the loss of these steps NaN."""
+    loss = Objective.loss
+    monkeypatch.setattr(
+        Objective, "loss", lambda self, s, micro: loss(self, s, micro) * (torch.nan if s in steps else 1)
+    )
+
+
+def test_three_bad_steps_end_the_run_with_the_last_good_checkpoint(world, tmp_path, monkeypatch):
+    poison(monkeypatch, range(2, 9))
+    with pytest.raises(Diverged, match="3 steps in a row.*step-000004.*learning_rate"):
+        train(make_run(world, tmp_path / "run", train={"steps": 9}))
+    assert newest_state(tmp_path / "run").step == 4  # a bad step leaves all as it was, so this one is good too
+    good = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "adapter.safetensors")
+    assert same_factors(good, load_file(tmp_path / "run" / "checkpoints" / "step-000004" / "adapter.safetensors"))
+
+
+def test_two_bad_steps_are_skipped_and_counted(world, tmp_path, monkeypatch):
+    poison(monkeypatch, (2, 3))
+    train(make_run(world, tmp_path / "run"))
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["skipped"] == 2 and lines[2]["loss"] is None and lines[-1]["loss"] > 0
+
+
+@pytest.mark.parametrize(("failures", "level"), [(1, "checkpointing"), (2, "nf4")])
+def test_out_of_memory_goes_a_level_down_and_on(world, tmp_path, monkeypatch, failures, level):
+    loss, failed = Objective.loss, []
+
+    def short(self, step, micro):
+        if step == 1 and len(failed) < failures:
+            failed.append(step)
+            raise torch.OutOfMemoryError
+        return loss(self, step, micro)
+
+    monkeypatch.setattr(Objective, "loss", short)
+    train(make_run(world, tmp_path / "run"))
+    assert newest_state(tmp_path / "run").about["level"] == level
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monkeypatch):
+    def short(self, step, micro):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Objective, "loss", short)
+    with pytest.raises(RuntimeError, match="batch_size.*resolution.*nf4"):
+        train(make_run(world, tmp_path / "run"))
+
+
+def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkeypatch, capsys):
+    straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
+    monkeypatch.setattr("diffusekrona_train.validate.render", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(Objective, "held_out_loss", lambda self: 1 / 0)
+    monkeypatch.setattr("diffusekrona_train.report.write_run_report", lambda folder: 1 / 0)
+    watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
+    assert same_factors(factors(train(watched).parent), straight)
+    assert "validation at step 2 failed (ZeroDivisionError" in "".join(capsys.readouterr())
+
+
+def test_validation_does_not_change_the_run_and_loads_no_text_encoder(world, tmp_path, monkeypatch):
+    straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
+    config = make_run(world, tmp_path / "b" / "run", validation={"every": 3, "loss": True})
+    train(config)  # fills the cache with the prompts
+    monkeypatch.setattr("diffusekrona_train.families.source.ModelSource._load_text_encoders", lambda *_: 1 / 0)
+    again = make_run(world, tmp_path / "c" / "run", validation={"every": 3, "loss": True})
+    assert same_factors(factors(train(again).parent), straight)
+    assert len(list((tmp_path / "c" / "run" / "samples").iterdir())) == 3
+
+
+def test_a_folder_that_holds_a_run_is_refused(world, tmp_path):
+    config = make_run(world, tmp_path / "run", train={"steps": 1})
+    train(config)
+    with pytest.raises(ValueError, match="--resume.*--overwrite"):
+        train(config)
+    with pytest.raises(ValueError, match="opposite"):
+        train(config, resume=True, overwrite=True)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    longer = make_run(world, tmp_path / "run", train={"steps": 2, "learning_rate": 1e-3})
+    train(longer, overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").exists() and newest_state(tmp_path / "run").step == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        train(make_run(world, tmp_path / "file"))
+
+
+def test_two_runs_in_one_folder_are_refused(world, tmp_path):
+    from diffusekrona_train.folder import claimed
+
+    with claimed(tmp_path / "run"), pytest.raises(ValueError, match="another run .process [0-9]+"):
+        train(make_run(world, tmp_path / "run"))
+
+
+def test_a_mistake_before_the_first_step_leaves_the_old_run_alone(world, tmp_path):
+    train(make_run(world, tmp_path / "run", train={"steps": 1}))
+    before = factors(tmp_path / "run")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError):
+        train(make_run(world, tmp_path / "run", subject={"images": str(empty), "class": "dog"}), overwrite=True)
+    assert same_factors(factors(tmp_path / "run"), before)
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(world, tmp_path, monkeypatch):
+    straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
+    config = make_run(world, tmp_path / "b" / "run")
+    monkeypatch.setenv("KRONA_FAULT", "state:4:full")
+    monkeypatch.setattr("diffusekrona_train.faults._done", False)
+    with pytest.raises(RuntimeError, match="step 4.*No space left.*step-000002.*--resume"):
+        train(config)
+    assert same_factors(factors(train(config, resume=True).parent), straight)
+
+
+def test_the_folder_removed_under_a_run_is_made_again(world, tmp_path, monkeypatch):
+    import shutil
+
+    loss = Objective.loss
+
+    def remove(self, step, micro):
+        if step == 3:
+            shutil.rmtree(tmp_path / "run")
+        return loss(self, step, micro)
+
+    monkeypatch.setattr(Objective, "loss", remove)
+    assert train(make_run(world, tmp_path / "run")).exists()
+
+
+def test_fp16_on_a_cpu_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="mixed_precision: 'fp16' needs a GPU"):
+        train(make_run(world, tmp_path / "run", train={"mixed_precision": "fp16"}))
+
+
+def test_tensorboard_gets_the_metrics(world, tmp_path):
+    train(make_run(world, tmp_path / "run", train={"steps": 2, "trackers": ["tensorboard"]}))
+    assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
+
+
+# ---- small parts ---------------------------------------------------------------------------------------------------
+
+
+def test_memory_levels_go_from_fast_to_small(world, tmp_path, monkeypatch):
+    cuda, config = torch.device("cuda"), make_run(world, tmp_path / "x", data={"resolution": 1024})
+    chosen = {}
+    for gib in (80, 24, 12, 5):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, gib=gib: (gib * memory.GIB, 80 * memory.GIB))
+        chosen[gib] = memory.choose(config, 2_567_463_684, 1, torch.bfloat16, cuda)[0].name
+    assert chosen == {80: "plain", 24: "plain", 12: "checkpointing", 5: "nf4"}
+    named = make_run(world, tmp_path / "x", train={"memory": "checkpointing"})
+    assert memory.choose(named, 1, 1, torch.float32, torch.device("cpu"))[0].checkpointing
+    assert memory.below(memory.levels(named)[1], named) is None
+    full = make_run(world, tmp_path / "x", adapter={"type": "full"})
+    assert [level.name for level in memory.levels(full)] == ["plain", "checkpointing"]
+
+
+def test_processes_agree_on_a_stop_by_the_averaged_wish():
+    stop = Stop()
+    assert not stop.agreed(torch.tensor(0.0), 2) and stop.agreed(torch.tensor(0.5), 2)
+    assert not stop.agreed(torch.tensor(0.5), 1)
+    stop.signum = 2
+    assert stop.agreed(torch.tensor(0.0), 1) and stop.status == 130
+
+
+def test_the_loop_fits_on_a_screen():
+    import inspect
+
+    assert len(inspect.getsource(room.loop).splitlines()) <= 40
+
+
+def test_checkpointing_and_strength_leave_the_gradient_alone(world):
+    """Gradient checkpointing changes when things are computed, not what."""
+    source = open_model(str(world / "model"))
+    gradients = []
+    for checkpointing in (False, True):
+        denoiser = source.load_denoiser(torch.float32)
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        injection = inject(denoiser, AdapterConfig(a1=4, a2=4), seed=0)
+        torch.manual_seed(0)
+        conditioning = {
+            "prompt_embeds": torch.randn(1, 7, 64),
+            "pooled": torch.randn(1, 32),
+            "size_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]),
+        }
+        source.family.predict(
+            denoiser, torch.randn(1, 4, 8, 8), torch.tensor([5]), conditioning
+        ).square().mean().backward()
+        gradients.append([parameter.grad for parameter in injection.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_photos_are_drawn_the_same_each_time(tmp_path):
+    a, b = draw_photos(tmp_path / "a"), draw_photos(tmp_path / "b")
+    assert [file.read_bytes() for file in sorted(a.iterdir())] == [file.read_bytes() for file in sorted(b.iterdir())]
