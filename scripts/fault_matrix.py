@@ -1,5 +1,7 @@
 """Runs real doors against every fault and every bad input of the tables in scripts/faults/, and ends `held N of N`.
 
+How to run it:
+
     python scripts/fault_matrix.py                          # all cases: about 20 minutes on two cores
     python scripts/fault_matrix.py --area config --fast     # one area; only what the tests run
     python scripts/fault_matrix.py --fuzz-seconds 600       # and ten minutes of random configs, headers and images

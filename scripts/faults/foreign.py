@@ -49,18 +49,25 @@ def _own_json() -> list[Case]:
         ),
         adapter_case("layers not as many as widths", own(lambda info: info["widths"].pop()), r"is damaged", damaged),
         adapter_case(
-            "widths in words", own(lambda info: info.update(widths=[["a", "b"]] * len(info["widths"]))), r"\w", damaged
+            "widths in words",
+            own(lambda info: info.update(widths=[["a", "b"]] * len(info["widths"]))),
+            r"is damaged",
+            damaged,
         ),
         adapter_case(
             "options of a layer missing", own(lambda info: info.update(options={})), r"no options for layer", damaged
         ),
-        adapter_case("options a number", own(lambda info: first_options(info, 7)), r"\w", damaged),
-        adapter_case("options without a1", own(lambda info: first_options(info, {})), r"\w", damaged),
+        adapter_case("options a number", own(lambda info: first_options(info, 7)), r"is damaged", damaged),
+        adapter_case("options without a1", own(lambda info: first_options(info, {})), r"is damaged", damaged),
         adapter_case(
-            "a1 of 0 in the options", own(lambda info: first_options(info, {"a1": 0, "a2": 4})), r"\w", damaged
+            "a1 of 0 in the options", own(lambda info: first_options(info, {"a1": 0, "a2": 4})), r"is damaged", damaged
         ),
-        adapter_case("family a list", own(lambda info: info.update(family=["sdxl"])), r"\w", damaged),
-        adapter_case("a family nobody knows", own(lambda info: info.update(family="flux9")), r"\w"),
+        adapter_case("family a list", own(lambda info: info.update(family=["sdxl"])), r"is damaged", damaged),
+        adapter_case(
+            "a family nobody knows",
+            own(lambda info: info.update(family="flux9")),
+            r"is for family 'flux9'; this version knows",
+        ),
         adapter_case(
             "markup in the prompt", hostile("<script>alert(1)</script>"), "", status=0, exists=("out/*",), then=_escaped
         ),

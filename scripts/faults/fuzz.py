@@ -1,6 +1,6 @@
 """Random input within a budget of time: configs, adapter files, image bytes. Each either works or is one line.
 
-run(seconds)          # all fuzzers, an equal share of the time each; the tests run `try_out(name, examples)`
+`run(seconds)` gives every fuzzer an equal share of the time; the tests call `try_out(name, examples)`.
 """
 
 from __future__ import annotations

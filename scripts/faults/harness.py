@@ -139,7 +139,7 @@ def judge_always(case: Case, box: Sandbox, seen: Seen, before: dict[str, str]) -
         yield "control characters from the input reach the terminal"
     if box.canary().exists():
         yield "code from a file was run"
-    yield from judge_files(case, box, before, killed=seen.signal == 9)
+    yield from judge_files(case, box, before, killed=seen.signal in (9, 15))
 
 
 def judge_files(case: Case, box: Sandbox, before: dict[str, str], killed: bool) -> Iterable[str]:
