@@ -201,7 +201,6 @@ def _plan(
     """What the evaluation rooms are asked, with this process' share under `accelerate launch`."""
     from diffusekrona_train import evaluate, studio
 
-    crowd = studio.processes()
     return evaluate.Plan(
         seeds=list(range(seed, seed + num_images)),
         prompts=prompts or None,
@@ -210,10 +209,7 @@ def _plan(
         keep_identifier=keep,
         batch_size=batch_size,
         memory=studio.Memory(dtype),
-        device=studio.pick_device(crowd.local_process_index if crowd else 0),
-        share=(crowd.process_index, crowd.num_processes) if crowd else (0, 1),
-        wait=crowd.wait_for_everyone if crowd else lambda: None,
-    )
+    ).shared()
 
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:

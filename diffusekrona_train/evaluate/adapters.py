@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from diffusekrona_train.studio import (
     check_base,
     fill_prompt,
     pick_device,
+    processes,
 )
 
 KEPT_CLIP_T, MOST_DRIFT = 0.9, 0.5
@@ -51,6 +52,14 @@ class Plan:
 
     def where(self) -> Any:
         return self.device or pick_device()
+
+    def shared(self) -> Plan:
+        """The same plan with this process' share of the pictures and its device, under `accelerate launch`."""
+        crowd = processes()
+        if crowd is None:
+            return self
+        share, device = (crowd.process_index, crowd.num_processes), pick_device(crowd.local_process_index)
+        return replace(self, share=share, device=device, wait=crowd.wait_for_everyone)
 
 
 @dataclass

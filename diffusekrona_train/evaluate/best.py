@@ -18,9 +18,10 @@ from diffusekrona_train.studio import base_model_of, subjects_of
 def best_checkpoint(run_folder: Path | str, plan: Plan | None = None) -> dict[str, Any] | None:
     """Measures every checkpoint of a run and chooses one by RULE; None on all processes but the first.
 
+    Without a plan: the run's own prompts, four seeds, shared over the processes there are.
     Writes evaluation/best.json (chosen_step, rule, checkpoints with their scores, base) and refreshes the run's page.
     """
-    folder, plan = Path(run_folder), plan or Plan()
+    folder, plan = Path(run_folder), plan or Plan().shared()
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: no config.yaml in it; give the folder of a run, such as runs/dog")
     files = sorted((folder / "checkpoints").glob("step-*/adapter.safetensors"))
