@@ -55,7 +55,12 @@ def try_out(name: str, examples: int, start: int = 0) -> Outcome:
     tried = 0
 
     @seed(start)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )
     @given(strategy())
     def check(example: Any) -> None:
         nonlocal tried

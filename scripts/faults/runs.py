@@ -202,7 +202,7 @@ def _memory() -> list[Case]:
             "out of memory in the cache",
             lambda box: fresh(box, cache=False),
             1,
-            r"out of memory.*data\.resolution",
+            r"out of device memory while.*data\.resolution",
             same,
             **fault("cache:0"),
         ),

@@ -200,7 +200,15 @@ def _drawn() -> list[Case]:
         slow("a manifest cut by a kill", broken_manifest, 0, r"\S", exists=PICTURE),
         slow("pictures into a file", out_is_file, 2, r"out", may_write=()),
         slow("pictures into a closed folder", out_closed, 2, r"out.*ermission", limits={"unprivileged": 1}),
-        slow("no room for pictures", _sample(), 1, r"File too large", limits={"file_size": 1500}, absent=PICTURE),
+        slow(
+            "no room for pictures",
+            _sample(),
+            1,
+            r"out/.*\.png: File too large",
+            "a full disk is one sentence with the name of the file",
+            limits={"file_size": 1500},
+            absent=PICTURE,
+        ),
         slow(
             "drawing ended by SIGTERM", _many, 143, r"", limits={"kill_after": 6, "kill_with": 15}, then=killed_goes_on
         ),

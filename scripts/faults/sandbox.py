@@ -55,7 +55,7 @@ class Shared:
     folder: Path
     made: dict[str, Path] = field(default_factory=dict)
 
-    def build(self, name: str, make: Callable[[Path], None]) -> Path:
+    def build(self, name: str, make: Callable[[Path], Any]) -> Path:
         """The folder `name`, filled by `make(folder)` the first time."""
         if name not in self.made:
             folder = self.folder / name
