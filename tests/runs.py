@@ -11,6 +11,7 @@ import random
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -86,14 +87,14 @@ def _child(target, env: dict, log: Path) -> None:
     target()
 
 
-def start(target, log: Path, **env: str) -> multiprocessing.Process:
+def start(target, log: Path, **env: str) -> Any:
     """A forked child that runs `target()` with `env`; what it prints goes to `log`."""
     child = multiprocessing.get_context("fork").Process(target=_child, args=(target, env, log))
     child.start()
     return child
 
 
-def finish(child: multiprocessing.Process, seconds: float = 120) -> int:
+def finish(child: Any, seconds: float = 120) -> int:
     """The child's exit code (minus the signal's number where it was killed); the child must end in time."""
     child.join(seconds)
     alive = child.is_alive()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffusekrona_train import checkpoint, weights
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.inject import inject
+from tests.runs import newest_state
 from tests.tiny import make_unet
 
 CONFIG = {
@@ -87,7 +88,7 @@ def test_states_rotate_and_adapters_stay(tmp_path):
         write(tmp_path, step, injection, descent, keep=2)
     assert [path.name for path in checkpoint.states(tmp_path)] == ["step-000010", "step-000003"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
-    assert checkpoint.newest(tmp_path).step == 10
+    assert newest_state(tmp_path).step == 10
 
 
 @pytest.mark.parametrize("phase", ["adapter", "state", "rotation"])
@@ -104,7 +105,7 @@ def test_a_failure_while_writing_leaves_the_state_before(tmp_path, phase, monkey
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, 2, injection, descent, keep=1)
     assert (tmp_path / "resume" / "step-000001" / "state.safetensors").read_bytes() == before
-    assert checkpoint.newest(tmp_path).step == (2 if phase == "rotation" else 1)
+    assert newest_state(tmp_path).step == (2 if phase == "rotation" else 1)
     assert not list(tmp_path.rglob(".writing-*"))
 
 
