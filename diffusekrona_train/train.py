@@ -8,6 +8,7 @@ run is the uninterrupted one, and two processes are one with twice the batch.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -206,16 +207,27 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
             path = finish(run)
             if config.train.keep_best:
                 name_the_best(run)
-        except torch.OutOfMemoryError as error:
-            kept = checkpoint.states(place)
-            last = f"; go on from {kept[0].name} with --resume" if kept else ""
-            raise RuntimeError(memory.out_of_memory(run.level) + last) from error
+        except RuntimeError as error:
+            if (told := explained(run, error)) is None:
+                raise
+            raise told from error
         finally:
             run.journal.close()
         accelerator.end_training()
         if stop.signum is not None:
             raise SystemExit(stop.status)
     return path
+
+
+def explained(run: Run, error: RuntimeError) -> RuntimeError | None:
+    """What to do about memory that ended or a process that was lost; None for other errors."""
+    kept = checkpoint.states(run.folder)
+    last = f"; go on from {kept[0].name} with --resume" if kept else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return RuntimeError(memory.out_of_memory(run.level) + last)
+    if run.accelerator.num_processes > 1 and re.search("gloo|NCCL", str(error)):
+        return RuntimeError(f"another process of this run ended, or the connection to it broke{last}")
+    return None
 
 
 def finish(run: Run) -> Path:
