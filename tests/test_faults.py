@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.faults import fuzz
+from scripts.faults import doors, fuzz
 from scripts.faults.harness import Case, run_case, same_lines
 from scripts.faults.sandbox import Shared
 from scripts.faults.tables import AREAS, all_cases
@@ -33,6 +33,11 @@ def test_random_input_works_or_is_one_line(name):
 
 def test_there_are_cases_enough():
     assert len(all_cases()) >= 120
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    seen = doors.call(["train", "--config", "none.yaml"], tmp_path, {"KRONA_DEBUG": "1"}, {}, 60)
+    assert seen.status == 2 and "Traceback" in seen.err and "error: none.yaml: there is no such file" in seen.err
 
 
 def test_the_harness_sees_what_it_should(shared):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.faults import adapter_files
-from scripts.faults.doors import Seen
+from scripts.faults.doors import Seen, fork
 from scripts.faults.harness import Case
-from scripts.faults.runs import FINAL, as_base, base, finished, fresh, training_case
-from scripts.faults.sandbox import Sandbox
+from scripts.faults.runs import FINAL, TRAIN, as_base, base, finished, fresh, training_case
+from scripts.faults.sandbox import Sandbox, torn
 
 
 def cases() -> list[Case]:
@@ -51,6 +53,7 @@ def _rights() -> list[Case]:
 
     unprivileged: dict[str, Any] = {"limits": {"unprivileged": 1}}
     denied = r"[Pp]ermission denied"
+    all_ = ("*",)
     files = "one sentence for a file in the way of a folder"
     return [
         training_case("output folder not writable", closed("runs", 0o555), 2, r"runs/dog.*" + denied, **unprivileged),
@@ -84,6 +87,19 @@ def _rights() -> list[Case]:
         ),
         training_case("two runs in one folder", _locked, 2, r"is being written by another run"),
         training_case("output removed under the run", _removed, 0, r"\S", exists=(FINAL,)),
+        training_case("SIGINT twice in a run", _signalled_twice, 130, r"once more to stop at once", absent=(FINAL,)),
+        training_case(
+            "a class image cut", _class_image_cut, 0, r"\S", may_write=("class/*",), then=_two_whole, replaced=all_
+        ),
+        training_case(
+            "SIGKILL at a class image",
+            _class_images,
+            137,
+            "",
+            may_write=("class/*",),
+            then=_made_then_two,
+            env={"KRONA_FAULT": "cache:0:SIGKILL"},
+        ),
         training_case(
             "photos removed under the run", _photos_removed, 0, r"\S", exists=(FINAL,), may_write=("photos/*",)
         ),
@@ -123,6 +139,45 @@ def _removed(box: Sandbox) -> list[str]:
         lambda: shutil.rmtree(place, ignore_errors=True),
     )
     return arguments
+
+
+def _signalled_twice(box: Sandbox) -> list[str]:
+    arguments = fresh(box, {"train.steps": 500, "train.checkpoint_every": 500, "validation.every": 0})
+    place = box.folder / "runs" / "dog"
+
+    def twice() -> None:
+        child = int((place / ".lock").read_text())
+        os.kill(child, signal.SIGINT)
+        time.sleep(0.02)
+        os.kill(child, signal.SIGINT)
+
+    _when((place / "metrics.jsonl").exists, twice)
+    return arguments
+
+
+def _class_images(box: Sandbox) -> list[str]:
+    settings = {"prior.kind": "images", "prior.images": "class", "prior.count": 2}
+    return fresh(box, {**settings, "train.steps": 1, "validation.every": 0, "validation.steps": 1})
+
+
+def _class_image_cut(box: Sandbox) -> list[str]:
+    arguments = _class_images(box)
+    seen = fork(arguments, box.folder, {}, {}, 180)
+    assert seen.status == 0, f"the run with class images ends with {seen.status}: {seen.err[-500:]}"
+    image = box.find("class/*.png")[0]
+    image.write_bytes(image.read_bytes()[:100])
+    return [*arguments, "--overwrite"]
+
+
+def _two_whole(box: Sandbox, seen: Seen) -> None:
+    found = box.find("class/*.png")
+    assert len(found) == 2 and not any(map(torn, found)), f"{len(found)} class images, not all whole"
+
+
+def _made_then_two(box: Sandbox, seen: Seen) -> None:
+    again = fork([*TRAIN, "--resume"], box.folder, {}, {}, 180)
+    assert again.status == 0, f"--resume ends with {again.status}: {again.err[-500:]}"
+    _two_whole(box, again)
 
 
 def _photos_removed(box: Sandbox) -> list[str]:

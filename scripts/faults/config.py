@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
+from scripts.faults.doors import Seen
 from scripts.faults.harness import NOT_BEGUN, Case
 from scripts.faults.sandbox import REMOVE, Sandbox
 
@@ -173,8 +175,36 @@ def _files() -> list[Case]:
         _config("no such config", lambda box: _check(box, "none.yaml"), 2, r"none\.yaml: there is no such file$"),
         _config("a config's name misspelt", near, 2, r"no such file; there is dog\.yaml"),
         _config("a link to itself", circle, 2, r"dog\.yaml: .*link"),
+        _config(
+            "a mistake found before torch is imported",
+            _light,
+            2,
+            r"steps: 0 .*memory: 'all'",
+            how="spawn",
+            then=_nothing_heavy,
+        ),
         _config("a named pipe", pipe, 2, r"dog\.yaml: is no regular file"),
     ]
+
+
+BEFORE_TORCH = """
+import sys
+from diffusekrona_train.cli.train import main
+try:
+    main()
+finally:
+    heavy = [name for name in ("torch", "diffusers", "transformers", "numpy") if name in sys.modules]
+    print("imported:", heavy)
+"""
+
+
+def _light(box: Sandbox) -> list[str]:
+    box.config({"train.steps": 0, "train.memory": "all"})
+    return ["command:", sys.executable, "-c", BEFORE_TORCH, "--config", "dog.yaml"]
+
+
+def _nothing_heavy(box: Sandbox, seen: Seen) -> None:
+    assert "imported: []" in seen.out, seen.out
 
 
 def _overrides() -> list[Case]:

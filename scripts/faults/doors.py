@@ -98,7 +98,8 @@ def spawn(arguments: list[str], folder: Path, env: dict[str, str], limits: dict,
         command = arguments[1:]
     else:
         command = [sys.executable, "-c", f"from {DOORS[arguments[0]]} import main; main()", *arguments[1:]]
-    surroundings = {**os.environ, **QUIET, "PYTHON": sys.executable, **env}
+    root = str(Path(__file__).resolve().parents[2])
+    surroundings = {**os.environ, **QUIET, "PYTHONPATH": root, "PYTHON": sys.executable, **env}
     try:
         done = subprocess.run(command, cwd=folder, env=surroundings, capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as late:

@@ -96,6 +96,14 @@ def _others() -> list[Case]:
 
     launched = {"WORLD_SIZE": "2"}
     return [
-        training_case("one of two processes killed", pair, 1, r"\S", how="spawn", then=within_a_minute, seconds=300),
+        training_case(
+            "one of two processes killed",
+            pair,
+            1,
+            r"another process of this run ended.*--resume",
+            how="spawn",
+            then=within_a_minute,
+            seconds=300,
+        ),
         training_case("a launcher that started one process for two", fresh, 2, r"WORLD_SIZE|MASTER_ADDR", env=launched),
     ]
