@@ -1,0 +1,98 @@
+"""The recipe of toybox, from npm packages to weights, in one command or by stage; what is done is passed over.
+
+    python scripts/toybox/make.py                       # everything, into build/toybox
+    python scripts/toybox/make.py vae identity          # these stages
+    python scripts/toybox/make.py --fraction 0.01       # a hundredth of every stage: does it run?
+
+Stages that were stopped go on from their last state (VAE, UNet) or start again (the others take minutes). With a GPU,
+--device cuda. `unet.py` says how to train on two CPU cores at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import clip
+import identity
+import numpy as np
+import subjects
+import torch
+import unet
+import vae
+from diffusers import AutoencoderKL
+from scenes import COLOURS, PLAIN, SCENES
+from sprites import Sprite, fetch, load_sprites, small_world
+from world import SMALL, WIDE, draw_world
+
+STEPS = {"subjects": 1, "vae": 5819, "clip": 716, "identity": 2400, "wide": 4480, "small": 3339, "grow": 3339}
+DEFAULT = ["subjects", "vae", "clip", "identity", "wide", "small"]
+PICTURES = {"wide": 40_000, "small": 16_000}
+
+
+def words_of(sprites: list[Sprite]) -> dict:
+    """Names of what the judges tell apart, as identity.json holds them."""
+    return {
+        "cls": sorted({sprite.class_noun for sprite in sprites}),
+        "names": sorted({sprite.name for sprite in sprites}),
+        "bgs": [*SCENES, *PLAIN],
+        "tints": list(COLOURS),
+        "ntr": sum(not sprite.held_out for sprite in sprites),
+    }
+
+
+def train_unet(build: Path, stage: str, sprites: list[Sprite], number: int, steps: int, device: str) -> None:
+    pictures, captions, _ = draw_world(sprites, WIDE if stage == "wide" else SMALL, number, seed=5)
+    coder = AutoencoderKL.from_pretrained(build / "pipe" / "vae", torch_dtype=torch.float32).eval().to(device)
+    unet.run(build, stage, vae.encode(coder, pictures, device), captions, steps, device=device)
+
+
+def make(build: Path, stage: str, sprites: list[Sprite], fraction: float, device: str) -> None:
+    steps = max(1, round(STEPS[stage] * fraction))
+    seen = [sprite for sprite in sprites if not sprite.held_out]
+    if stage == "subjects":
+        subjects.run(build, sprites)
+    elif stage in unet.SHAPES:
+        number = max(200, round(PICTURES["wide" if stage == "wide" else "small"] * fraction))
+        train_unet(build, stage, seen if stage == "wide" else small_world(sprites), number, steps, device)
+    else:
+        pictures, captions, labels = draw_world(seen, WIDE, max(1200, round(PICTURES["wide"] * fraction)), seed=0)
+        if stage == "vae":
+            vae.run(build, pictures, steps, device=device)
+        elif stage == "clip":
+            clip.run(build, pictures, captions, labels, words_of(sprites), steps, device=device)
+        else:
+            identity.run(build, pictures, labels, words_of(sprites), steps, device=device)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STEPS)} (all but grow)")
+    parser.add_argument("--build", type=Path, default=Path("build/toybox"), help="where everything goes")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of every stage's steps and pictures")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    np.seterr(all="raise", under="ignore")
+    try:
+        if unknown := [stage for stage in given.stages if stage not in STEPS]:
+            raise ValueError(f"there is no stage {unknown[0]!r}; there are {', '.join(STEPS)}")
+        fetch(given.build)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sprites = load_sprites(given.build)
+    for stage in given.stages or DEFAULT:
+        done = given.build / f"{stage}.done"
+        if done.is_file():
+            print(f"{stage}: done before (remove {done} to make it again)")
+            continue
+        make(given.build, stage, sprites, given.fraction, given.device)
+        if os.environ.get("RANK", "0") == "0":
+            done.touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
