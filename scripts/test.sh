@@ -18,3 +18,6 @@ step .venv/bin/ruff check .
 step .venv/bin/ruff format --check .
 step .venv/bin/pyright --pythonpath "$python"
 step "$python" -m pytest "$@"
+if ! command -v chromium chromium-browser google-chrome >/dev/null; then
+    echo "not checked: report pages in a browser (no Chromium here)"
+fi

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ from diffusekrona_train.weights import load_adapter
 from scripts.train_suite import command_for, config_of
 from tests.runs import make_run, make_world
 
-SHARP = {"clip": "toybox", "dino": "toybox"}
+
+def a_plan(log: Callable[[str], Any] = print, share: tuple[int, int] = (0, 1)) -> evaluate.Plan:
+    return evaluate.Plan(seeds=(0, 1), clip="toybox", dino="toybox", log=log, share=share)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,8 @@ def world(tmp_path_factory):
 @pytest.fixture
 def plan():
     said: list[str] = []
-    made = evaluate.Plan(seeds=(0, 1), log=said.append, **SHARP)
-    made.said = said
+    made = a_plan(said.append)
+    made.said = said  # type: ignore[attr-defined]
     return made
 
 
@@ -51,7 +55,7 @@ def measured(world):
     """The run's best checkpoint, measured once."""
     said: list[str] = []
     run = shutil.copytree(world / "runs" / "dog", world / "measured" / "dog")
-    return run, evaluate.best_checkpoint(run, evaluate.Plan(seeds=(0, 1), log=said.append, **SHARP)), said
+    return run, evaluate.best_checkpoint(run, a_plan(said.append)), said
 
 
 def run_app(capsys, *words) -> tuple[int, str, str]:
@@ -161,11 +165,11 @@ def test_compare_tells_all_metrics_parameters_size_and_differences(world, plan, 
 def test_shares_of_two_processes_are_one(world, plan, tmp_path):
     files = [studio.find_adapter(world / "runs" / "dog")]
     alone = evaluate.compare(files, None, plan, tmp_path / "one", settings={"steps": 2})
-    second = evaluate.Plan(seeds=(0, 1), share=(1, 2), **SHARP)
+    second = a_plan(share=(1, 2))
     assert evaluate.compare(files, None, second, tmp_path / "two", settings={"steps": 2}) is None
     drawn = len(list((tmp_path / "two" / "pictures").glob("*.png")))
     assert 0 < drawn < len(list((tmp_path / "one" / "pictures").glob("*.png")))
-    first = evaluate.Plan(seeds=(0, 1), share=(0, 2), **SHARP)
+    first = a_plan(share=(0, 2))
     assert evaluate.compare(files, None, first, tmp_path / "two", settings={"steps": 2}) == alone
 
 
@@ -237,7 +241,7 @@ def test_a_suite_by_subject_and_group_alone_and_in_shares(suite_file, world, tmp
     assert set(alone["groups"]) == {"live", "object"} and alone["all"]["dino"]["n"] == 4 + 2
     subjects = [alone["subjects"][name]["scores"]["dino"] for name in ("dog", "lora")]
     assert alone["all"]["dino"]["value"] == pytest.approx(sum(s["value"] * s["n"] for s in subjects) / 6)
-    shares = [evaluate.Plan(seeds=(0, 1), share=(rank, 2), log=lambda _: None, **SHARP) for rank in (1, 0)]
+    shares = [a_plan(share=(rank, 2)) for rank in (1, 0)]
     results = [evaluate.evaluate_suite(suite, p, tmp_path / "two", runs=runs, photos=photos) for p in shares]
     assert results == [None, alone]
     assert "absent" in (tmp_path / "two" / "report.html").read_text()
@@ -277,11 +281,11 @@ def test_train_suite_makes_a_config_a_row_and_goes_on_where_it_was(suite_file, t
     assert config["train"]["steps"] == 9 and config["train"]["seed"] == 3
     assert config["output"] == str(tmp_path / "runs" / "dog")
     assert command_for(world / "runs" / "dog", Path("c")) is None
-    assert command_for(tmp_path / "new", Path("c"))[-2:] == ["--config", "c"]
+    assert (command_for(tmp_path / "new", Path("c")) or [])[-2:] == ["--config", "c"]
     (tmp_path / "half" / "resume" / "step-000002").mkdir(parents=True)
-    assert command_for(tmp_path / "half", Path("c"))[-1] == "--overwrite"
+    assert (command_for(tmp_path / "half", Path("c")) or [""])[-1] == "--overwrite"
     (tmp_path / "half" / "resume" / "step-000002" / "state.safetensors").touch()
-    assert command_for(tmp_path / "half", Path("c"))[-1] == "--resume"
+    assert (command_for(tmp_path / "half", Path("c")) or [""])[-1] == "--resume"
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
@@ -323,7 +327,7 @@ def test_mistakes_are_one_line_and_exit_2(words, expected, world, capsys):
 )
 def test_a_wrong_suite_is_one_line(change, expected, tmp_path):
     tree = {"name": "mine", "rows": [{"name": "a", "class": "dog", "prompts": ["a"]}], **change}
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "s.yaml").write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=expected) as caught:
         evaluate.load_suite(str(tmp_path / "s.yaml"))
     assert "\n" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,12 @@ def folders(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = make_tokenizer(root / "words", pad="<|endoftext|>")
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         text = {**sizes, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
         config = CLIPConfig(
@@ -45,7 +52,9 @@ def numpy_pixels(picture, resize, crop, mean, std):
     """Shorter side to `resize`, centre crop, normalised: written from the description, pixel by pixel in numpy."""
     w, h = picture.size
     new = (resize, int(resize * h / w)) if w <= h else (int(resize * w / h), resize)
-    array = np.asarray(picture.resize(new, Image.BICUBIC) if new != (w, h) else picture).astype(np.float64) / 255
+    array = (
+        np.asarray(picture.resize(new, Image.Resampling.BICUBIC) if new != (w, h) else picture).astype(np.float64) / 255
+    )
     top, left = (array.shape[0] - crop) // 2, (array.shape[1] - crop) // 2
     array = array[top : top + crop, left : left + crop]
     return ((array - np.array(mean)) / np.array(std)).transpose(2, 0, 1)
@@ -200,8 +209,9 @@ def test_bootstrap_interval_is_that_of_a_normal_mean():
 def test_difference_knows_noise_from_a_shift():
     noise = np.random.default_rng(2)
     first = noise.normal(0, 1, 200)
-    assert difference(first + 0.5, first + noise.normal(0, 0.1, 200))["larger_than_chance"]
-    assert not difference(first, first + noise.normal(0, 1, 200) - 0.0)["larger_than_chance"]
+    near, far = first + noise.normal(0, 0.1, 200), first + noise.normal(0, 1, 200)
+    assert difference(list(first + 0.5), list(near))["larger_than_chance"]
+    assert not difference(list(first), list(far))["larger_than_chance"]
     with pytest.raises(ValueError, match="3 and 2 pictures"):
         difference([1, 2, 3], [1, 2])
 

@@ -153,8 +153,7 @@ def compare(
     _print_rows([*zip(labels, scores, strict=True), ("  base model", result["base"]["scores"])], [*extra, ""])
     for row in result["rows"]:
         if not row["best"]:
-            sure = [METRICS[name].title for name, gap in row["best_minus_this"].items() if gap["larger_than_chance"]]
-            print(f"best against {row['name']}: larger than chance in {', '.join(sure) or 'nothing'}")
+            print(f"best against {row['name']}, beyond chance: {_beyond_chance(row['best_minus_this'])}")
     print(f"* {result['rule']}")
     print(place / "report.html")
 
@@ -186,6 +185,17 @@ def best(
     print(f"best: step {result['chosen_step']}, {run / result['adapter']}")
     print(result["rule"])
     print(run / "report.html")
+
+
+def _beyond_chance(gaps: dict[str, Any]) -> str:
+    """'better in DINO, worse in CLIP-T': differences whose bootstrap interval leaves out 0."""
+    from diffusekrona_train.metrics import METRICS
+
+    sure = {name: gap["value"] for name, gap in gaps.items() if gap["larger_than_chance"]}
+    better = [METRICS[name].title for name, value in sure.items() if (value > 0) == METRICS[name].higher_is_better]
+    worse = [METRICS[name].title for name in sure if METRICS[name].title not in better]
+    told = [f"{word} in {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
+    return "; ".join(told) or "no difference"
 
 
 def _plan(

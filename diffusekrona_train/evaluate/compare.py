@@ -137,7 +137,7 @@ def gap_text(gap: dict[str, Any]) -> str:
 def seed_table(rows: Sequence[tuple[str, dict[str, dict[str, Any]]]]) -> tuple[list[str], list[list[str]]]:
     """Head and body of a table with DINO and CLIP-T of each seed."""
     seeds = list(rows[0][1]["dino"]["by_seed"])
-    head = ["", *(f"{METRICS[name].title}, seed {seed}" for name in ("dino", "clip_t") for seed in seeds)]
+    head = ["", *(f"{METRICS[name].title}, {seed}" for name in ("dino", "clip_t") for seed in seeds)]
     body = [
         [
             label,

@@ -63,7 +63,11 @@ def write_evaluation_report(
         sections.append(Section("By group", tables=[score_table(result["groups"])]))
     if result.get("seeds"):
         sections.append(
-            Section("By seed", note="Seeds apart: means over the images of one seed.", tables=[Table(*result["seeds"])])
+            Section(
+                "By seed",
+                note="Means over the pictures of one seed; the number is the seed.",
+                tables=[Table(*result["seeds"])],
+            )
         )
     if result.get("differences"):
         note = "Difference to the best, picture by picture, with its 95 % bootstrap interval."

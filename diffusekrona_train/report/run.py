@@ -92,7 +92,7 @@ def _settings(config: RunConfig, metrics: list[dict]) -> Section:
         ("prior preservation", config.prior.kind),
     ]
     if seconds:
-        facts.append(("time so far", f"{int(seconds // 60)} min {int(seconds % 60)} s"))
+        facts.append(("training time", f"{int(seconds // 60)} min {int(seconds % 60)} s"))
     return Section("What was trained", facts=facts)
 
 
