@@ -272,7 +272,7 @@ def _commands(folder: Path, config: RunConfig, best: dict | None) -> Section:
     if chosen is not None and chosen != config.train.steps:
         adapter = f"{here}/checkpoints/step-{chosen:06d}/adapter.safetensors"
     prompt = (config.validation.prompts or [config.subject.prompt])[0].replace("{class}", config.subject.class_noun)
-    place, quoted = shlex.quote(adapter), shlex.quote(prompt)
+    place, quoted, lora = shlex.quote(adapter), shlex.quote(prompt), f"{folder.resolve().name}-lora.safetensors"
     return Section(
         "Use it",
         note="" if "/" in here else f"From the folder that holds {folder.resolve().name}.",
@@ -280,7 +280,7 @@ def _commands(folder: Path, config: RunConfig, best: dict | None) -> Section:
             ("Draw with it", f"krona-sample {place} {quoted}"),
             ("Measure its checkpoints", f"krona-eval best {shlex.quote(here)}"),
             ("See what it learnt", f"krona-inspect {place}"),
-            ("As a LoRA for tools that read nothing else", f"krona-convert {place} --to lora"),
+            ("As a LoRA for tools that read nothing else", f"krona-convert {place} {shlex.quote(lora)} --to lora"),
             ("In Python", f"from diffusekrona_train.weights import load_adapter\nload_adapter(pipe, {adapter!r})"),
         ],
     )
