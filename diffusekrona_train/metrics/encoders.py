@@ -143,11 +143,13 @@ def open_dino(name: str = DINO, device: Any = "cpu", cache: Path | None = None) 
 
 
 def _load(kind: Any, where: str, name: str, expected: str, device: Any) -> Any:
+    import huggingface_hub
     import transformers
 
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()  # without a network our one line says so
     try:
         try:
             config = transformers.AutoConfig.from_pretrained(where)
