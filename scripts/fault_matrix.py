@@ -30,6 +30,7 @@ from scripts.faults.tables import AREAS, all_cases  # noqa: E402
 
 def main() -> int:
     options = _options()
+    os.environ.update(doors.QUIET)  # libraries read some of it when they are imported
     chosen = [case for case in all_cases(options.area) if (case.fast or not options.fast) and options.only in case.name]
     if any(case.how == "fork" and not case.fast for case in chosen):
         doors.preload()

@@ -247,7 +247,13 @@ def _resuming() -> list[Case]:
             lost,
         ),
         training_case("init_from a pickle", _init_from(adapter_files.pickled), 2, r"is a pickle"),
-        training_case("init_from another model", _init_from(_sdxl), 2, r"is for family 'sdxl'"),
+        training_case(
+            "init_from another model",
+            _init_from(_sdxl),
+            2,
+            r"is for family 'sdxl'",
+            "one check wherever a file is read",
+        ),
     ]
 
 

@@ -198,7 +198,7 @@ def _drawn() -> list[Case]:
         slow("a prompt that is hostile", hostile, 0, r"\S", exists=PICTURE, then=one_file_each),
         slow("pictures that stand there", there_already, 0, r"were there already", then=kept, may_write=OUT),
         slow("a manifest cut by a kill", broken_manifest, 0, r"\S", exists=PICTURE),
-        slow("pictures into a file", out_is_file, 2, r"out", may_write=()),
+        slow("pictures into a file", out_is_file, 2, r"out: File exists", "a file in the way", may_write=()),
         slow("pictures into a closed folder", out_closed, 2, r"out.*ermission", limits={"unprivileged": 1}),
         slow(
             "no room for pictures",
