@@ -138,9 +138,10 @@ def make_objective(unet: Any, injection: Any, args: argparse.Namespace) -> Objec
     bucket = Bucket(latents, ids.expand(5, 1, 6).clone(), torch.zeros(5, dtype=torch.long), list("abcde"))
     conditioning = {"prompt_embeds": torch.randn(1, 77, 64), "pooled": torch.randn(1, 32)}
     alphas = noise_schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    data = TrainingSet([bucket], [], [""], conditioning)
+    device, family = torch.device(args.device), family_named("sdxl")
     return Objective(
-        make_run(args, {}), family_named("sdxl"), unet, injection, TrainingSet([bucket], [], [""], conditioning), alphas,
-        "epsilon", torch.float32, torch.device(args.device),
+        make_run(args, {}), family, unet, injection, data, alphas, "epsilon", torch.float32, device
     )  # fmt: skip
 
 

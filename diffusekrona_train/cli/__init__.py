@@ -12,6 +12,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+# Read when torch is loaded: OpenMP threads that spin while they wait make a step many times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
