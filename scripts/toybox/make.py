@@ -10,6 +10,9 @@ Stages that were stopped go on from their last state (VAE, UNet) or start again 
 
 from __future__ import annotations
 
+# torch's and diffusers' stubs give modules and tensors types that are too wide for what stands here
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false, reportAssignmentType=false
 import argparse
 import os
 import sys

@@ -9,6 +9,9 @@ subjects are learnt is `scripts/train_suite.py toybox` and `krona-eval suite toy
 
 from __future__ import annotations
 
+# torch's and diffusers' stubs give modules and tensors types that are too wide for what stands here
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false, reportAssignmentType=false
 import argparse
 import json
 import sys

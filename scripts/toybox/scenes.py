@@ -33,11 +33,11 @@ def grain(r, n, cells, strength):
 
 def fade(n, top, bottom):
     t = np.linspace(0, 1, n, dtype=np.float32)[:, None, None]
-    return np.broadcast_to(np.float32(top) * (1 - t) + np.float32(bottom) * t, (n, n, 3)).copy()
+    return np.broadcast_to(np.array(top, np.float32) * (1 - t) + np.array(bottom, np.float32) * t, (n, n, 3)).copy()
 
 
 def flat(n, colour):
-    return np.broadcast_to(np.float32(colour), (n, n, 3)).copy()
+    return np.broadcast_to(np.array(colour, np.float32), (n, n, 3)).copy()
 
 
 def land(r, n, sky, ground, waves=0.0):
@@ -99,7 +99,7 @@ def wooden_floor(r, n):
 def ocean(r, n):
     yy, xx = np.mgrid[:n, :n] / n
     wave = np.sin(yy * r.uniform(28, 40) + 2 * np.sin(xx * r.uniform(6, 10) + r.uniform(0, 6)))
-    crests = (wave > 0.75)[..., None] * np.float32((50, 50, 40))
+    crests = (wave > 0.75)[..., None] * np.array((50, 50, 40), np.float32)
     return fade(n, shade(r, (35, 130, 200)), shade(r, (10, 60, 130), 6)) + crests
 
 
@@ -130,7 +130,7 @@ def city(r, n):
     image, x = fade(n, (160, 185, 215), (215, 220, 230)), 0
     while x < n:
         width, height = int(r.integers(9, 17)), int(r.integers(n * 0.35, n * 0.75))
-        wall = np.float32((120, 120, 135)) + r.normal(0, 22)
+        wall = np.array((120, 120, 135), np.float32) + r.normal(0, 22)
         image[n - height :, x : x + width] = wall
         for y in range(n - height + 3, n - 12, 5):
             for window in range(x + 2, min(x + width - 2, n - 1), 4):
@@ -152,7 +152,7 @@ def mountains(r, n):
     for _ in range(3):
         x, peak, slope = r.uniform(0, n), r.uniform(0.15, 0.45) * n, r.uniform(0.8, 1.4)
         inside = yy > peak + np.abs(xx - x) * slope
-        image[inside] = np.float32((110, 115, 130)) + r.normal(0, 10)
+        image[inside] = np.array((110, 115, 130), np.float32) + r.normal(0, 10)
         image[inside & (yy < peak + 7 + 2 * np.sin(xx))] = (240, 245, 250)
     image[int(n * 0.82) :] = shade(r, (100, 150, 80), 5)
     return image
@@ -169,7 +169,9 @@ def road(r, n):
 
 def kitchen(r, n):
     yy, xx = np.mgrid[:n, :n] // 8
-    image = np.where(((yy + xx) % 2 == 0)[..., None], np.float32((235, 235, 230)), np.float32((205, 218, 222)))
+    image = np.where(
+        ((yy + xx) % 2 == 0)[..., None], np.array((235, 235, 230), np.float32), np.array((205, 218, 222), np.float32)
+    )
     table = int(n * 0.7)
     image[table:] = shade(r, (150, 100, 65), 6)
     image[table : table + 2] = (90, 60, 40)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# torch's and diffusers' stubs give modules and tensors types that are too wide for what stands here
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false, reportAssignmentType=false
 import json
 import time
 from pathlib import Path

@@ -10,6 +10,9 @@ On CPU cores run two one-thread processes, which is faster than one of two threa
 
 from __future__ import annotations
 
+# torch's and diffusers' stubs give modules and tensors types that are too wide for what stands here
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false, reportAssignmentType=false
 import os
 from pathlib import Path
 

@@ -78,10 +78,10 @@ def _shifts(r: np.random.Generator, jitter: float) -> tuple[float, float]:
 
 
 def _tinted(rgb: np.ndarray, alpha: np.ndarray, tint: str) -> np.ndarray:
-    light = np.clip(rgb @ np.float32((0.3, 0.59, 0.11)) / 255, 0, 1)[..., None]
+    light = np.clip(rgb @ np.array((0.3, 0.59, 0.11), np.float32) / 255, 0, 1)[..., None]
     mean = float((light * alpha).sum() / alpha.sum())
     factor = np.clip(0.75 + 0.9 * (light - mean), 0, 1.3)
-    return np.clip(np.float32(COLOURS[tint]) * factor + np.clip(light - 0.8, 0, 1) * 100, 0, 255)
+    return np.clip(np.array(COLOURS[tint], np.float32) * factor + np.clip(light - 0.8, 0, 1) * 100, 0, 255)
 
 
 def write_caption(sprite: Sprite, background: str, tint: str | None, world: World, r: np.random.Generator) -> str:
