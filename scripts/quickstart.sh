@@ -22,9 +22,10 @@ $bin/krona-sample $run "A [V] dog on the beach" "A [V] dog in the snow" "A [V] d
     "A [V] dog at night" "A [V] dog on a red background" "A [V] dog in the mountains" \
     --num-images 2 --base --sheet --output $run/pictures || exit
 
+sheet=$(ls -t $run/pictures/sheet-*.png | head -n 1)
 cat <<TEXT
 
-what it learnt:   $PWD/$run/pictures/sheet.png
+what it learnt:   $PWD/$sheet
 the whole story:  $PWD/$run/report.html
 the adapter:      $PWD/$run/toybox.safetensors
 
