@@ -25,7 +25,8 @@ Held in every case:
 - nothing from a file name or a prompt moves the terminal's cursor.
 """
 AREAS = {
-    "config": "Wrong values, wrong YAML, wrong files: found before torch is imported.",
+    "config": "Wrong values, wrong YAML, wrong files: found before a weight is loaded, and all but those about layers "
+    "before torch is.",
     "images": "Photos, captions and folders, by `krona-train --check`.",
     "adapters": "Adapter files, by `krona-convert` and `krona-inspect factors`.",
     "runs": "Signals, full disks, missing rights and damage between two runs. A run that died goes on with `--resume` "
