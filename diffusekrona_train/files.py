@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     try:
         temporary = room / target.name
         yield temporary
+        mode = _usual_mode(room)
         for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
             if file.is_file():
+                file.chmod(mode)
                 _flush(file)
         os.replace(temporary, target)
         _flush(target.parent)
@@ -41,6 +44,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise OSError(number, os.strerror(number), str(target)) from error  # names what the user knows
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _usual_mode(room: Path) -> int:
+    """The permissions that a new file gets here: some writers (safetensors) leave theirs to the owner alone."""
+    probe = room / ".mode"
+    probe.touch()
+    return stat.S_IMODE(probe.stat().st_mode)
 
 
 def _system_error(error: Exception) -> int | None:

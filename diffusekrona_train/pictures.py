@@ -32,6 +32,10 @@ SWEEPABLE: dict[str, Callable[[str], Any]] = {
 """Option of krona-sample that --sweep can take -> how a value is read."""
 
 
+WIDEST_ROW = 8
+"""Pictures in a row of a sheet that shows the base model beside the adapter."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """One picture: what is drawn, under which adapter scale (None: the bare base model), and where it goes."""
@@ -204,20 +208,30 @@ def settle_manifest(planned: Sequence[Planned], folder: Path) -> Path:
 
 
 def write_sheet(planned: Sequence[Planned], folder: Path) -> Path:
-    """A labelled contact sheet of the plan: a row for each prompt and state, base above adapter; columns as drawn."""
+    """A labelled contact sheet of the plan: a row for each prompt, the base model's pictures left of the adapter's.
+
+    Where that would be wider than eight pictures, the base has a row of its own above the adapter's.
+    """
     from PIL import Image
 
     from diffusekrona_train.report import contact_sheet
 
-    rows: dict[tuple[str, bool], list[Planned]] = {}
+    rows: dict[tuple[str, str], list[Planned]] = {}
     for item in planned:
-        rows.setdefault((item.prompt, item.scale is None), []).append(item)
-    has_base = any(is_base for _, is_base in rows)
+        rows.setdefault((item.prompt, "base" if item.scale is None else "adapter"), []).append(item)
+    has_base = any(state == "base" for _, state in rows)
+    labels = {item.file: item.label for item in planned}
+    if has_base and max(map(len, rows.values())) <= WIDEST_ROW // 2:
+        beside: dict[tuple[str, str], list[Planned]] = {}
+        for (prompt, state), items in sorted(rows.items(), key=lambda row: row[0][1] != "base"):
+            beside.setdefault((prompt, ""), []).extend(items)
+            labels |= {item.file: ", ".join(filter(None, (state, item.label))) for item in items}
+        rows = beside
     strips = []
-    for (prompt, is_base), items in rows.items():
-        name = f"{'base' if is_base else 'adapter'}: {prompt}" if has_base else prompt
+    for (prompt, state), items in rows.items():
+        name = f"{state}: {prompt}" if has_base and state else prompt
         strips.append((name, [Image.open(folder / item.file) for item in items]))
     widest = max(rows.values(), key=len)
-    columns = [", ".join(filter(None, (item.label, f"seed {item.seed}"))) for item in widest]
+    columns = [", ".join(filter(None, (labels[item.file], f"seed {item.seed}"))) for item in widest]
     key = hashlib.sha256("".join(item.file for item in planned).encode()).hexdigest()[:8]
     return contact_sheet(strips, folder / f"sheet-{key}.png", columns=columns)

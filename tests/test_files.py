@@ -42,3 +42,11 @@ def test_a_folder_is_whole_too_and_replaces_no_full_folder(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc" * 10**6)
     assert sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 10**6).hexdigest()
+
+
+def test_a_file_has_the_permissions_that_any_new_file_has(tmp_path):
+    (tmp_path / "usual").touch()
+    with atomic(tmp_path / "a.txt") as path:
+        path.write_text("written by something that keeps it to the owner")
+        path.chmod(0o600)
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
