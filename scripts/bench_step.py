@@ -40,7 +40,7 @@ OneProcess = SimpleNamespace(num_processes=1, scaler=None, backward=lambda loss:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--width", type=int, default=320, help="width of the first UNet block")
     parser.add_argument("--latent", type=int, default=16, help="side of the latents (times 8: pixels)")
     parser.add_argument("--batch", type=int, default=1)
