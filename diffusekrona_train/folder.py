@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from diffusekrona_train.files import atomic
@@ -48,8 +48,8 @@ def claimed(folder: Path, main: bool = True) -> Iterator[None]:
             file.seek(0)
             raise ValueError(f"output: {folder} is being written by another run (process {file.read().strip() or '?'})")
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # the lock holds on a full disk too; only the number is missing in another's message
+            os.write(file.fileno(), str(os.getpid()).encode())
         try:
             yield
         finally:

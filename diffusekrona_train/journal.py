@@ -28,6 +28,7 @@ class Journal:
         self.main = accelerator.is_main_process
         self.bar = tqdm(total=steps, initial=start, disable=not self.main, unit="step", dynamic_ncols=True, leave=True)
         self.began = time.monotonic() - seconds_before
+        self._told: set[tuple[str, str, str]] = set()
         self._lap(start)
         if accelerator.log_with:
             accelerator.init_trackers("diffusekrona", config=_scalars(config))
@@ -65,15 +66,25 @@ class Journal:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            self.say(f"metrics.jsonl: {error.strerror}; a line is lost")
+            self.warn("metrics.jsonl cannot be written, lines are lost", error)
         if self.accelerator.log_with:
             numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
-            self.accelerator.log(numbers, step=line["step"])
+            try:
+                self.accelerator.log(numbers, step=line["step"])
+            except Exception as error:
+                self.warn("a tracker failed", error)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.main:
             self.bar.write(text)
+
+    def warn(self, what: str, error: Exception) -> None:
+        """Says, once for each kind of error, that something failed which no run depends on."""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        if (told := (what, type(error).__name__, reason)) not in self._told:
+            self._told.add(told)
+            self.say(f"after step {self.bar.n}: {what} ({type(error).__name__}: {reason}); the run goes on")
 
     def close(self) -> None:
         self.bar.close()

@@ -138,13 +138,13 @@ def validate(run: Run, done: int) -> None:
     except Interrupted:
         pass
     except Exception as error:
-        run.journal.say(f"validation at step {done} failed ({type(error).__name__}: {error}); training goes on")
+        run.journal.warn("validation failed", error)
         setup.free(run.accelerator.device)
     try:
         if run.main and run.config.validation.loss and run.stop.signum is None:
             run.journal.write({"step": done, "validation_loss": run.objective.held_out_loss()})
     except Exception as error:
-        run.journal.say(f"held-out loss at step {done} failed ({type(error).__name__}: {error}); training goes on")
+        run.journal.warn("the held-out loss failed", error)
     refresh_report(run)
     run.objective.injection.assert_fp32()
     run.accelerator.wait_for_everyone()
@@ -167,13 +167,16 @@ def name_the_best(run: Run) -> None:
 
 
 def refresh_report(run: Run) -> None:
-    if run.main:
+    """`report.html` and `loss.png`, as far as the run has come."""
+    if not run.main:
+        return
+    for name, write in (("report.html", "write_run_report"), ("loss.png", "write_loss_plot")):
         try:
-            from diffusekrona_train.report import write_run_report  # a plotting library: not before it is needed
+            from diffusekrona_train import report  # a plotting library: not before it is needed
 
-            write_run_report(run.folder)
+            getattr(report, write)(run.folder)
         except Exception as error:
-            run.journal.say(f"report.html was not written ({type(error).__name__}: {error})")
+            run.journal.warn(f"{name} was not written", error)
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------
@@ -237,11 +240,16 @@ def finish(run: Run) -> Path:
     if not run.main:
         return path
     faults.reach("end", config.train.steps)
-    weights.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+    try:
+        weights.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} cannot be written ({error.strerror or error}); the checkpoints are whole, finish with --resume"
+        ) from error
     try:
         run.gallery.preview(config.train.steps, path.with_suffix(".png"))
     except Exception as error:
-        run.journal.say(f"{path.stem}.png was not written ({type(error).__name__}: {error})")
+        run.journal.warn(f"{path.stem}.png was not written", error)
     refresh_report(run)
     run.journal.close()
     size = path.stat().st_size / 2**20

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusekrona_train.config import dump_config, make_config
-from diffusekrona_train.report import contact_sheet, write_run_report
+from diffusekrona_train.report import contact_sheet, write_loss_plot, write_run_report
 from diffusekrona_train.report.charts import Line, bar_chart, heat_map, line_chart
 
 EVIL = "A [V] {class} <script>document.title='broken'</script> & \"quotes\" <img src=https://example.org/x.png>"
@@ -205,3 +206,26 @@ if CHROMIUM:  # scripts/test.sh says so where it is missing
         drawn = np.asarray(Image.open(run / "samples" / "step-000020" / "00-0.png").convert("RGB")).reshape(-1, 3)
         colours = {tuple(colour) for colour in shots["light"].reshape(-1, 3)}
         assert sum(tuple(int(v) for v in colour) in colours for colour in drawn[::37]) > 60, "a sample's own colours"
+
+
+def test_the_plot_of_a_run_shows_loss_and_rate_and_leaves_matplotlib_alone(run):
+    """Its pixels have the colours of the loss, the held-out loss and the rate; pyplot is never imported for it."""
+    code = (
+        "import sys, matplotlib; before = dict(matplotlib.rcParams);"
+        "from diffusekrona_train.report import write_loss_plot; write_loss_plot(sys.argv[1]);"
+        "print(before == dict(matplotlib.rcParams), 'matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+    with Image.open(run / "loss.png") as image:
+        assert image.size == (960, 600)
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    height = []
+    for colour in ((0x3B, 0x82, 0xF6), (0xE8, 0x83, 0x3A), (0x22, 0xA0, 0x6B)):
+        rows = np.nonzero((abs(pixels - colour).sum(-1) < 12).sum(1))[0]
+        assert len(rows), f"no line of colour {colour}"
+        height.append(rows.mean())
+    assert max(height[:2]) < height[2], "the learning rate is below the loss"
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": None, "lr": 1.0}))
+    (run / "loss.png").unlink()
+    assert write_loss_plot(run) is None and not (run / "loss.png").exists()

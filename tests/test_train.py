@@ -43,7 +43,7 @@ def test_a_run_leaves_everything_and_says_what_to_do_next(world, tmp_path, capsy
     watch = {"every": 2, "loss": True, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
     path = train(make_run(world, tmp_path / "dog", train={"steps": 4, "log_every": 2}, validation=watch))
     assert path == tmp_path / "dog" / "dog.safetensors"
-    for name in ("dog.png", "config.yaml", "metrics.jsonl", "report.html"):
+    for name in ("dog.png", "config.yaml", "metrics.jsonl", "report.html", "loss.png"):
         assert (tmp_path / "dog" / name).stat().st_size > 0
     pictures = sorted(file.name for file in (tmp_path / "dog" / "samples" / "step-000004").iterdir())
     assert pictures == ["00-0.png", "01-5.png", "02-0.png", "03-5.png"]
@@ -332,7 +332,10 @@ def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkey
     monkeypatch.setattr("diffusekrona_train.report.write_run_report", lambda folder: 1 / 0)
     watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
     assert same_factors(factors(train(watched).parent), straight)
-    assert "validation at step 2 failed (ZeroDivisionError" in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert "after step 0: validation failed (ZeroDivisionError" in said
+    for what in ("validation failed", "the held-out loss failed", "report.html was not written"):
+        assert said.count(what) == 1, "the same failure is told once"
 
 
 def test_validation_does_not_change_the_run_and_loads_no_text_encoder(world, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from diffusekrona_train.config import RunConfig, load_config
 from diffusekrona_train.data import collect, crop_pixels, plan_crops
 from diffusekrona_train.folder import read_metrics, step_of
 from diffusekrona_train.report.charts import Line, heat_map, line_chart
+from diffusekrona_train.report.curves import series, smoothed
 from diffusekrona_train.report.evaluation import score_charts, score_table
 from diffusekrona_train.report.page import Figure, Section, Strip, picture, write_page
 
@@ -164,36 +165,19 @@ def _before_and_after(folder: Path, config: RunConfig, best: dict | None) -> Sec
 
 
 def _curves(metrics: list[dict], best: dict | None) -> Section | None:
-    def series(key: str) -> tuple[list[int], list[float]]:
-        found = [(line["step"], line[key]) for line in metrics if _number(line.get(key))]
-        return [step for step, _ in found], [value for _, value in found]
-
-    x, loss = series("loss")
-    held_x, held = series("validation_loss")
+    x, loss = series(metrics, "loss")
+    held_x, held = series(metrics, "validation_loss")
     chosen = (best or {}).get("chosen_step")
     charts = []
     if x:
-        lines = [Line("", x, loss, faint=True), Line("training, smoothed", x, _smoothed(loss))]
+        lines = [Line("", x, loss, faint=True), Line("training, smoothed", x, smoothed(loss))]
         lines += [Line("held-out noise", held_x, held, points=True)] if held else []
         charts.append(line_chart("Loss", lines, mark_x=chosen))
     for key, title in (("lr", "Learning rate"), ("grad_norm", "Gradient norm")):
-        x, values = series(key)
+        x, values = series(metrics, key)
         if x:
             charts.append(line_chart(title, [Line(key, x, values)]))
     return Section("Curves", charts=charts) if charts else None
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean without the pull towards the start."""
-    out, mean, mass = [], 0.0, 0.0
-    for value in values:
-        mean, mass = weight * mean + (1 - weight) * value, weight * mass + 1 - weight
-        out.append(mean / mass)
-    return out
 
 
 def _scores(best: dict | None) -> Section | None:
