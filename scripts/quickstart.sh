@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Teaches the embedded model a poodle and shows it: no GPU, no weights to download, a few minutes on two cores.
 #   scripts/quickstart.sh          run it again and it reuses what is there
-# PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 takes .venv as it is.
+# PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 takes .venv as it is; STEPS=100 trains for less (300).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
 prepare_venv .
-bin=.venv/bin run=runs/toybox
+bin=.venv/bin run=runs/toybox steps=${STEPS:-300}
 
 if [ -f $run/toybox.safetensors ]; then
     echo "$run/toybox.safetensors is there already: not trained again (remove $run to start over)"
 else
-    echo "teaching the embedded model a poodle: 300 steps at 64 x 64"
+    echo "teaching the embedded model a poodle: $steps steps at 64 x 64"
     resume=()
     [ -d $run/resume ] && resume=(--resume)
-    $bin/krona-train --config configs/toybox.yaml ${resume[@]+"${resume[@]}"} || exit
+    $bin/krona-train --config configs/toybox.yaml --set "train.steps=$steps" ${resume[@]+"${resume[@]}"} || exit
 fi
 
 echo "drawing six prompts with the base model and with the adapter"

@@ -18,7 +18,7 @@ find_python() {
             return
         fi
     done
-    fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>/dev/null || echo none); name one with PYTHON=…"
+    fail "needs Python 3.11, 3.12 or 3.13, found $(found=$(python3 --version 2>/dev/null) || :; echo "${found:-none}"); name one with PYTHON=…"
 }
 
 prepare_venv() {

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from diffusekrona_train.config import make_config
@@ -119,6 +121,39 @@ def test_every_background_is_a_picture_of_its_own(recipe):
     assert all(p.shape == (64, 64, 3) and 0 <= p.min() and p.max() <= 255 for p in pictures.values())
     flat = np.stack([p.ravel() for p in pictures.values()])
     assert len(np.unique(flat, axis=0)) == 23
+
+
+def test_a_stopped_unet_stage_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """Six steps straight through, and six steps killed within the fifth and started again."""
+    monkeypatch.syspath_prepend(str(RECIPE))
+    for name in (before := set(sys.modules)) & {"clip", "stage", "world"}:
+        monkeypatch.delitem(sys.modules, name)
+    unet = importlib.import_module("unet")
+    monkeypatch.setattr(unet, "BATCH", 2)
+    monkeypatch.setattr(unet, "sample_sheet", lambda pipe, captions: [])
+    monkeypatch.setitem(unet.SHAPES, "wide", {"block_out_channels": (16, 16), "attention_head_dim": (2, 2)})
+    latents, captions = torch.randn(5, 8, 16, 16), ["a dog", "a cat", "an owl", "a red car", "a dog at night"]
+
+    def stage(name: str) -> Path:
+        shutil.copytree(TOYBOX / "pipe", tmp_path / name / "pipe", dirs_exist_ok=True)
+        unet.run(tmp_path / name, "wide", latents, captions, steps=6, save_every=2)
+        return tmp_path / name / "unet-wide" / "diffusion_pytorch_model.safetensors"
+
+    straight, loss_of, calls = stage("straight"), unet.loss_of, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return loss_of(*args)
+
+    monkeypatch.setattr(unet, "loss_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage("stopped")
+    assert sha256(stage("stopped")) == sha256(straight) and len(calls) == 7
+    for name in set(sys.modules) - before:
+        if str(RECIPE) in str(getattr(sys.modules[name], "__file__", "")):
+            monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from stage import Pace, finish, pixels
+from stage import Pace, finish, neighbours, pixels
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
@@ -125,9 +125,14 @@ def run(
             (head(rows).argmax(1).cpu() == facts[-HELD:, i]).float().mean().item()
             for i, head in enumerate(heads["image"])
         ]
+        text = model.text_model(input_ids=ids[-10:].to(device)).pooler_output
+        nearest = neighbours(pictures[-HELD:], model.visual_projection(rows), model.text_projection(text), 7)
     names = ("class", "background", "tint", "sprite")
     write(build, model.cpu(), tokenizer)
-    finish(build, "clip", {"steps": steps, **{name: round(value, 3) for name, value in zip(names, right, strict=True)}})
+    sheet = [np.concatenate([own[None], found]) for own, found in zip(pictures[-10:], nearest, strict=True)]
+    print("clip.png: a held picture, and the held pictures nearest to its caption")
+    numbers = {name: round(value, 3) for name, value in zip(names, right, strict=True)}
+    finish(build, "clip", {"steps": steps, **numbers}, sheet)
 
 
 def write(build: Path, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from stage import Pace, finish, pixels
+from stage import Pace, finish, neighbours, pixels
 from torch import nn
 from torch.nn import functional as F
 from world import Label
@@ -52,10 +52,12 @@ def run(
             "sprite": (hs(rows).argmax(1) == sprites[-HELD:]).float().mean().item(),
             "class": (hc(rows).argmax(1) == classes[-HELD:]).float().mean().item(),
         }
+    print("identity.png: held pictures, each followed by its nearest ones")
+    sheet = neighbours(pictures[-HELD:], rows, rows[-10:])
     names = {"features": "f", "projection": "p"}
     tensors = {f"{names[key.split('.')[0]]}.{key.partition('.')[2]}": value for key, value in net.state_dict().items()}
     tensors |= {f"hs.{key}": value for key, value in hs.state_dict().items()}
     tensors |= {f"hc.{key}": value for key, value in hc.state_dict().items()}
     save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, build / "identity.safetensors")
     (build / "identity.json").write_text(json.dumps(words))
-    finish(build, "identity", {"steps": steps, **{key: round(value, 3) for key, value in right.items()}})
+    finish(build, "identity", {"steps": steps, **{key: round(value, 3) for key, value in right.items()}}, sheet)

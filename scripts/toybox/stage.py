@@ -60,6 +60,12 @@ def finish(build: Path, stage: str, numbers: dict, pictures: list[np.ndarray] | 
         Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2)).save(build / f"{stage}.png")
 
 
+def neighbours(pictures: np.ndarray, rows: Tensor, wanted: Tensor, number: int = 8) -> list[np.ndarray]:
+    """Rows of a sheet: for each wanted embedding the pictures (N, 64, 64, 3) whose embeddings (N, D) are nearest."""
+    rows, wanted = (torch.nn.functional.normalize(x.float().cpu(), dim=-1) for x in (rows, wanted))
+    return [pictures[order[:number].numpy()] for order in (wanted @ rows.T).argsort(dim=1, descending=True)]
+
+
 class Pace:
     """Says every so many steps how a stage goes."""
 

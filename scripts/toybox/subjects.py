@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from scenes import paint
 from sprites import Sprite
+from stage import finish
 from world import compose
 
 NAMES = {
@@ -38,12 +39,13 @@ PLACES = (
 
 def run(build: Path, sprites: list[Sprite], seed: int = 11) -> None:
     held_out = {sprite.short_name: sprite for sprite in sprites if sprite.held_out and sprite.style == "f"}
-    table = {}
+    table, sheet = {}, []
     for name, short_name in NAMES.items():
         sprite, r, folder = held_out[short_name], np.random.default_rng(seed), build / "subjects" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for i, (place, size) in enumerate(PLACES):
-            Image.fromarray(compose(sprite.image, paint(place, r), r, size=size)).save(folder / f"{i:02d}.png")
+        sheet.append([compose(sprite.image, paint(place, r), r, size=size) for place, size in PLACES])
+        for i, picture in enumerate(sheet[-1]):
+            Image.fromarray(picture).save(folder / f"{i:02d}.png")
         table[name] = {"class": sprite.class_noun, "files": [f"{i:02d}.png" for i in range(len(PLACES))]}
     (build / "subjects" / "subjects.json").write_text(json.dumps(table, indent=1) + "\n")
-    print(f"subjects: {len(table)}")
+    finish(build, "subjects", {"subjects": len(table), "pictures": sum(map(len, sheet))}, sheet)

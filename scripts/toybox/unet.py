@@ -135,7 +135,16 @@ def average_gradients(parameters: list[Tensor]) -> None:
         p.grad.copy_(part.view_as(p))
 
 
-def run(build: Path, stage: str, latents: Tensor, captions: list[str], steps: int, seed: int = 0, device="cpu") -> None:
+def run(
+    build: Path,
+    stage: str,
+    latents: Tensor,
+    captions: list[str],
+    steps: int,
+    seed: int = 0,
+    device="cpu",
+    save_every: int = 250,
+) -> None:
     """Trains one stage, or goes on with it, and writes the pipeline with the averaged weights."""
     rank, many = int(os.environ.get("RANK", "0")), "RANK" in os.environ
     if many:
@@ -172,25 +181,39 @@ def run(build: Path, stage: str, latents: Tensor, captions: list[str], steps: in
         if rank == 0:
             average.follow(unet)
             pace.step(step + 1, loss.item())
-            if (step + 1) % 250 == 0:
+            if (step + 1) % save_every == 0:
                 model, moments = unet.state_dict(), optimizer.state_dict()
                 save_state(
                     build / f"{stage}.state", model=model, optimizer=moments, average=average.values, step=step + 1
                 )
     if rank == 0:
         unet.load_state_dict(average.values)
-        write_pipeline(build, stage, unet.cpu().half())
+        sheet = sample_sheet(write_pipeline(build, stage, unet.cpu().half()), captions)
         samples = BATCH * steps * (dist.get_world_size() if many else 1)
         finish(
             build,
             f"unet-{stage}",
             {"steps": steps, "samples": samples, "loss": round(float(np.mean(pace.losses or [0])), 4)},
+            sheet,
         )
     if many:
         dist.destroy_process_group()
 
 
-def write_pipeline(build: Path, stage: str, unet: UNet2DConditionModel) -> None:
+def sample_sheet(pipe: StableDiffusionXLPipeline, captions: list[str], across: int = 10) -> list[np.ndarray]:
+    """60 pictures of captions of the world, 25 steps, guidance 4; the captions are printed in the sheet's order."""
+    texts = [captions[i] for i in np.random.default_rng(0).integers(len(captions), size=6 * across)]
+    pipe.to(dtype=torch.float32).set_progress_bar_config(disable=True)
+    rows = []
+    for start in range(0, len(texts), across):
+        part, r = texts[start : start + across], torch.Generator().manual_seed(start)
+        size = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 4.0}
+        rows.append((pipe(part, generator=r, output_type="np", **size).images * 255).round().astype(np.uint8))
+        print("; ".join(part), flush=True)
+    return rows
+
+
+def write_pipeline(build: Path, stage: str, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
     from clip import load_text_encoders
     from diffusers import AutoencoderKL
 
@@ -202,3 +225,4 @@ def write_pipeline(build: Path, stage: str, unet: UNet2DConditionModel) -> None:
         vae, first.half(), second.half(), tokenizer, tokenizer, unet, new_scheduler(), add_watermarker=False
     )
     pipe.save_pretrained(folder)
+    return pipe
