@@ -5,9 +5,9 @@
         --set adapter.type=full --set adapter.targets=all --set train.learning_rate=3e-4
     python scripts/toybox/measure_subjects.py --runs runs/suite-krona --runs runs/suite-full [--sheet sheet.png]
 
-Per subject five backgrounds that its photos do not have, --images pictures of each, 25 steps, guidance 4. Identity is the
-mean cosine of the judge's embeddings to the subject's photos. The nearest sprite is sought among the subject, all sprites
-of its class and every fourth other one. Real renders are the subject's own sprite on the same backgrounds.
+Per subject five backgrounds that its photos do not have, --images pictures of each, 25 steps, guidance 4. Identity is
+the mean cosine of the judge's embeddings to the subject's photos. The nearest sprite is sought among the subject, all
+sprites of its class and every fourth other one. Real renders are the subject's own sprite on the same backgrounds.
 """
 
 from __future__ import annotations
