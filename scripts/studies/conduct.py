@@ -1,0 +1,163 @@
+"""One call of scripts/paper.py: plan, run what is missing, write every study's tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.studies import figures, records, spread, tables
+from scripts.studies.plan import Planner, order, unfinished
+from scripts.studies.study import Study, load_base, load_studies
+from scripts.studies.task import Cell, Task, texts_of
+from scripts.studies.work import stays
+
+
+def conduct(options: argparse.Namespace) -> int:
+    """0 where everything is measured, 1 where something is missing; ValueError of one line for a user's mistake."""
+    studies = load_studies(options.studies)
+    base = load_base(options.model, options.base)
+    runs = options.runs or Path("runs") / "paper" / options.model
+    planner = Planner(
+        options.model,
+        base,
+        runs,
+        seeds=options.seeds,
+        subjects=[name for name in (options.subjects or "").split(",") if name],
+        photos=options.photos,
+        sets=[*options.set, *([f"train.steps={options.steps}"] if options.steps else [])],
+    )
+    cells = {name: planner.expand(name, study, options.model) for name, study in studies.items()}
+    if options.import_records:
+        print(f"{records.import_lines(options.import_records, runs, planner.mark)} new records taken up")
+    tasks = order(list(planner.tasks.values()))
+    if options.check:
+        return foresee(cells, tasks, runs, options.workers)
+    failed: list[spread.Done] = []
+    try:
+        if not options.report_only:
+            failed = work_off(tasks, runs, options.on, options.workers)
+    finally:  # also after Ctrl-C: what is there is worth reading
+        missing = write_all(studies, cells, runs, runs)
+    if options.export:
+        write_all(studies, cells, runs, options.export, small=True)
+        kept = read_all([cell for own in cells.values() for cell in own], runs)
+        records.write_lines(options.export / "records.jsonl", kept.values())
+    for task, why in failed:
+        print(f"failed: {task.subject}, seed {task.seed}, run {task.run}: {why}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def work_off(tasks: Sequence[Task], runs: Path, on: str, workers: int | None) -> list[spread.Done]:
+    """Performs all tasks that lack a record; those that failed, with why."""
+    from tqdm import tqdm
+
+    left = unfinished(tasks, runs)
+    if not left:
+        print("everything is measured")
+        return []
+    count = workers or max(1, spread.gpus())
+    prepare(left, count)
+    print(f"{len(left)} of {len(tasks)} runs are to be trained or measured{estimate(left, runs, count)}", flush=True)
+    spread.obey_termination()
+    failed = []
+    with tqdm(total=len(left), unit="run", dynamic_ncols=True) as bar:
+        for task, why in spread.RUNNERS[on](left, runs, count):
+            bar.update(1)
+            if why is not None:
+                failed.append((task, why))
+                bar.write(f"failed: run {task.run}: {why}", file=sys.stderr)
+    return failed
+
+
+def foresee(cells: dict[str, list[Cell]], tasks: Sequence[Task], runs: Path, workers: int | None) -> int:
+    """Says what a call would do; does nothing."""
+    for name, own in cells.items():
+        keys = {cell.key for cell in own}
+        of_study = [task for task in tasks if task.needs.keys() & keys]
+        alone = sum(len(task.studies) == 1 for task in of_study)
+        print(f"{name}: {len(keys)} records of {len(of_study)} runs, {alone} of them for this study alone")
+    left = unfinished(tasks, runs)
+    print(f"{len(left)} of {len(tasks)} runs are to be trained or measured{estimate(left, runs, workers or 1)}")
+    return 0
+
+
+def prepare(tasks: Sequence[Task], workers: int) -> None:
+    """Tells each task what its process should keep ready, and how many threads it may take."""
+    everything = texts_of(tasks)
+    for task in tasks:
+        task.texts = everything if stays(task.config["model"]) else texts_of([task])
+        task.threads = 1 if workers > 1 and not spread.gpus() else None
+
+
+def estimate(tasks: Sequence[Task], runs: Path, workers: int) -> str:
+    """', about M minutes', from the records that are there of this model."""
+    if not tasks:
+        return ""
+    model = tasks[0].of["model"]
+    done = [record for path in (runs / "records").glob("*.json") if (record := records.read(runs, path.stem))]
+    done = [record for record in done if record["of"]["run"]["model"] == model]
+    trained = [record for record in done if record["of"]["step"] and record["seconds"]["train"]]
+    if not trained:
+        return " (no record yet from which to say how long that takes)"
+    a_step = _mean([record["seconds"]["train"] / record["of"]["step"] for record in trained])
+    a_draw = _mean([record["seconds"]["sample"] / _evaluations(record["of"]["sampling"]) for record in done])
+    rest = _mean([record["seconds"]["measure"] for record in done])
+    begin = _mean([record["seconds"]["set_up"] for record in trained if record["seconds"]["set_up"]] or [0.0])
+    seconds = sum(
+        a_step * max([0, *task.steps])
+        + (begin if task.steps else 0)
+        + sum(a_draw * _evaluations(need["sampling"]) + rest for need in task.needs.values())
+        for task in tasks
+    )
+    return f", about {max(1, round(seconds / workers / 60))} minutes"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _evaluations(sampling: dict) -> int:
+    """Calls of the denoiser, by picture."""
+    return sampling["steps"] * len(sampling["prompts"]) * len(sampling["seeds"])
+
+
+def read_all(cells: Sequence[Cell], runs: Path) -> dict[str, records.Record]:
+    found = ((cell.key, records.read(runs, cell.key)) for cell in cells)
+    return {key: record for key, record in found if record is not None}
+
+
+def write_all(
+    studies: dict[str, Study], cells: dict[str, list[Cell]], runs: Path, target: Path, *, small: bool = False
+) -> int:
+    """Tables and figures of every study under `target`; how many records are missing."""
+    missing = 0
+    for name, study in studies.items():
+        found = read_all(cells[name], runs)
+        lacking = len({cell.key for cell in cells[name]} - found.keys())
+        missing += lacking
+        if not found:
+            print(f"{name}: nothing is measured yet")
+            continue
+        rows = tables.rows_of(study, cells[name], found)
+        tables.write_markdown(target / name / "table.md", study, rows, about(cells[name], found))
+        tables.write_csv(target / name / "table.csv", rows)
+        figures.write_plot(target / name / "plot.png", study, rows)
+        figures.write_sheet(target / name / "sheet.png", study, cells[name], found, runs, small=small)
+        print(f"{target / name / 'table.md'}" + (f" ({lacking} records missing)" if lacking else ""))
+    return missing
+
+
+def about(cells: Sequence[Cell], found: dict[str, records.Record]) -> str:
+    """What a table's reader has to know."""
+    one = next(iter(found.values()))
+    sampling = one["of"]["sampling"]
+    subjects = list(dict.fromkeys(cell.subject for cell in cells))
+    seeds = len({cell.seed for cell in cells})
+    return (
+        f"{one['of']['run']['model'].split(' ')[0]}; {len(subjects)} subjects ({', '.join(subjects)}), {seeds} seeds, "
+        f"{len(sampling['prompts'])} prompts x {len(sampling['seeds'])} pictures each. Mean ± standard deviation over "
+        "subjects x seeds; trained: trained parameters; seconds: of the training loop. Against the first row: mean "
+        "difference at the same subjects and seeds, with its 95 % bootstrap interval."
+    )

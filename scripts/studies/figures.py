@@ -1,0 +1,103 @@
+"""The sheet and the plot of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from diffusekrona_train.files import atomic
+from diffusekrona_train.metrics import METRICS
+from diffusekrona_train.report import contact_sheet
+from scripts.studies.records import METRICS as SHOWN
+from scripts.studies.records import Record, strip_of
+from scripts.studies.study import Study
+from scripts.studies.tables import Row
+from scripts.studies.task import Cell
+
+COLOURS = ("#3b82f6", "#e8833a", "#22a06b", "#a169e0")
+
+
+def write_sheet(
+    path: Path, study: Study, cells: Sequence[Cell], records: dict[str, Record], runs: Path, *, small: bool = False
+) -> bool:
+    """Rows are values (or subjects), columns prompts, of the first subject and seed; False where no picture is here.
+
+    `small`: at the pictures' own size and with 96 colours, for a repository.
+    """
+    subject, seed = cells[0].subject, cells[0].seed
+    by_subject = study.rows == "subjects"
+    chosen = [cell for cell in cells if cell.seed == seed and (by_subject or cell.subject == subject)]
+    rows, prompts = [], []
+    for cell in chosen:
+        strip = strip_of(runs, cell.key)
+        if cell.key in records and strip.is_file():
+            own = records[cell.key]["of"]["sampling"]["prompts"]
+            parts = [cell.series.label, cell.value.section, cell.value.label]
+            label = cell.subject if by_subject else ", ".join(filter(None, parts))
+            rows.append((label, _cut(strip, len(own))[:WIDEST]))
+            prompts = prompts or own[:WIDEST]
+    if not rows:
+        return False
+    heads = [prompt.replace("a [V] {class} ", "").replace("[V] {class}", "subject") for prompt in prompts]
+    title = f"{study.title}: " + (f"seed {seed}" if by_subject else f"{subject}, seed {seed}")
+    contact_sheet(rows, path, columns=heads, title=title, cell=128 if small else None)
+    if small:
+        with atomic(path) as temporary:
+            Image.open(path).quantize(96, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
+    return True
+
+
+WIDEST = 8
+"""Prompts in a row."""
+
+
+def _cut(strip: Path, count: int) -> list[Image.Image]:
+    with Image.open(strip) as opened:
+        whole = opened.convert("RGB")
+    side = whole.width // count
+    return [whole.crop((i * side, 0, (i + 1) * side, whole.height)) for i in range(count)]
+
+
+def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
+    """Each metric against the value, with error bars; False where there is nothing to plot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.found]
+    if not rows:
+        return False
+    numeric = all(row.x is not None for row in rows)
+    labels = [_tick(row) for row in rows]
+    figure = Figure(figsize=(10.5, 3.3 if numeric else 3.3 + 0.045 * max(map(len, labels))), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(SHOWN))
+    for panel, metric in zip(panels, SHOWN, strict=True):
+        panel.set_title(METRICS[metric].title, loc="left", fontsize=10)
+        for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
+            own = [k for k, row in enumerate(rows) if row.series == series]
+            x = [rows[k].x if numeric else k for k in own]
+            heights = [rows[k].mean(metric) for k in own]
+            spreads = [rows[k].spread(metric) for k in own]
+            style = {"marker": "o", "markersize": 4, "capsize": 3, "color": COLOURS[i % len(COLOURS)]}
+            line = "-" if numeric else "none"
+            panel.errorbar(x, heights, spreads, linestyle=line, elinewidth=0.8, label=series or None, **style)
+        if study.log_axis and numeric:
+            panel.set_xscale("log")
+        if not numeric:
+            panel.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
+        panel.set_xlabel(study.axis, fontsize=9)
+        panel.tick_params(axis="y", labelsize=8)
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    if len(study.series) > 1:
+        panels[0].legend(frameon=False, fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    return True
+
+
+def _tick(row: Row) -> str:
+    label = row.label if len(row.label) <= 24 else row.label[:23] + "…"
+    return f"{label}\n{row.section}" if row.section not in ("", "subjects", "groups") else label

@@ -1,0 +1,129 @@
+"""From studies to cells and tasks, shared where equal; and the order of the tasks."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusekrona_train.config import RunConfig, make_config
+from diffusekrona_train.data import collect
+from diffusekrona_train.evaluate.inputs import Suite, SuiteRow, load_suite
+from diffusekrona_train.families import open_model
+from scripts.studies.records import key_of, model_mark, read, run_mark
+from scripts.studies.study import Base, Series, Study, Value
+from scripts.studies.task import Cell, Task
+
+
+class Planner:
+    """Expands studies for one model, its subjects and seeds."""
+
+    def __init__(
+        self,
+        model: str,
+        base: Base,
+        runs: Path,
+        *,
+        seeds: int,
+        subjects: Sequence[str] | None = None,
+        photos: Path | None = None,
+        sets: Sequence[str] = (),
+    ):
+        self.base, self.runs, self.seeds, self.photos, self.sets = base, runs, seeds, photos, list(sets)
+        self.suite: Suite = load_suite(base.suite)
+        known = [row.name for row in self.suite.rows]
+        for name in subjects or base.subjects:
+            if name not in known:
+                raise ValueError(f"--subjects {name}: suite {self.suite.name} has {', '.join(known)}")
+        self.asked = list(dict.fromkeys(subjects or []))
+        self.model = str(base.config.get("model", model))
+        self.mark = model_mark(open_model(self.model))
+        self.tasks: dict[tuple[str, str], Task] = {}
+
+    def rows_of(self, study: Study) -> list[SuiteRow]:
+        names = self.asked or ([row.name for row in self.suite.rows] if study.subjects == "all" else self.base.subjects)
+        return [row for name in names for row in self.suite.rows if row.name == name]
+
+    def expand(self, name: str, study: Study, model: str) -> list[Cell]:
+        """All cells of a study, seed by seed; its tasks join those of the studies before."""
+        return [
+            Cell(series, value, row.name, seed, self._need(name, study, series, value, row, seed))
+            for seed in range(self.seeds)
+            for row in self.rows_of(study)
+            for series in study.series
+            for value in study.values_for(model)
+        ]
+
+    def _need(self, name: str, study: Study, series: Series, value: Value, row: SuiteRow, seed: int) -> str:
+        images = self.suite.images_of(row, self.photos)
+        config = self._config(row, images, seed, {**series.set, **value.set})
+        if value.untrained:
+            of_run = {"model": self.mark, "config": {"subject": row.class_noun}, "photos": ""}
+            run, step = "base", 0
+        else:
+            of_run = run_mark(config, self.mark, self._hashes(images, config.subject.limit))
+            run, step = key_of(of_run), config.train.steps
+        sampling = self._sampling(study, value, row, seed, config.data.resolution)
+        of = {"run": of_run, "step": step, "sampling": sampling, "photos": self._hashes(images, None)}
+        key = key_of(of)
+        task = self.tasks.setdefault(
+            (run, row.name if value.untrained else run),
+            Task(
+                run, config.model_dump(mode="json", by_alias=True), of_run, row.name, row.group, images, seed,
+                batch_size=self.base.batch_size,
+            ),
+        )  # fmt: skip
+        task.needs[key] = {"step": step, "sampling": sampling, "of": of}
+        task.studies.add(name)
+        return key
+
+    def _config(self, row: SuiteRow, images: str, seed: int, fields: dict[str, Any]) -> RunConfig:
+        subject = {"images": images, "class": row.class_noun, "token": row.token}
+        kept = self.base.config.get("subject") or {}
+        tree = {**self.base.config, "subject": {**kept, **subject}, "output": str(self.runs / "trained" / "run")}
+        quiet = {"prompts": [], "every": 0, "loss": False}
+        own = {**fields, "train.seed": seed, "validation": quiet, "data.cache_dir": str(self.runs / "cache")}
+        return make_config(tree, [*self.sets, *(f"{key}={json.dumps(value)}" for key, value in own.items())])
+
+    def _sampling(self, study: Study, value: Value, row: SuiteRow, seed: int, side: int) -> dict[str, Any]:
+        own, common = value.sample, self.base.sampling
+        prompts = self.base.prompts if study.prompts == "base" else self._prompts_of_suite(row)
+        return {
+            "steps": own.steps if own.steps is not None else common.steps,
+            "guidance": float(own.guidance if own.guidance is not None else common.guidance or 0.0),
+            "side": side,
+            "prompts": list(prompts),
+            "seeds": [seed * self.base.pictures + i for i in range(self.base.pictures)],
+        }
+
+    def _prompts_of_suite(self, row: SuiteRow) -> list[str]:
+        return self.suite.prompts[row.prompts] if isinstance(row.prompts, str) else row.prompts
+
+    @functools.cached_property
+    def _hashes(self) -> Any:
+        """(images, limit) -> a hash of the photos' contents, each folder read once."""
+
+        @functools.cache
+        def hashes(images: str, limit: int | None) -> str:
+            subject = {"images": images, "class": "subject", **({"limit": limit} if limit else {})}
+            found = collect(make_config({"subject": subject, "output": "runs/photos"})).pictures
+            return key_of({"photos": [picture.sha256 for picture in found]})
+
+        return hashes
+
+
+def order(tasks: Sequence[Task]) -> list[Task]:
+    """Whole seeds first; within a seed the base model, then what most studies share."""
+    return sorted(tasks, key=lambda task: (task.seed, task.run != "base", -len(task.studies)))
+
+
+def unfinished(tasks: Sequence[Task], runs: Path) -> list[Task]:
+    """Tasks with the needs alone that have no record yet."""
+    left = []
+    for task in tasks:
+        needs = {key: need for key, need in task.needs.items() if read(runs, key) is None}
+        if needs:
+            left.append(Task(**{**vars(task), "needs": needs}))
+    return left

@@ -1,0 +1,109 @@
+"""Records: one small JSON file for each (run, step, sampling settings), named by a hash of what determines it.
+
+RUNS/records/KEY.json      what was measured
+RUNS/strips/KEY.png        the pictures of its first seed, side by side
+RUNS/trained/RUN/          the run folders
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.files import atomic, sha256
+
+ASSETS = Path(__file__).resolve().parents[2] / "diffusekrona_train" / "assets"
+METRICS = ("clip_i", "clip_t", "dino")
+WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log_every", "trackers")
+Record = dict[str, Any]
+
+
+def key_of(of: dict[str, Any]) -> str:
+    """Twelve hex digits of a JSON value."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def model_mark(source: Any) -> str:
+    """The weights that a record was measured with: toybox's list of sums, else the model's name or its hash."""
+    if source.identity == "toybox":
+        return f"toybox sha256:{sha256(ASSETS / 'toybox' / 'SHA256SUMS')}"
+    return source.identity
+
+
+def run_mark(config: RunConfig, model: str, photos: list[str]) -> dict[str, Any]:
+    """What a run's factors depend on. With a constant rate the steps are left out: fewer steps are its beginning."""
+    tree = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    for name in ("model", "output", "validation"):
+        tree.pop(name, None)
+    tree.get("data", {}).pop("cache_dir", None)
+    train = tree.get("train", {})
+    for name in WITHOUT_INFLUENCE + (("steps",) if config.train.schedule == "constant" else ()):
+        train.pop(name, None)
+    subject = {name: value for name, value in tree["subject"].items() if name not in ("images", "files", "limit")}
+    return {"model": model, "config": {**tree, "subject": subject}, "photos": photos}
+
+
+def path_of(runs: Path, key: str) -> Path:
+    return runs / "records" / f"{key}.json"
+
+
+def strip_of(runs: Path, key: str) -> Path:
+    return runs / "strips" / f"{key}.png"
+
+
+def keep(runs: Path, record: Record, strip: bytes | None = None) -> None:
+    """Writes a record, its strip first: a record that is there is whole."""
+    if strip is not None:
+        with atomic(strip_of(runs, record["key"])) as temporary:
+            temporary.write_bytes(strip)
+    with atomic(path_of(runs, record["key"])) as temporary:
+        temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(runs: Path, key: str) -> Record | None:
+    """The record of a key, None where it is not there or damaged."""
+    try:
+        record = json.loads(path_of(runs, key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("key") == key else None
+
+
+def write_lines(path: Path, records: Iterable[Record]) -> None:
+    """All records in one file, one a line, in order of their keys."""
+    lines = {record["key"]: json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records}
+    with atomic(path) as temporary:
+        temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
+
+
+def import_lines(path: Path, runs: Path, model: str) -> int:
+    """Takes up records that another machine made; how many are new here. ValueError where one is of other weights."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"--import-records {path}: {error.strerror}") from None
+    found = [_checked(line, f"--import-records {path}, line {i}", model) for i, line in enumerate(lines, 1) if line]
+    new = [record for record in found if read(runs, record["key"]) is None]
+    for record in new:
+        keep(runs, record)
+    return len(new)
+
+
+def _checked(line: str, where: str, model: str) -> Record:
+    try:
+        record = json.loads(line)
+        key, of = record["key"], record["of"]
+        whole = all(isinstance(record["scores"][name], float) for name in METRICS)
+        there = of["run"]["model"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{where}: is no record") from None
+    if not re.fullmatch("[0-9a-f]{12}", str(key)) or key_of(of) != key or not whole:
+        raise ValueError(f"{where}: the record {str(key)[:12]!r} does not fit its key; it was changed or cut")
+    if there != model:
+        raise ValueError(f"{where}: measured with other weights ({there}); here is {model}")
+    return record

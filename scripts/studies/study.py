@@ -1,0 +1,143 @@
+"""Studies and model bases as strict YAML: what is varied, from what, and for which subjects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from diffusekrona_train.config import one_line, read_yaml
+from diffusekrona_train.config.base import Strict
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
+MODELS = ("toybox", "sdxl", "sd15")
+
+
+class Sampling(Strict):
+    """How the pictures that are measured are drawn."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Sampling steps."""
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Classifier-free guidance scale."""
+
+
+class Base(Strict):
+    """What every study of a model starts from."""
+
+    suite: str
+    """Suite that the subjects come from: their class, identifier and photos."""
+    subjects: Annotated[list[str], Field(min_length=1)]
+    """Names in the suite; the studies that ask for `subjects: all` take the whole suite."""
+    config: dict[str, Any]
+    """The training config, without subject and output."""
+    prompts: Annotated[list[str], Field(min_length=1)]
+    """Evaluation prompts with [V] and {class}."""
+    pictures: Annotated[int, Field(ge=1)]
+    """Pictures of each prompt; their seeds are seed * pictures, seed * pictures + 1, …"""
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Pictures drawn at once."""
+    sampling: Sampling
+    """Sampling steps and guidance."""
+
+
+class Series(Strict):
+    """One line of the plot: fields that hold for all values."""
+
+    label: str = ""
+    """Its name."""
+    set: dict[str, Any] = {}
+    """Config fields by dotted name."""
+
+
+class Value(Strict):
+    """One row of the table."""
+
+    label: str
+    """Its name."""
+    x: float | None = None
+    """Its place on the plot's axis; none puts the values side by side."""
+    set: dict[str, Any] = {}
+    """Config fields by dotted name."""
+    sample: Sampling = Sampling()
+    """Sampling settings that differ from the base's."""
+    section: str = ""
+    """The part of the table it stands in."""
+    untrained: bool = False
+    """The base model without an adapter, on the prompts without the identifier."""
+
+
+class Study(Strict):
+    """A figure or table of the paper: a base config and the values to vary."""
+
+    title: str
+    """What is varied."""
+    paper: str
+    """The paper's figures and tables."""
+    axis: str
+    """What the plot's axis shows."""
+    log_axis: bool = False
+    """Draw the axis logarithmically."""
+    subjects: Annotated[str, Field(pattern="^(base|all)$")] = "base"
+    """The base's subjects, or all of its suite."""
+    prompts: Annotated[str, Field(pattern="^(base|suite)$")] = "base"
+    """The base's prompts, or the suite's own."""
+    rows: Annotated[str, Field(pattern="^(values|subjects)$")] = "values"
+    """What a row of the table is."""
+    series: Annotated[list[Series], Field(min_length=1)] = [Series()]
+    """Every value is tried in every series."""
+    spread_of_series: bool = False
+    """End the table with how far each series' scores spread over the values."""
+    values: dict[str, Annotated[list[Value], Field(min_length=1)]]
+    """Values by model; `default` is for models that are not named."""
+
+    @model_validator(mode="after")
+    def _keys_are_known(self) -> Study:
+        for name, rows in self.values.items():
+            if name not in (*MODELS, "default"):
+                raise ValueError(f"values: {name} is no model; there are {', '.join(MODELS)} and default")
+            marks = [(value.section, value.label) for value in rows]
+            if twice := [label for label in marks if marks.count(label) > 1]:
+                raise ValueError(f"values.{name}: {twice[0][1]} is there twice")
+        return self
+
+    def values_for(self, model: str) -> list[Value]:
+        """The values of a model; ValueError where the study has none for it."""
+        found = self.values.get(model) or self.values.get("default")
+        if found is None:
+            raise ValueError(f"{self.title}: there are no values for {model}")
+        return found
+
+
+Kind = TypeVar("Kind", bound=Strict)
+
+
+def known_studies() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_studies(names: list[str]) -> dict[str, Study]:
+    """Studies by name, `all` for every one, or YAML files of one's own; ValueError of one line."""
+    wanted = [each for name in names for each in (known_studies() if name == "all" else [name])]
+    found = {}
+    for name in dict.fromkeys(wanted):
+        path = FOLDER / f"{name}.yaml" if name in known_studies() else Path(name)
+        if not path.is_file():
+            raise ValueError(f"study {name!r} is not known; there are {', '.join(known_studies())} and all")
+        found[path.stem] = _read(path, Study)
+    return found
+
+
+def load_base(model: str, path: Path | None = None) -> Base:
+    """The base of a model, or of a YAML file in its place."""
+    if path is None and model not in MODELS:
+        raise ValueError(f"--model {model!r} is not known; there are {', '.join(MODELS)}")
+    return _read(path or FOLDER / "models" / f"{model}.yaml", Base)
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind:
+    try:
+        return kind.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ValueError(f"{path.name}: {one_line(error)}") from None

@@ -1,0 +1,223 @@
+"""One task in one process: train (or go on, or nothing), draw, measure, write the records.
+
+What a process has loaded stays for its next tasks: libraries, encoders, photos and, on a CPU, the sampling pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from scripts.studies import records
+from scripts.studies.task import Task, filled
+
+STRIP_SIDE = 256
+"""Pictures of a strip are at most this wide, in pixels."""
+
+
+def perform(task: Task, runs: Path) -> list[tuple[records.Record, bytes]]:
+    """Trains what is missing and measures every need; the records are written as they come.
+
+    Returns (record, strip) of each. Whatever training prints goes to the run's log.txt.
+    """
+    if task.threads:
+        import torch
+
+        torch.set_num_threads(task.threads)
+    done = {key: found for key in task.needs if (found := records.read(runs, key)) is not None}
+    todo = {key: need for key, need in task.needs.items() if key not in done}
+    folder = runs / "trained" / task.run
+    set_up = ensure_trained(task, folder) if any(need["step"] for need in todo.values()) else 0.0
+    for key, need in todo.items():
+        record, strip = _measured(task, key, need, folder)
+        record["seconds"]["set_up"], set_up = round(set_up, 3), 0.0
+        records.keep(runs, record, strip)
+        done[key] = record
+    shutil.rmtree(folder / "resume", ignore_errors=True)  # three times the adapters, and needed no more
+    strips = {key: records.strip_of(runs, key) for key in done}
+    return [(record, strips[key].read_bytes() if strips[key].is_file() else b"") for key, record in done.items()]
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def ensure_trained(task: Task, folder: Path) -> float:
+    """Adapters of all the task's steps in `folder`; the seconds spent on everything but the training loop."""
+    from diffusekrona_train import checkpoint
+    from diffusekrona_train.config import make_config
+    from diffusekrona_train.train import train
+
+    wanted = task.steps
+    if all(adapter_of(folder, step).is_file() for step in wanted):
+        return 0.0
+    config = make_config(
+        {**task.config, "output": str(folder)},
+        [f"train.steps={wanted[-1]}", f"train.checkpoint_every={math.gcd(*wanted)}", "train.keep_resume_states=1"],
+    )
+    reached = next((int(path.name[5:]) for path in checkpoint.states(folder)), 0)
+    goes_on = reached and all(adapter_of(folder, step).is_file() for step in wanted if step <= reached)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not stays(task.config["model"]):
+        forget_studio()
+    began = time.monotonic()
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            train(config, resume=bool(goes_on), overwrite=not goes_on)
+    return max(0.0, time.monotonic() - began - seconds_at(folder, wanted[-1]))
+
+
+def adapter_of(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors"
+
+
+def seconds_at(folder: Path, step: int) -> float:
+    """Seconds that the loop had taken at a step, as metrics.jsonl says."""
+    from diffusekrona_train.folder import read_metrics
+
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] == step and "time" in line]
+    return float(lines[-1]["time"]) if lines else 0.0
+
+
+# ---- drawing and measuring -----------------------------------------------------------------------------------------
+
+
+def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple[records.Record, bytes]:
+    from diffusekrona_train.evaluate.measure import Judges, measure
+    from diffusekrona_train.metrics import METRICS
+    from diffusekrona_train.studio import subjects_of
+
+    step, token = need["step"], task.config["subject"]["token"]
+    wearing = subjects_of([(adapter_of(folder, step), 1.0)]) if step else []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="krona-paper-") as room:
+        drawn, strip = _draw(task, need, wearing, Path(room))
+        between = time.monotonic()
+        judges = open_judges(Judges, task.config["model"] == "toybox")
+        measured = measure(judges, open_photos(task.images), drawn, identifiers=(token,))
+    import numpy as np
+
+    scores = {
+        name: round(float(METRICS[name].reduce(np.asarray(values))), 6) for name, values in measured.values.items()
+    }
+    groups = [tensors for subject in wearing for tensors in subject.file.groups.values()]
+    record = {
+        "key": key,
+        "of": need["of"],
+        "run": task.run,
+        "subject": task.subject,
+        "group": task.group,
+        "seed": task.seed,
+        "scores": scores,
+        "parameters": sum(tensor.numel() for own in groups for name, tensor in own.items() if name != "alpha"),
+        "seconds": {
+            "train": round(seconds_at(folder, step), 3) if step else 0.0,
+            "sample": round(between - began, 3),
+            "measure": round(time.monotonic() - between, 3),
+        },
+        "measured_with": {"CLIP": judges.clip.identity, "DINO": judges.dino.identity},
+    }
+    return record, strip
+
+
+def _draw(task: Task, need: dict[str, Any], wearing: list, room: Path) -> tuple[list, bytes]:
+    """The pictures of a need as evaluate's Generated, in a temporary folder, and the strip of its first seed."""
+    from diffusekrona_train.evaluate.inputs import Generated
+    from diffusekrona_train.pictures import plan_pictures
+    from diffusekrona_train.sample import SampleSettings
+
+    asked, prompts = need["sampling"], filled(task, need)
+    settings = SampleSettings(asked["steps"], asked["guidance"], height=asked["side"], width=asked["side"])
+    studio = open_studio(task, prompts)
+    while studio.injections:
+        studio.injections.pop().eject()
+    _wear(studio, wearing)
+    scale = 1.0 if wearing else None
+    planned = plan_pictures(prompts, asked["seeds"], settings, scale=scale)
+    paint = studio.painter([scale])
+    studio.set_scale(scale, studio.memory.fuses)
+    starts = range(0, len(planned), task.batch_size)
+    pictures = [picture for i in starts for picture in paint(planned[i : i + task.batch_size])]
+    drawn, first = [], []
+    for item, picture in zip(planned, pictures, strict=True):
+        picture.save(room / item.file)
+        drawn.append(Generated(room / item.file, item.prompt, item.seed))
+        if item.seed == asked["seeds"][0]:
+            first.append(picture)
+    return drawn, _strip(first)
+
+
+def _wear(studio: Any, wearing: list) -> None:
+    from diffusekrona_train.weights import inject_file
+
+    studio.subjects = wearing
+    studio.injections = [inject_file(studio.pipe.unet, subject.file) for subject in wearing]
+
+
+def _strip(pictures: list[Image.Image]) -> bytes:
+    side = min(STRIP_SIDE, max(pictures[0].size))
+    sheet = Image.new("RGB", (side * len(pictures), side))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (i * side, 0))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---- what a process keeps ------------------------------------------------------------------------------------------
+
+_studios: dict[tuple, Any] = {}
+
+
+def stays(model: str) -> bool:
+    """Whether the sampling pipeline may stay in memory while the next run trains: the embedded model's is small."""
+    return model == "toybox"
+
+
+def open_studio(task: Task, prompts: list[str]) -> Any:
+    """The pipeline with every text that it may be asked for, from this process' last task where that fits."""
+    from diffusekrona_train.families import open_model
+    from diffusekrona_train.studio import Memory, Studio, pick_device
+
+    names = ("model", "revision", "variant", "vae", "model_config_dir")
+    where = {name: task.config[name] for name in names}
+    texts = tuple(dict.fromkeys([*task.texts, *prompts, ""]))
+    key = (tuple(where.values()), texts)
+    if key not in _studios:
+        forget_studio()
+        _studios[key] = Studio(open_model(**where), [], texts, Memory(), pick_device())
+        _studios[key].pipe.set_progress_bar_config(disable=True)
+    return _studios[key]
+
+
+def forget_studio() -> None:
+    import gc
+
+    import torch
+
+    _studios.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@functools.cache
+def open_judges(kind: Any, toybox: bool) -> Any:
+    from diffusekrona_train.studio import pick_device
+
+    return kind.open(None, None, toybox=toybox, device=pick_device(), cache=None)
+
+
+@functools.cache
+def open_photos(images: str) -> list[Image.Image]:
+    from diffusekrona_train.evaluate.inputs import photos_of
+
+    return photos_of(images)

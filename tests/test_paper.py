@@ -1,0 +1,386 @@
+"""scripts/paper.py: studies from YAML, shared runs, records that are never made twice, tables against numpy."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from scripts import paper
+from scripts.studies import conduct, records, spread, tables
+from scripts.studies.plan import Planner, order, unfinished
+from scripts.studies.study import MODELS, Series, Value, known_studies, load_base, load_studies
+from scripts.studies.task import Cell, Task
+
+WANTED = """baselines factors guidance images inference-steps init learning-rate lokr-factors modules steps suite"""
+
+
+def planner_for(model: str, runs: Path, base=None, **more) -> Planner:
+    return Planner(model, base or load_base(model), runs, **{"seeds": 1, **more})
+
+
+# ---- studies -------------------------------------------------------------------------------------------------------
+
+
+def test_all_studies_of_the_paper_are_there():
+    assert known_studies() == WANTED.split()
+    assert all(study.values_for(model) for study in load_studies(["all"]).values() for model in MODELS)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of photos for the subjects of DreamBench that the bases of SDXL and SD 1.5 name."""
+    for name in load_base("sdxl").subjects:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (64, 64), (40 * i, 90, 120)).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_study_expands_to_valid_configs(model, photos, tmp_path):
+    planner = planner_for(model, tmp_path, subjects=load_base(model).subjects[:1], photos=photos)
+    for name, study in load_studies(["all"]).items():
+        cells = planner.expand(name, study, model)
+        assert len({cell.key for cell in cells}) > 1 or name == "suite"
+        assert all((cell.seed, cell.subject) == (0, planner.asked[0]) for cell in cells)
+    trained = [task for task in planner.tasks.values() if task.steps]
+    assert len(planner.tasks) - len(trained) == 1, "one base model without an adapter"
+    assert all(task.config["validation"]["every"] == 0 for task in trained)
+
+
+def test_studies_share_their_runs(tmp_path):
+    planner, base = planner_for("toybox", tmp_path), load_base("toybox")
+    for name, study in load_studies(["steps", "guidance", "inference-steps", "factors"]).items():
+        planner.expand(name, study, "toybox")
+    tasks = [task for task in planner.tasks.values() if task.subject == "poodle" and task.steps]
+    shared = max(tasks, key=lambda task: len(task.needs))
+    assert len(tasks) == 6, "the base's run, which all four share, and five other factors"
+    assert shared.studies == {"steps", "guidance", "inference-steps", "factors"}
+    assert shared.steps == [50, 100, 200, 300, 400] and base.config["train"]["steps"] in shared.steps
+    assert len(shared.needs) == 5 + 4 + 4, "base's own settings are counted once"
+
+
+def test_a_run_is_named_by_what_determines_it(tmp_path):
+    def run(**more) -> str:
+        planner = planner_for("toybox", tmp_path / "other", subjects=["poodle"], **more)
+        planner.expand("suite", load_studies(["suite"])["suite"], "toybox")
+        return next(iter(planner.tasks.values())).run
+
+    first = run()
+    assert first == run(sets=["train.steps=7"]) == run(sets=["train.log_every=3", "data.cache_dir=elsewhere"])
+    others = [run(sets=[text]) for text in ("train.steps=7", "train.learning_rate=1e-3", "subject.limit=2")]
+    assert first == others[0] and len({first, *others}) == 3
+    assert run(sets=["train.schedule=cosine"]) != run(sets=["train.schedule=cosine", "train.steps=7"])
+
+
+def test_whole_seeds_come_first_and_shared_runs_before_others(tmp_path):
+    planner = planner_for("toybox", tmp_path, seeds=2)
+    for name, study in load_studies(["init", "factors"]).items():
+        planner.expand(name, study, "toybox")
+    tasks = order(list(planner.tasks.values()))
+    assert [task.seed for task in tasks] == sorted(task.seed for task in tasks)
+    first = [len(task.studies) for task in tasks if task.seed == 0 and task.steps]
+    assert first == sorted(first, reverse=True) and first[:5] == [2, 2, 2, 2, 1]
+
+
+MISTAKES = {
+    "an unknown study": (["initt"], "study 'initt' is not known; there are baselines, "),
+    "an unknown model": (["init", "--model", "sd9"], "--model 'sd9' is not known; there are toybox, sdxl, sd15"),
+    "an unknown subject": (["init", "--subjects", "unicorn"], "--subjects unicorn: suite toybox has poodle, "),
+    "no photos": (["init", "--model", "sd15"], "give the folder that holds dog/ with --photos"),
+    "a wrong override": (["init", "--set", "train.stepz=3"], "train.stepz is not a known key"),
+    "records that are not there": (["init", "--import-records", "nowhere.jsonl"], "--import-records nowhere.jsonl: No"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, tmp_path, capsys):
+    given, told = MISTAKES[name]
+    assert paper.main([*given, "--seeds", "1", "--runs", str(tmp_path / "runs")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and told in printed.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_of_ones_own_with_a_mistake_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: a\npaper: b\naxis: c\nvalues: {toybox: [{label: x, sets: {}}]}\n")
+    with pytest.raises(ValueError, match="mine.yaml: values.toybox.*sets"):
+        load_studies([str(tmp_path / "mine.yaml")])
+
+
+# ---- a small study, really trained ---------------------------------------------------------------------------------
+
+STUDY = {
+    "title": "Rates and steps",
+    "paper": "none",
+    "axis": "rate",
+    "series": [{"label": "KronA"}],
+    "spread_of_series": True,
+    "values": {
+        "default": [
+            {"label": "one step", "x": 1, "set": {"train.steps": 1}},
+            {"label": "two steps", "x": 2, "set": {"train.steps": 2}},
+            {"label": "guided", "x": 3, "set": {"train.steps": 2}, "sample": {"guidance": 2}},
+            {"label": "bare", "x": 0, "untrained": True},
+        ]
+    },
+}
+
+
+def here(tasks, runs, workers):
+    """Runs tasks in this process."""
+    for task in tasks:
+        yield task, spread.attempt(task, runs)[0]
+
+
+def write_world(folder: Path) -> list[str]:
+    """Arguments of a call that trains one run of two steps and measures four times, one prompt in one sampling step."""
+    base = load_base("toybox").model_dump(mode="json")
+    base |= {"subjects": ["poodle"], "prompts": base["prompts"][:1], "pictures": 1, "sampling": {"steps": 1}}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    (folder / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    return [str(folder / "small.yaml"), "--base", str(folder / "base.yaml"), "--seeds", "1", "--workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(arguments, runs) of a small study that was measured, but for one value that failed at first."""
+    folder = tmp_path_factory.mktemp("paper")
+    call = write_world(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(spread.RUNNERS, "local", here)
+        assert paper.main([*call, "--runs", str(folder / "runs"), "--export", str(folder / "export")]) == 0
+    return call, folder / "runs", folder / "export"
+
+
+def forbid(tasks, runs, workers):
+    raise AssertionError("nothing is left to do")
+
+
+def test_a_finished_study_is_not_computed_again(world, monkeypatch, capsys):
+    call, runs, _ = world
+    before = (runs / "small" / "table.csv").read_bytes()
+    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    assert paper.main([*call, "--runs", str(runs)]) == 0
+    assert "everything is measured" in capsys.readouterr().out
+    assert (runs / "small" / "table.csv").read_bytes() == before
+
+
+def test_one_training_serves_all_values(world):
+    _, runs, _ = world
+    (run,) = (runs / "trained").glob("*")
+    assert sorted(path.parent.name for path in run.glob("checkpoints/*/*.safetensors")) == [
+        "step-000001",
+        "step-000002",
+    ]
+    assert not (run / "resume").exists(), "state that nobody needs any more"
+    found = [json.loads(path.read_text()) for path in (runs / "records").glob("*.json")]
+    assert sorted(record["of"]["step"] for record in found) == [0, 1, 2, 2]
+    assert {record["run"] for record in found} == {run.name, "base"}
+    assert sorted({record["parameters"] for record in found})[0] == 0
+    assert len({tuple(record["scores"].values()) for record in found}) == 4, "each was measured with its own adapter"
+
+
+def test_a_study_leaves_table_sheet_and_plot(world):
+    _, runs, _ = world
+    text = (runs / "small" / "table.md").read_text()
+    assert "| KronA, one step |" in text and "## Spread over the values" in text and "missing" not in text
+    for name in ("sheet.png", "plot.png"):
+        with Image.open(runs / "small" / name) as picture:
+            assert min(picture.size) > 100
+    lines = list(csv.DictReader((runs / "small" / "table.csv").open()))
+    assert [line["label"] for line in lines] == [f"KronA, {value['label']}" for value in STUDY["values"]["default"]]
+
+
+def test_records_of_another_machine_give_the_same_tables(world, tmp_path, monkeypatch):
+    call, runs, export = world
+    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    source = ["--import-records", str(export / "records.jsonl")]
+    assert paper.main([*call, "--runs", str(tmp_path / "runs"), *source]) == 0
+    for name in ("table.md", "table.csv"):
+        assert (tmp_path / "runs" / "small" / name).read_bytes() == (runs / "small" / name).read_bytes()
+
+
+TAMPERED = {
+    "other weights": (lambda record: record["of"]["run"].update(model="toybox sha256:0"), "other weights"),
+    "another step": (lambda record: record["of"].update(step=99), "does not fit its key"),
+    "no scores": (lambda record: record.update(scores={}), "is no record"),
+    "a path for a key": (lambda record: record.update(key="../../evil"), "does not fit its key"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_records_of_other_weights_or_changed_ones_are_refused(name, world, tmp_path, capsys):
+    call, _, export = world
+    change, told = TAMPERED[name]
+    record = json.loads((export / "records.jsonl").read_text().splitlines()[0])
+    change(record)
+    if name == "other weights":
+        record["key"] = records.key_of(record["of"])
+    (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
+    source = ["--import-records", str(tmp_path / "records.jsonl")]
+    assert paper.main([*call, "--runs", str(tmp_path / "runs"), *source]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "records").exists()
+
+
+def test_an_interrupted_study_goes_on(world, tmp_path, monkeypatch):
+    """A record and the last checkpoint are gone, a resume state is there: training goes on from it."""
+    call, runs, _ = world
+    again = tmp_path / "runs"
+    shutil.copytree(runs / "cache", again / "cache")
+
+    def stopped(tasks, place, workers):
+        """The run as a signal leaves it after its first step."""
+        task = next(task for task in tasks if task.steps)
+        task.needs = {key: need for key, need in task.needs.items() if need["step"] == 1}
+        patch.setattr("scripts.studies.work._measured", interrupt)
+        spread.attempt(task, place)
+        yield task, None
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(spread.RUNNERS, "local", stopped)
+        assert paper.main([*call, "--runs", str(again)]) == 130
+    (run,) = (again / "trained").glob("*")
+    assert (run / "resume" / "step-000001").is_dir() and not (again / "records").exists()
+    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    assert paper.main([*call, "--runs", str(again)]) == 0
+    assert "resuming after step 1 of 2" in (run / "log.txt").read_text()
+    ours, theirs = (scores_of(place) for place in (again, runs))
+    assert ours == theirs
+
+
+def scores_of(runs: Path) -> dict:
+    return {path.stem: json.loads(path.read_text())["scores"] for path in (runs / "records").glob("*.json")}
+
+
+def test_a_task_that_fails_costs_only_itself(world, tmp_path, monkeypatch, capsys):
+    call, runs, _ = world
+    shutil.copytree(runs / "cache", tmp_path / "runs" / "cache")
+    shutil.copytree(runs / "records", tmp_path / "runs" / "records")
+    lost = next(
+        path for path in (tmp_path / "runs" / "records").glob("*") if json.loads(path.read_text())["of"]["step"]
+    )
+    lost.unlink()
+
+    def fail(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("scripts.studies.work.ensure_trained", fail)
+    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    assert paper.main([*call, "--runs", str(tmp_path / "runs")]) == 1
+    assert "RuntimeError: out of luck" in capsys.readouterr().err
+    text = (tmp_path / "runs" / "small" / "table.md").read_text()
+    assert text.count(" missing |") == 3 and "0 (1 missing)" in text
+
+
+# ---- the pool ------------------------------------------------------------------------------------------------------
+
+
+def empty_task(name: str, **needs) -> Task:
+    return Task(name, {}, {}, "poodle", "live", "toybox:poodle", 0, needs=needs)
+
+
+def test_the_pool_gives_every_task_its_answer(tmp_path):
+    """The tasks need nothing, or something that cannot be; no model is loaded."""
+    tasks = [empty_task("good"), empty_task("bad", abc={}), empty_task("fine")]
+    answers = {task.run: why for task, why in spread.run_local(tasks, tmp_path, 2)}
+    assert answers == {"good": None, "fine": None, "bad": "KeyError: 'step'"}
+    assert "KeyError" in (tmp_path / "trained" / "bad" / "log.txt").read_text()
+
+
+def test_a_worker_that_dies_is_told(tmp_path):
+    worker = spread.Worker(0, tmp_path, None)
+    worker.task = task = empty_task("doomed")
+    worker.process.kill()
+    assert worker.take() == (task, "its process ended (exit code -9); was there too little memory?")
+    worker.stop()
+
+
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ValueError, match=r"--on ray needs the extra `ray`: pip install -e '.\[ray\]'"):
+        list(spread.run_ray([empty_task("any")], tmp_path, 1))
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def made_up(seed: int = 0) -> tuple[list[Cell], dict[str, dict], np.ndarray]:
+    """Two series x three values x two subjects x three seeds, and their scores (series, value, metric, cell)."""
+    scores = np.random.default_rng(seed).uniform(0.1, 0.9, (2, 3, 3, 6))
+    cells, found = [], {}
+    for s, series in enumerate([Series(label="KronA"), Series(label="LoRA")]):
+        for v in range(3):
+            for k in range(6):
+                key = f"{s}{v}{k}"
+                cells.append(Cell(series, Value(label=f"v{v}", x=v), ("a", "b")[k % 2], k // 2, key))
+                own = dict(zip(records.METRICS, map(float, scores[s, v, :, k]), strict=True))
+                found[key] = {"scores": own, "parameters": 10 + s, "seconds": {"train": k}, "group": "g"}
+    return cells, found, scores
+
+
+def test_means_spreads_and_gaps_are_numpys(tmp_path):
+    study = load_studies(["learning-rate"])["learning-rate"]
+    cells, found, scores = made_up()
+    rows = tables.rows_of(study, cells, found)
+    tables.write_csv(tmp_path / "table.csv", rows)
+    lines = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [line["label"] for line in lines] == [f"{s}, v{v}" for s in ("KronA", "LoRA") for v in range(3)]
+    for i, line in enumerate(lines):
+        own = scores[i // 3, i % 3]
+        for metric, values, first in zip(records.METRICS, own, scores[0, 0], strict=True):
+            assert float(line[metric]) == pytest.approx(values.mean(), abs=1e-6)
+            assert float(line[f"{metric}_spread"]) == pytest.approx(values.std(ddof=1), abs=1e-6)
+            if metric in tables.COMPARED and i:
+                assert float(line[f"{metric}_minus_first"]) == pytest.approx((values - first).mean(), abs=1e-6)
+        assert (line["n"], line["missing"], line["trained_parameters"]) == ("6", "0", str(10 + i // 3))
+        assert float(line["train_seconds"]) == 2.5
+    for told, own in zip(tables.series_spread(rows), scores.mean(axis=3), strict=True):
+        assert [told[m] for m in records.METRICS] == pytest.approx(list(own.std(axis=0, ddof=1)))
+        assert [told[f"{m}_range"] for m in records.METRICS] == pytest.approx(list(np.ptp(own, axis=0)))
+
+
+def test_missing_cells_are_counted_and_left_out_of_means():
+    cells, found, scores = made_up()
+    for key in ("000", "003"):
+        del found[key]
+    row = tables.rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found)[0]
+    assert (row.missing, len(row.found)) == (2, 4)
+    assert row.mean("dino") == pytest.approx(scores[0, 0, 2, [1, 2, 4, 5]].mean())
+
+
+def test_a_table_of_subjects_ends_with_groups_and_all():
+    cells, found, scores = made_up()
+    own = [cell for cell in cells if cell.key.startswith("00")]
+    rows = tables.rows_of(load_studies(["suite"])["suite"], own, found)
+    assert [row.label for row in rows] == ["a", "b", "all g", "all subjects"]
+    assert rows[0].mean("clip_i") == pytest.approx(scores[0, 0, 0, ::2].mean())
+    assert rows[3].mean("clip_i") == pytest.approx(scores[0, 0, 0].mean())
+
+
+def test_the_estimate_is_made_of_finished_records(tmp_path):
+    planner = planner_for("toybox", tmp_path, subjects=["poodle"])
+    planner.expand("steps", load_studies(["steps"])["steps"], "toybox")
+    tasks = unfinished(list(planner.tasks.values()), tmp_path)
+    assert "no record yet" in conduct.estimate(tasks, tmp_path, 1)
+    run = next(task for task in tasks if task.steps)
+    key = next(iter(run.needs))
+    of, seconds = run.needs[key]["of"], {"train": 60.0, "sample": 30.0, "measure": 6.0, "set_up": 24.0}
+    of = {**of, "step": 100}
+    record = {"key": records.key_of(of), "of": of, "seconds": seconds, "scores": {}}
+    records.keep(tmp_path, record)
+    # 400 steps at 0.6 s, one set-up, and six times (the base and five steps) a draw and a measurement
+    wanted = round((400 * 0.6 + 24 + 6 * (30 + 6)) / 60)
+    assert conduct.estimate(tasks, tmp_path, 1) == f", about {wanted} minutes"
+    assert conduct.estimate(tasks, tmp_path, 2) == f", about {round((400 * 0.6 + 24 + 6 * 36) / 120)} minutes"
