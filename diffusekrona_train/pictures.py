@@ -186,6 +186,8 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a descriptor has no name to tell
     finally:
         os.close(descriptor)
 

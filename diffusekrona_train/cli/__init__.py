@@ -5,8 +5,10 @@ Nothing heavy is imported before a command runs, so `krona-* --help` answers at 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -37,6 +39,8 @@ def door(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             raise SystemExit(130) from None
+        except BrokenPipeError:
+            _leave_broken_pipe()
         except Exception as error:
             if _is_control_flow(error):
                 raise
@@ -46,9 +50,13 @@ def door(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def enter(app: Callable[..., Any]) -> NoReturn:
-    """Run a door's typer app: a wrong option or argument is one line too, with exit status 2."""
+    """Run a door's typer app: a wrong option or argument is one line too, with exit status 2; signals end it cleanly."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _leave_broken_pipe()
     except Exception as error:
         if not _is_control_flow(error):
             raise
@@ -64,6 +72,19 @@ def enter(app: Callable[..., Any]) -> NoReturn:
             print(f"error: {' '.join(text().split())}{hint}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 2)) from None
     raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    """SIGTERM as an exception, so that a file half written beside its target is removed."""
+    print("stopped", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+def _leave_broken_pipe() -> NoReturn:
+    """Nobody reads on (`krona-inspect … | head`): end in silence, with the status that SIGPIPE would give."""
+    with contextlib.suppress(OSError):  # else the interpreter flushes what is left at its end, and complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + getattr(signal, "SIGPIPE", 13))
 
 
 def one_line(error: BaseException) -> str:

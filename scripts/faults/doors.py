@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fnmatch
 import functools
 import importlib
 import os
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ class Late(BaseException):
     """Raised by the alarm in a door called in this process; no `except Exception` swallows it."""
 
 
-def call(arguments: list[str], folder: Path, env: dict[str, str], limits: dict, seconds: float) -> Seen:
+def call(arguments: list[str], folder: Path, env: dict[str, str], limits: dict[str, Any], seconds: float) -> Seen:
     """The door in this process: working folder, environment, arguments, handlers and seeds are put back afterwards."""
 
     def late(*_: Any) -> None:
@@ -79,7 +81,7 @@ def call(arguments: list[str], folder: Path, env: dict[str, str], limits: dict, 
         return Seen(status, _read(out), _read(err), timed_out=timed_out)
 
 
-def fork(arguments: list[str], folder: Path, env: dict[str, str], limits: dict, seconds: float) -> Seen:
+def fork(arguments: list[str], folder: Path, env: dict[str, str], limits: dict[str, Any], seconds: float) -> Seen:
     """The door in a forked child that may be killed, limited in file size, or robbed of root's rights."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
@@ -92,7 +94,7 @@ def fork(arguments: list[str], folder: Path, env: dict[str, str], limits: dict, 
         return Seen(code, _read(out), _read(err), number, timed_out)
 
 
-def spawn(arguments: list[str], folder: Path, env: dict[str, str], limits: dict, seconds: float) -> Seen:
+def spawn(arguments: list[str], folder: Path, env: dict[str, str], limits: dict[str, Any], seconds: float) -> Seen:
     """The door as a program. Arguments that begin with `command:` are a whole command line instead."""
     if arguments[0] == "command:":
         command = arguments[1:]
@@ -147,6 +149,12 @@ def _child(arguments: list[str], folder: Path, env: dict[str, str], limits: dict
             if "file_size" in limits:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond it is an OSError, as on a full disk
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_size"], limits["file_size"]))
+            if "full_at" in limits:
+                _fill_disk(limits["full_at"])
+            if "signal_at" in limits:
+                _signal_at(*limits["signal_at"])
+            if "without" in limits:
+                sys.modules[limits["without"]] = None  # type: ignore[assignment]
             if "unprivileged" in limits:
                 _drop_privileges()
             status = _enter(arguments)
@@ -154,6 +162,43 @@ def _child(arguments: list[str], folder: Path, env: dict[str, str], limits: dict
             sys.stderr.flush()
     finally:
         os._exit(status & 255)
+
+
+def _fill_disk(pattern: str) -> None:
+    """From now on no file whose path matches `pattern` can be written: no space is left when it would take its name."""
+
+    def full(target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    _before_writing(pattern, full)
+
+
+def _signal_at(pattern: str, number: int) -> None:
+    """Sends this process the signal when a file whose path matches `pattern` would take its name, written whole."""
+    sent: list[str] = []
+
+    def send(target: str) -> None:
+        if not sent:
+            sent.append(target)
+            os.kill(os.getpid(), number)
+
+    _before_writing(pattern, send)
+
+
+def _before_writing(pattern: str, act: Callable[[str], Any]) -> None:
+    """Calls `act(path)` before a path that matches is renamed to, or opened to be written."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "os.rename":  # os.replace too: the last act of every file that is written beside its target
+            target = arguments[1]
+        elif event == "open" and isinstance(arguments[1], str) and set("wax") & set(arguments[1]):
+            target = arguments[0]
+        else:
+            return
+        if not isinstance(target, int) and fnmatch.fnmatch(os.fsdecode(target), pattern):
+            act(os.fsdecode(target))
+
+    sys.addaudithook(hook)
 
 
 def _drop_privileges() -> None:

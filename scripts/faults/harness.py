@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scripts.faults.doors import Seen, call, fork, spawn
 from scripts.faults.sandbox import Sandbox, Shared, snapshot, torn
@@ -50,8 +51,9 @@ class Case:
     how: str = "call"
     """call: in this process; fork: in a forked child; spawn: a new process."""
     env: dict[str, str] = field(default_factory=dict)
-    limits: dict[str, int] = field(default_factory=dict)
-    """fork: `file_size` in bytes, `unprivileged`, `kill_after` seconds by the signal `kill_with`."""
+    limits: dict[str, Any] = field(default_factory=dict)
+    """fork: `file_size` in bytes, `full_at` (files that find no space), `signal_at` (file, signal), `without` (a package
+    that is not installed), `unprivileged`, `kill_after` seconds by the signal `kill_with`."""
     then: Callable[[Sandbox, Seen], None] | None = None
     """Further assertions; an AssertionError is a problem of the case."""
     fast: bool = False

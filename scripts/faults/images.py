@@ -103,6 +103,14 @@ def _refused() -> list[Case]:
     ]
     table = [_case(name, _beside(file, content), 2, says, same) for name, file, content, says, same in rows]
     return table + [
+        _case(
+            "HEIC without its extra",
+            _beside("a.HEIC", b"\0\0\0\x18ftypheic"),
+            2,
+            r"a\.HEIC: reading HEIC needs an extra: pip install 'diffusekrona-train\[heic\]'",
+            how="fork",
+            limits={"without": "pillow_heif"},
+        ),
         _case("empty folder", lambda box: box.path("photos/x").parent and None, 2, r"photos holds no image$"),
         _case("folder missing", lambda box: None, 2, r"subject\.images: photos is not there"),
         _case("folder misspelt", _misspelt, 2, r"phtos is not there.*did you mean photos"),

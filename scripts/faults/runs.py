@@ -1,4 +1,4 @@
-"""Cases of the area runs: death by signal in each phase, full disks, memory that ends."""
+"""Cases of the area runs: death by signal in each phase, memory that ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PHASES: list[tuple[str, int, int, tuple[str, ...], tuple[str, ...]]] = [
 
 
 def cases() -> list[Case]:
-    return _signals() + _full_disks() + _memory()
+    return _signals() + _memory()
 
 
 def base(shared: Any) -> Path:
@@ -126,47 +126,6 @@ def _signals() -> list[Case]:
     return table
 
 
-def _full_disks() -> list[Case]:
-    """No space left, injected at each write, or by a limit on the size of a file."""
-
-    def fault(at: str) -> dict[str, Any]:
-        return {"env": {"KRONA_FAULT": f"{at}:full"}}
-
-    def limit(size: int) -> dict[str, Any]:
-        return {"limits": {"file_size": size}}
-
-    def goes_on(above: int) -> Callable[[Sandbox, Seen], None]:
-        return lambda box, seen: resume_to_the_end(box, above)
-
-    space, checkpoint = r"[Nn]o space left", r"checkpoint of step {} cannot be written \(No space left on device\)"
-    writes = "the same sentence for each file of a checkpoint"
-    return [
-        training_case(
-            "disk full in the cache", lambda box: fresh(box, cache=False), 1, space, then=goes_on(0), **fault("cache:1")
-        ),
-        training_case(
-            "disk full at an adapter", fresh, 1, checkpoint.format(3), writes, then=goes_on(2), **fault("adapter:3")
-        ),
-        training_case(
-            "disk full at a state", fresh, 1, checkpoint.format(3), writes, then=goes_on(2), **fault("state:3")
-        ),
-        training_case("disk full at the first", fresh, 1, checkpoint.format(1), then=goes_on(0), **fault("adapter:1")),
-        training_case("disk full at a validation", fresh, 0, "training goes on", then=as_base, **fault("validation:4")),
-        training_case("disk full at the end", fresh, 1, space, then=goes_on(4), **fault("end:4")),
-        training_case(
-            "no file above 2 kB",
-            lambda box: fresh(box, cache=False),
-            1,
-            r"File too large",
-            absent=(FINAL,),
-            **limit(2000),
-        ),
-        training_case(
-            "no file above 20 kB", fresh, 1, r"checkpoint of step 1 cannot be written \(File too", **limit(20_000)
-        ),
-    ]
-
-
 def as_base(box: Sandbox, seen: Seen) -> None:
     equal_to_base(box)
 
@@ -207,7 +166,7 @@ def _memory() -> list[Case]:
             **fault("cache:0"),
         ),
         training_case(
-            "out of memory in a validation", fresh, 0, r"training goes on", then=as_base, **fault("validation:4")
+            "out of memory in a validation", fresh, 0, r"the run goes on", then=as_base, **fault("validation:4")
         ),
         training_case(
             "numbers that overflow",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from scripts.faults import adapters, between, config, foreign, images, models, runs, sampling
+from scripts.faults import adapters, between, config, disks, foreign, images, models, runs, sampling, stops
 from scripts.faults.harness import Case
 
 TABLES = {
     "config": (config,),
     "images": (images,),
     "adapters": (adapters, foreign),
-    "runs": (runs, between, models),
-    "sampling": (sampling,),
+    "runs": (runs, disks, between, models),
+    "sampling": (sampling, stops),
 }
 AREAS = tuple(TABLES)
 
