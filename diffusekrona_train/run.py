@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def assemble(
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
     if state is not None:
         tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
+    if config.train.compile:
+        tell("train.compile: the first step compiles the transformer blocks, which takes minutes")
     if start > config.train.steps:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
     gallery = Gallery(config, source, objective, place)
@@ -121,6 +124,7 @@ def gradients(run: Run, step: int) -> None:
 
 def fit_gradients(run: Run, step: int) -> None:
     """`gradients`, going down a memory level and starting the step again where it does not fit."""
+    began = time.monotonic()
     while True:
         short = False
         try:
@@ -130,8 +134,10 @@ def fit_gradients(run: Run, step: int) -> None:
         if run.accelerator.num_processes > 1:  # nobody may wait for gradients that another could not make
             short = run.accelerator.reduce(torch.tensor([float(short)], device=run.accelerator.device)).item() > 0
         if not short:
-            return
+            break
         go_down(run)
+    if run.config.train.compile and step == run.start:
+        run.journal.say(f"train.compile: the first step took {time.monotonic() - began:.0f} s; the next ones are fast")
 
 
 def go_down(run: Run) -> None:

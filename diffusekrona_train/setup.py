@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -18,6 +19,8 @@ from diffusekrona_train.config import RunConfig
 from diffusekrona_train.inject import Injection, inject
 from diffusekrona_train.sample import SampleSettings, render
 
+COMPILER = "inductor"
+"""torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
 """How long a process waits for another that still makes latents or class images."""
 
@@ -81,8 +84,25 @@ def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
         injection.spec = config.adapter
     injection.assert_fp32()
     if config.train.compile:
-        denoiser.compile()
+        compile_blocks(denoiser)
     return injection
+
+
+def compile_blocks(denoiser: Any) -> None:
+    """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
+
+    The whole denoiser as one graph would be compiled for many minutes to be hardly faster. Shapes are static: a graph
+    for each width of the model and size of the photos, and where a teacher is asked, one more without the adapter.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # beyond it: silently eager
+    denoiser.compile_repeated_blocks(backend=COMPILER, dynamic=False)
+
+
+def eagerly(config: RunConfig) -> Any:
+    """Within, nothing is compiled anew: pictures and held-out loss have shapes of their own, and are few."""
+    return torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
 
 
 def _refuse_other_adapter(config: RunConfig, file: Any) -> None:

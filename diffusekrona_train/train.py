@@ -134,7 +134,8 @@ def validate(run: Run, done: int) -> None:
     """Pictures, held-out loss and a fresh report; whatever fails here is told and never ends the run."""
     began = time.monotonic()
     try:
-        run.gallery.render(done, stopping=lambda: run.stop.signum is not None)
+        with setup.eagerly(run.config):
+            run.gallery.render(done, stopping=lambda: run.stop.signum is not None)
     except Interrupted:
         pass
     except Exception as error:
@@ -142,7 +143,8 @@ def validate(run: Run, done: int) -> None:
         setup.free(run.accelerator.device)
     try:
         if run.main and run.config.validation.loss and run.stop.signum is None:
-            run.journal.write({"step": done, "validation_loss": run.objective.held_out_loss()})
+            with setup.eagerly(run.config):
+                run.journal.write({"step": done, "validation_loss": run.objective.held_out_loss()})
     except Exception as error:
         run.journal.warn("the held-out loss failed", error)
     refresh_report(run)
@@ -223,11 +225,14 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
 
 
 def explained(run: Run, error: RuntimeError) -> RuntimeError | None:
-    """What to do about memory that ended or a process that was lost; None for other errors."""
+    """What to do about memory that ended, a compiler that failed or a process that was lost; None for other errors."""
     kept = checkpoint.states(run.folder)
     last = f"; go on from {kept[0].name} with --resume" if kept else ""
     if isinstance(error, torch.OutOfMemoryError):
         return RuntimeError(memory.out_of_memory(run.level) + last)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(str(error).split())[:200]
+        return RuntimeError(f"torch.compile failed ({reason}); set train.compile: false{last}")
     if run.accelerator.num_processes > 1 and re.search("gloo|NCCL", str(error)):
         return RuntimeError(f"another process of this run ended, or the connection to it broke{last}")
     return None

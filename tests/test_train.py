@@ -97,6 +97,36 @@ def test_ways_to_train(world, world_sd, tmp_path, kind, sections):
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
 
 
+def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_path, monkeypatch, capsys):
+    """The graphs are run as they were traced (aot_eager): what inductor's kernels would round, no test can hold."""
+    from torch._dynamo.utils import counters
+
+    watch = {"every": 2, "loss": True}
+    train(make_run(world, tmp_path / "a" / "run", train={"steps": 3}, validation=watch))
+    monkeypatch.setattr("diffusekrona_train.setup.COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    config = make_run(world, tmp_path / "b" / "run", train={"steps": 3, "compile": True}, validation=watch)
+    train(config)
+    said = capsys.readouterr()
+    for key in ("loss", "validation_loss"):
+        eager, compiled = ([x[key] for x in metrics(tmp_path / name / "run") if key in x] for name in "ab")
+        assert compiled == pytest.approx(eager, rel=1e-5) and len(compiled) == len(eager) > 2
+    assert "first step compiles" in said.out and "the first step took" in said.out + said.err
+    # two widths at two sides each (down and up the UNet), and eight blocks; pictures and held-out loss add none
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+
+
+def test_a_compiler_that_fails_is_one_line(world, tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise OSError("no working C++ compiler found")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("diffusekrona_train.setup.COMPILER", broken)
+    with pytest.raises(RuntimeError, match=r"torch\.compile failed .*C\+\+ compiler.*train\.compile: false"):
+        train(make_run(world, tmp_path / "run", train={"compile": True}))
+
+
 def test_training_lowers_the_held_out_loss(world, tmp_path):
     train(make_run(world, tmp_path / "run", train={"steps": 40}, validation={"every": 40, "loss": True}))
     before, after = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]

@@ -44,7 +44,7 @@ class TrainConfig(Strict):
     memory: Literal["auto", "plain", "checkpointing", "nf4"] = "auto"
     """auto picks plain, gradient checkpointing, or NF4 with checkpointing from the free GPU memory."""
     compile: bool = False
-    """torch.compile the denoiser."""
+    """torch.compile the transformer blocks; needs a C++ compiler, and minutes for the first step."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs that have them."""
     channels_last: bool = False
