@@ -324,9 +324,9 @@ def made_up(seed: int = 0) -> tuple[list[Cell], dict[str, dict], np.ndarray]:
         for v in range(3):
             for k in range(6):
                 key = f"{s}{v}{k}"
-                cells.append(Cell(series, Value(label=f"v{v}", x=v), ("a", "b")[k % 2], k // 2, key))
+                cells.append(Cell(series, Value(label=f"v{v}", x=v, reference=v == 1), ("a", "b")[k % 2], k // 2, key))
                 own = dict(zip(records.METRICS, map(float, scores[s, v, :, k]), strict=True))
-                found[key] = {"scores": own, "parameters": 10 + s, "seconds": {"train": k}, "group": "g"}
+                found[key] = {"key": key, "scores": own, "parameters": 10 + s, "seconds": {"train": k}, "group": "g"}
     return cells, found, scores
 
 
@@ -334,16 +334,16 @@ def test_means_spreads_and_gaps_are_numpys(tmp_path):
     study = load_studies(["learning-rate"])["learning-rate"]
     cells, found, scores = made_up()
     rows = tables.rows_of(study, cells, found)
-    tables.write_csv(tmp_path / "table.csv", rows)
+    tables.write_csv(tmp_path / "table.csv", study, rows)
     lines = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert [line["label"] for line in lines] == [f"{s}, v{v}" for s in ("KronA", "LoRA") for v in range(3)]
     for i, line in enumerate(lines):
         own = scores[i // 3, i % 3]
-        for metric, values, first in zip(records.METRICS, own, scores[0, 0], strict=True):
+        for metric, values, other in zip(records.METRICS, own, scores[0, 1], strict=True):
             assert float(line[metric]) == pytest.approx(values.mean(), abs=1e-6)
             assert float(line[f"{metric}_spread"]) == pytest.approx(values.std(ddof=1), abs=1e-6)
-            if metric in tables.COMPARED and i:
-                assert float(line[f"{metric}_minus_first"]) == pytest.approx((values - first).mean(), abs=1e-6)
+            if metric in tables.COMPARED and i != 1:
+                assert float(line[f"{metric}_minus_reference"]) == pytest.approx((values - other).mean(), abs=1e-6)
         assert (line["n"], line["missing"], line["trained_parameters"]) == ("6", "0", str(10 + i // 3))
         assert float(line["train_seconds"]) == 2.5
     for told, own in zip(tables.series_spread(rows), scores.mean(axis=3), strict=True):

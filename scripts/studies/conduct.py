@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,15 @@ def conduct(options: argparse.Namespace) -> int:
     """0 where everything is measured, 1 where something is missing; ValueError of one line for a user's mistake."""
     studies = load_studies(options.studies)
     base = load_base(options.model, options.base)
-    runs = options.runs or Path("runs") / "paper" / options.model
+    # absolute: a process of a cluster may stand elsewhere
+    runs = (options.runs or Path("runs") / "paper" / options.model).expanduser().absolute()
     planner = Planner(
         options.model,
         base,
         runs,
         seeds=options.seeds,
         subjects=[name for name in (options.subjects or "").split(",") if name],
-        photos=options.photos,
+        photos=options.photos.expanduser().absolute() if options.photos else None,
         sets=[*options.set, *([f"train.steps={options.steps}"] if options.steps else [])],
     )
     cells = {name: planner.expand(name, study, options.model) for name, study in studies.items()}
@@ -142,10 +144,10 @@ def write_all(
             continue
         rows = tables.rows_of(study, cells[name], found)
         tables.write_markdown(target / name / "table.md", study, rows, about(cells[name], found))
-        tables.write_csv(target / name / "table.csv", rows)
+        tables.write_csv(target / name / "table.csv", study, rows)
         figures.write_plot(target / name / "plot.png", study, rows)
         figures.write_sheet(target / name / "sheet.png", study, cells[name], found, runs, small=small)
-        print(f"{target / name / 'table.md'}" + (f" ({lacking} records missing)" if lacking else ""))
+        print(f"{os.path.relpath(target / name / 'table.md')}" + (f" ({lacking} records missing)" if lacking else ""))
     return missing
 
 
@@ -158,6 +160,6 @@ def about(cells: Sequence[Cell], found: dict[str, records.Record]) -> str:
     return (
         f"{one['of']['run']['model'].split(' ')[0]}; {len(subjects)} subjects ({', '.join(subjects)}), {seeds} seeds, "
         f"{len(sampling['prompts'])} prompts x {len(sampling['seeds'])} pictures each. Mean ± standard deviation over "
-        "subjects x seeds; trained: trained parameters; seconds: of the training loop. Against the first row: mean "
+        "subjects x seeds; trained: trained parameters; seconds: of the training loop; minus: mean "
         "difference at the same subjects and seeds, with its 95 % bootstrap interval."
     )

@@ -69,35 +69,35 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
     if not rows:
         return False
     numeric = all(row.x is not None for row in rows)
-    labels = [_tick(row) for row in rows]
+    labels = [row.label if len(row.label) <= 24 else row.label[:23] + "…" for row in rows]
+    lines = list(dict.fromkeys(row.series or row.section for row in rows))
     figure = Figure(figsize=(10.5, 3.3 if numeric else 3.3 + 0.045 * max(map(len, labels))), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(SHOWN))
     for panel, metric in zip(panels, SHOWN, strict=True):
         panel.set_title(METRICS[metric].title, loc="left", fontsize=10)
-        for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
-            own = [k for k, row in enumerate(rows) if row.series == series]
+        for i, series in enumerate(lines):
+            own = [k for k, row in enumerate(rows) if (row.series or row.section) == series]
             x = [rows[k].x if numeric else k for k in own]
             heights = [rows[k].mean(metric) for k in own]
             spreads = [rows[k].spread(metric) for k in own]
             style = {"marker": "o", "markersize": 4, "capsize": 3, "color": COLOURS[i % len(COLOURS)]}
             line = "-" if numeric else "none"
             panel.errorbar(x, heights, spreads, linestyle=line, elinewidth=0.8, label=series or None, **style)
-        if study.log_axis and numeric:
-            panel.set_xscale("log")
-        if not numeric:
+        if numeric:
+            panel.set_xscale("log" if study.log_axis else "linear")
+            places = sorted({row.x for row in rows if row.x is not None})
+            panel.set_xticks(places, [f"{x:g}" for x in places], fontsize=8)
+            panel.set_xticks([], minor=True)
+        else:
             panel.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
         panel.set_xlabel(study.axis, fontsize=9)
         panel.tick_params(axis="y", labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    if len(study.series) > 1:
-        panels[0].legend(frameon=False, fontsize=8)
+    if len(lines) > 1:
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False, fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
     return True
-
-
-def _tick(row: Row) -> str:
-    label = row.label if len(row.label) <= 24 else row.label[:23] + "…"
-    return f"{label}\n{row.section}" if row.section not in ("", "subjects", "groups") else label

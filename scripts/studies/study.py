@@ -64,6 +64,8 @@ class Value(Strict):
     """Sampling settings that differ from the base's."""
     section: str = ""
     """The part of the table it stands in."""
+    reference: bool = False
+    """The row that the others are compared with; none marked takes the first."""
     untrained: bool = False
     """The base model without an adapter, on the prompts without the identifier."""
 

@@ -1,4 +1,4 @@
-"""Tables of a study from its records: mean and spread over subjects and seeds, differences to the first row, gaps."""
+"""Tables of a study from its records: mean and spread over subjects and seeds, differences to one row, gaps."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Row:
     x: float | None
     wanted: int
     found: dict[tuple[str, int], Record]
+    reference: bool = False
 
     def scores(self, metric: str) -> list[float]:
         return [record["scores"][metric] for record in self.found.values()]
@@ -82,19 +83,26 @@ def _rows_of_subjects(cells: Sequence[Cell], records: dict[str, Record]) -> list
 
 def _row(label: str, section: str, series: str, cells: Sequence[Cell], records: dict[str, Record]) -> Row:
     found = {(cell.subject, cell.seed): records[cell.key] for cell in cells if cell.key in records}
-    return Row(label, section, series, cells[0].value.x, len(cells), found)
+    return Row(label, section, series, cells[0].value.x, len(cells), found, cells[0].value.reference)
 
 
-def against(row: Row, first: Row, metric: str) -> dict[str, Any] | None:
-    """row - first over the subjects and seeds that both have; None where they share none or are the same."""
-    both = [mark for mark in first.found if mark in row.found]
-    if row is first or not both:
+def reference_of(study: Study, rows: Sequence[Row]) -> Row | None:
+    """The row that the others are compared with; None where rows are subjects."""
+    if study.rows == "subjects":
         return None
-    sides = [[side.found[mark]["scores"][metric] for mark in both] for side in (row, first)]
+    return next((row for row in rows if row.reference), rows[0])
+
+
+def against(row: Row, other: Row | None, metric: str) -> dict[str, Any] | None:
+    """row - other over the subjects and seeds that both have; None where they share none or are the same."""
+    both = [mark for mark in other.found if mark in row.found] if other else []
+    if other is None or row.found == other.found or not both:
+        return None
+    sides = [[side.found[mark]["scores"][metric] for mark in both] for side in (row, other)]
     return difference(*sides)
 
 
-def columns_of(row: Row, first: Row) -> dict[str, Any]:
+def columns_of(row: Row, other: Row | None) -> dict[str, Any]:
     """A row of the CSV, as numbers."""
     line: dict[str, Any] = {"section": row.section, "label": row.label, "series": row.series, "x": row.x}
     line |= {"n": len(row.found), "missing": row.missing}
@@ -103,8 +111,8 @@ def columns_of(row: Row, first: Row) -> dict[str, Any]:
         line[f"{metric}_spread"] = row.spread(metric) if row.found else None
     line |= {"trained_parameters": row.parameters, "train_seconds": round(row.seconds, 2)}
     for metric in COMPARED:
-        gap = against(row, first, metric) or {}
-        line |= {f"{metric}_minus_first{end}": gap.get(name) for name, end in GAP_COLUMNS.items()}
+        gap = against(row, other, metric) or {}
+        line |= {f"{metric}_minus_reference{end}": gap.get(name) for name, end in GAP_COLUMNS.items()}
     return line
 
 
@@ -126,8 +134,9 @@ def series_spread(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return told
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    lines = [columns_of(row, rows[0]) for row in rows]
+def write_csv(path: Path, study: Study, rows: Sequence[Row]) -> None:
+    other = reference_of(study, rows)
+    lines = [columns_of(row, other) for row in rows]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -139,13 +148,14 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def write_markdown(path: Path, study: Study, rows: Sequence[Row], about: str) -> None:
     titles = [METRICS[metric].title for metric in SHOWN]
-    gaps = [f"{METRICS[metric].title} against the first row" for metric in COMPARED]
+    other = reference_of(study, rows)
+    gaps = [f"{METRICS[metric].title} minus {other.label}" for metric in COMPARED] if other else []
     head = ["", *titles, "n", "trained", "seconds", *gaps]
     lines = [f"# {study.title} ({study.paper})", "", about, ""]
     for section in dict.fromkeys(row.section for row in rows):
         lines += [f"## {section}", ""] if section else []
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += [_line(row, rows[0]) for row in rows if row.section == section] + [""]
+        lines += [_line(row, other) for row in rows if row.section == section] + [""]
     if study.spread_of_series:
         lines += ["## Spread over the values", "", "Standard deviation (range) of the rows' means.", ""]
         lines += ["| | values | " + " | ".join(titles) + " |", "|---|---" + "|---" * len(titles) + "|"]
@@ -157,12 +167,16 @@ def write_markdown(path: Path, study: Study, rows: Sequence[Row], about: str) ->
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
-def _line(row: Row, first: Row) -> str:
+def _line(row: Row, other: Row | None) -> str:
     number = f"{len(row.found)}" + (f" ({row.missing} missing)" if row.missing else "")
     if not row.found:
-        return f"| {row.label} | " + " | ".join([*("missing" for _ in SHOWN), number, *("" for _ in range(4))]) + " |"
+        return (
+            f"| {row.label} | "
+            + " | ".join([*("missing" for _ in SHOWN), number, *([""] * (4 if other else 2))])
+            + " |"
+        )
     scores = [f"{row.mean(metric):.3f} ± {row.spread(metric):.3f}" for metric in SHOWN]
-    gaps = [against(row, first, metric) for metric in COMPARED]
+    gaps = [against(row, other, metric) for metric in COMPARED] if other else []
     told = [f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else "" for gap in gaps]
     cells = [row.label, *scores, number, f"{row.parameters:,}", f"{row.seconds:.0f}", *told]
     return "| " + " | ".join(cells) + " |"
