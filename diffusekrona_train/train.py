@@ -170,7 +170,7 @@ def name_the_best(run: Run) -> None:
 
 def refresh_report(run: Run) -> None:
     """`report.html` and `loss.png`, as far as the run has come."""
-    if not run.main:
+    if not run.main or not run.config.validation.report:
         return
     for name, write in (("report.html", "write_run_report"), ("loss.png", "write_loss_plot")):
         try:

@@ -181,6 +181,7 @@ def test_one_training_serves_all_values(world):
         "step-000002",
     ]
     assert not (run / "resume").exists(), "state that nobody needs any more"
+    assert not (run / "report.html").exists(), "a page of no picture, for every one of hundreds of runs"
     found = [json.loads(path.read_text()) for path in (runs / "records").glob("*.json")]
     assert sorted(record["of"]["step"] for record in found) == [0, 1, 2, 2]
     assert {record["run"] for record in found} == {run.name, "base"}

@@ -96,6 +96,8 @@ class ValidationConfig(Strict):
     """Negative prompt."""
     loss: bool = True
     """Also measure the loss on fixed noise at fixed timestep quantiles."""
+    report: bool = True
+    """Write report.html and loss.png, after every validation and at the end."""
 
     @model_validator(mode="after")
     def _no_conflicts(self) -> ValidationConfig:

@@ -83,7 +83,7 @@ class Planner:
         subject = {"images": images, "class": row.class_noun, "token": row.token}
         kept = self.base.config.get("subject") or {}
         tree = {**self.base.config, "subject": {**kept, **subject}, "output": str(self.runs / "trained" / "run")}
-        quiet = {"prompts": [], "every": 0, "loss": False}
+        quiet = {"prompts": [], "every": 0, "loss": False, "report": False}
         own = {**fields, "train.seed": seed, "validation": quiet, "data.cache_dir": str(self.runs / "cache")}
         return make_config(tree, [*self.sets, *(f"{key}={json.dumps(value)}" for key, value in own.items())])
 
