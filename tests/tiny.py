@@ -1,14 +1,19 @@
-"""Small pipelines with random weights and the block layout of the real ones, as diffusers folders.
+"""Pipelines with random weights as diffusers folders: small ones in the block layout of the real ones, and real sizes.
 
 `make_pipeline("sdxl", folder)` takes a second and some MB. The text towers are real CLIP classes, the tokenizer is a
-byte-level CLIP tokenizer with a few merges, so a prompt goes the whole way. Benchmarks use them too.
+byte-level CLIP tokenizer with a few merges, so a prompt goes the whole way. Benchmarks use them too;
+`make_real_pipeline` has the published configs, for speed and memory, which do not depend on the values.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from diffusekrona_train.families.singlefile import load_tokenizer
+from diffusekrona_train.families.source import ASSETS, LocalModel, quiet
 
 WORDS = ("dog", "cat", "the", "beach", "snow", "photo", "teapot")
 END = "</w>"
@@ -22,28 +27,94 @@ def make_pipeline(
     `width` is the width of the first UNet block; the others follow (sd: w, 2w, 2w, 2w; sdxl: w, 2w, 4w). Latents are
     images / 8, so 64-pixel images have 8 x 8 latents. All fp32. SD kinds have one text tower, SDXL two.
     """
-    import torch
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = make_tokenizer(Path(folder) / "tokenizer", pad="!" if kind == "sd21" else "<|endoftext|>")
-        parts: dict[str, Any] = {
-            "unet": make_unet(kind, width),
-            "vae": _vae(),
-            "text_encoder": _text_tower(tokenizer, projection=False),
-            "tokenizer": tokenizer,
-            "scheduler": _scheduler(kind, prediction_type),
+    folder = Path(folder)
+    tokenizer = make_tokenizer(folder / "tokenizer", pad="!" if kind == "sd21" else "<|endoftext|>")
+    parts: dict[str, Callable[[], Any]] = {
+        "unet": lambda: make_unet(kind, width),
+        "vae": _vae,
+        "text_encoder": lambda: _text_tower(tokenizer, projection=False),
+        "tokenizer": lambda: tokenizer,
+        "scheduler": lambda: _scheduler(kind, prediction_type),
+    }
+    if kind == "sdxl":
+        tokenizer_2 = make_tokenizer(folder / "tokenizer_2", pad="!")
+        parts |= {
+            "text_encoder_2": lambda: _text_tower(tokenizer_2, projection=True),
+            "tokenizer_2": lambda: tokenizer_2,
         }
-        if kind == "sdxl":
-            tokenizer_2 = make_tokenizer(Path(folder) / "tokenizer_2", pad="!")
-            parts |= {"text_encoder_2": _text_tower(tokenizer_2, projection=True), "tokenizer_2": tokenizer_2}
-            pipe = StableDiffusionXLPipeline(**parts)
-        else:
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipe = StableDiffusionPipeline(**parts)
-    pipe.save_pretrained(folder)
-    return Path(folder)
+    return write_pipeline(kind, folder, parts, seed=seed)
+
+
+def make_real_pipeline(
+    kind: str, folder: str | Path, *, dtype: str = "float16", seed: int = 0, device: str = "cpu"
+) -> Path:
+    """Writes a pipeline of the published size of `kind`, with its own tokenizers and random weights, to `folder`.
+
+    A part is made in `dtype` at once, saved in shards and dropped before the next one: SDXL needs 7 GB of memory and
+    as much disk in 16 bits.
+    """
+    parts: dict[str, Callable[[], Any]] = {
+        part: (lambda part=part: real_part(kind, part)) for part in packaged(kind) if part != "model_index"
+    }
+    return write_pipeline(kind, folder, parts, seed=seed, dtype=dtype, device=device)
+
+
+def write_pipeline(
+    kind: str,
+    folder: str | Path,
+    parts: dict[str, Callable[[], Any]],
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Path:
+    """Makes and saves the parts one by one, under a seed of their own each, then the index of the pipeline."""
+    import torch
+
+    quiet()
+    folder, before = Path(folder), torch.get_default_dtype()
+    with torch.random.fork_rng():
+        for number, (name, make) in enumerate(parts.items()):
+            torch.manual_seed(seed * 1000 + number)
+            torch.set_default_dtype(getattr(torch, dtype))
+            try:
+                with torch.device(device):
+                    part = make()
+            finally:
+                torch.set_default_dtype(before)
+            shards = {"max_shard_size": "1GB"} if isinstance(part, torch.nn.Module) else {}
+            part.save_pretrained(folder / name, **shards)
+            del part
+    index = packaged(kind)["model_index"]
+    if kind != "sdxl":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def packaged(kind: str) -> dict[str, dict[str, Any]]:
+    """Part -> config of the published model, as the package carries it; "model_index" is the pipeline's own."""
+    place = LocalModel(ASSETS / "configs" / kind)
+    index = place.config("model_index")
+    parts = [name for name, value in index.items() if isinstance(value, list)]
+    return {**{part: place.config(part) for part in parts}, "model_index": index}
+
+
+def real_part(kind: str, part: str) -> Any:
+    """One part of the published size: a module in eval mode with random weights of torch's default type, a tokenizer
+    with CLIP's own vocabulary, or the scheduler."""
+    import diffusers
+    import transformers
+
+    library, name = packaged(kind)["model_index"][part]
+    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+    if part.startswith("tokenizer"):
+        return load_tokenizer(ASSETS / "configs" / kind / part, cls)
+    config = packaged(kind)[part]
+    if part.startswith("text_encoder"):
+        return cls(transformers.CLIPTextConfig(**config)).eval()
+    made = cls.from_config(config)
+    return made if part == "scheduler" else made.eval()
 
 
 def make_unet(kind: str, width: int = 32):

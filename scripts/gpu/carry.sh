@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Downloads into .wheels/ what a GPU machine without a network lacks to run this project; measure.sh installs from there.
+#   scripts/gpu/carry.sh                   for Python 3.12 on x86-64 Linux, with bitsandbytes' library for CUDA 13.0
+#   PYTHON_VERSION=3.13 CUDA=128 PLATFORM=aarch64 scripts/gpu/carry.sh
+#   WITHOUT="transformers tokenizers accelerate" scripts/gpu/carry.sh     those are there already
+# Packages: scripts/gpu/wheels.txt, versions: constraints.txt. Prints how large all is, the checkout beside it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+version=${PYTHON_VERSION:-3.12} cuda=${CUDA:-130} machine=${PLATFORM:-x86_64}
+
+pinned=()
+while read -r name; do
+    case " ${WITHOUT:-} " in *" $name "*) continue ;; esac
+    line=$(grep -i "^${name//[-_]/[-_]}==" constraints.txt) || {
+        echo "carry.sh: constraints.txt has no version of $name" >&2
+        exit 1
+    }
+    pinned+=("$line")
+done < <(grep -v '^#' scripts/gpu/wheels.txt)
+
+platforms=()
+for libc in 2_28 2_27 2_26 2_24 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${libc}_$machine"); done
+platforms+=(--platform "manylinux2014_$machine" --platform "manylinux1_$machine")
+
+rm -rf .wheels
+mkdir .wheels
+"$python" -m pip download -qq --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+    --python-version "$version" "${platforms[@]}" --dest .wheels "${pinned[@]}"
+
+# bitsandbytes brings a library for each CUDA release: one of them is needed, and the one for no GPU at all.
+"$python" - "$cuda" <<'PYTHON'
+import re, sys, zipfile
+from pathlib import Path
+
+(wheel,) = Path(".wheels").glob("bitsandbytes-*.whl")
+kept = {f"libbitsandbytes_cuda{sys.argv[1]}.so", "libbitsandbytes_cpu.so"}
+slim = wheel.with_suffix(".slim")
+with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as new:
+    libraries = {name for name in old.namelist() if re.search(r"/libbitsandbytes_\w+\.so$", name)}
+    dropped = {name for name in libraries if name.split("/")[-1] not in kept}
+    if len(libraries) - len(dropped) < len(kept):
+        sys.exit(f"carry.sh: bitsandbytes has no library for CUDA {sys.argv[1]}, only {', '.join(sorted(libraries))}")
+    for entry in old.infolist():
+        if entry.filename in dropped:
+            continue
+        data = old.read(entry)
+        if entry.filename.endswith(".dist-info/RECORD"):
+            lines = data.decode().splitlines(keepends=True)
+            data = "".join(line for line in lines if line.split(",")[0] not in dropped).encode()
+        new.writestr(entry, data)
+slim.replace(wheel)
+PYTHON
+
+files=(.wheels/*.whl)
+tracked=$(git ls-files -z 2>/dev/null | xargs -0 du -ck 2>/dev/null | tail -n 1 | cut -f 1)
+wheels=$(du -ck "${files[@]}" | tail -n 1 | cut -f 1)
+du -k "${files[@]}" | sort -rn | head -n 5 | awk '{ printf "%8.1f MiB  %s\n", $1 / 1024, $2 }'
+awk -v n=${#files[@]} -v wheels="$wheels" -v tracked="${tracked:-0}" \
+    'BEGIN { printf "%8.1f MiB  all %d wheels; %.1f MiB with the checkout\n", wheels / 1024, n, (wheels + tracked) / 1024 }'
