@@ -36,22 +36,17 @@ COLOURS = ("#e8710a", "#1a73e8", "#188038", "#a142f4")
 
 def check_config(config: RunConfig) -> None:
     """Print what training would do and draw the contact sheet; ValueError where it could not start."""
-    from diffusekrona_train.families import open_model
+    from diffusekrona_train.families import configured_model
+    from diffusekrona_train.setup import check_start
 
-    _check_start(config.train.init_from)
+    source = configured_model(config)
+    check_start(config, source)
     collection = collect(config)
     crops = plan_crops(collection.pictures, config.data, config.train.seed)
     _print("photos", photo_lines(config, collection))
     _print("advice", advise(crops))
     sheet = draw_sheet(config, crops, Path(config.output).expanduser() / "check.png")
     _print("sheet", [f"{sheet}: the crop drawn on each photo, and the crop"])
-    source = open_model(
-        config.model,
-        revision=config.revision,
-        variant=config.variant,
-        vae=config.vae,
-        model_config_dir=config.model_config_dir,
-    )
     _print("model", model_lines(config, source))
     _print("prompts", prompt_lines(config, collection))
     _print("identifier", identifier_lines(config, source, collection))
@@ -62,17 +57,6 @@ def check_config(config: RunConfig) -> None:
     _print("disk", disk_lines(config, source, collection, trainable))
     _print("device", device_lines())
     print("nothing was trained: run it without --check")
-
-
-def _check_start(init_from: str | None) -> None:
-    """ValueError where the adapter to go on from cannot be read."""
-    if init_from is not None:
-        from diffusekrona_train.weights import read_adapter
-
-        try:
-            read_adapter(Path(init_from).expanduser())
-        except ValueError as error:
-            raise ValueError(f"train.init_from: {error}") from None
 
 
 def _print(title: str, lines: Iterable[str]) -> None:

@@ -37,10 +37,14 @@ def refuse_existing(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(folder: Path, main: bool = True) -> Iterator[None]:
-    """Holds the folder for this run (its main process); ValueError where another writes in it. A kill lets go."""
+    """Holds the folder for this run (its main process); ValueError where another writes in it. A kill lets go.
+
+    Folders that it makes and that are still empty at the end, of a run that was refused, go again.
+    """
     if not main:
         yield
         return
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with open(path, "a+") as file:
@@ -54,6 +58,9 @@ def claimed(folder: Path, main: bool = True) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            with suppress(OSError):
+                for place in made:
+                    place.rmdir()
 
 
 def _lock(file) -> bool:

@@ -15,7 +15,7 @@ from diffusekrona_train.cache import build_training_set
 from diffusekrona_train.config import RunConfig, dump_config
 from diffusekrona_train.descent import Descent
 from diffusekrona_train.diffusion import noise_schedule
-from diffusekrona_train.families import open_model
+from diffusekrona_train.families import configured_model
 from diffusekrona_train.journal import Journal, Stop
 from diffusekrona_train.objective import Objective
 from diffusekrona_train.validate import Gallery
@@ -58,13 +58,8 @@ def assemble(
     """Everything that the loop needs, at the step where `state` left off."""
     tell = print if accelerator.is_main_process else lambda *_: None
     device = accelerator.device
-    source = open_model(
-        config.model,
-        revision=config.revision,
-        variant=config.variant,
-        vae=config.vae,
-        model_config_dir=config.model_config_dir,
-    )
+    source = configured_model(config)
+    setup.check_start(config, source)
     draw, forget = setup.class_image_maker(config, source, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
@@ -88,6 +83,8 @@ def assemble(
     start = state.step if state else 0
     seconds = state.about.get("seconds", 0.0) if state else 0.0
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
+    for line in setup.plan_lines(injection):
+        tell(line)
     if state is not None:
         tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
     if config.train.compile:

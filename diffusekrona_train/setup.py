@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusekrona_train import memory, weights
+from diffusekrona_train.adapters import plan_notes
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.inject import Injection, inject
 from diffusekrona_train.sample import SampleSettings, render
@@ -78,9 +79,7 @@ def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
     if config.train.init_from is None:
         injection = inject(denoiser, config.adapter, seed=config.train.seed)
     else:
-        file = weights.read_adapter(config.train.init_from)
-        _refuse_other_adapter(config, file)
-        injection = weights.inject_file(denoiser, file)
+        injection = weights.inject_file(denoiser, weights.read_adapter(Path(config.train.init_from).expanduser()))
         injection.spec = config.adapter
     injection.assert_fp32()
     if config.train.compile:
@@ -103,6 +102,25 @@ def compile_blocks(denoiser: Any) -> None:
 def eagerly(config: RunConfig) -> Any:
     """Within, nothing is compiled anew: pictures and held-out loss have shapes of their own, and are few."""
     return torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
+
+
+def check_start(config: RunConfig, source: Any) -> None:
+    """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no weights."""
+    if config.train.init_from is None:
+        return
+    try:
+        file = weights.read_adapter(Path(config.train.init_from).expanduser())
+        weights.identify(file, source.layers(), source.family.name)
+        _refuse_other_adapter(config, file)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("train.init_from: ") else f"train.init_from: {text}") from None
+
+
+def plan_lines(injection: Injection) -> list[str]:
+    """What a budget chose and which divisors were taken instead, as --check says it."""
+    layers: list[Any] = [adapter.layer for adapter in injection.adapters.values() if hasattr(adapter, "layer")]
+    return plan_notes(injection.spec, layers, injection.options)
 
 
 def _refuse_other_adapter(config: RunConfig, file: Any) -> None:

@@ -77,10 +77,11 @@ def log(run: Run, done: int) -> None:
     run.journal.log(done, run.objective.global_batch, {**line, **({"skipped": int(skipped)} if skipped else {})})
     if worst > BAD_IN_A_ROW - 0.01:
         kept = checkpoint.states(run.folder)
-        good = run.folder / "checkpoints" / kept[0].name if kept else "none"
+        good = run.folder / "checkpoints" / kept[0].name / "adapter.safetensors" if kept else None
         raise Diverged(
-            f"loss or gradient was not finite {BAD_IN_A_ROW} steps in a row before step {done}; last good checkpoint: "
-            f"{good}. Lower train.learning_rate ({run.config.train.learning_rate:g}) or use mixed_precision: bf16"
+            f"loss or gradient was not finite {BAD_IN_A_ROW} steps in a row before step {done}. Start a new run, with "
+            f"another output and a train.learning_rate below {run.config.train.learning_rate:g}"
+            + (f"; train.init_from: {good} lets it begin at the last good checkpoint" if good else "")
         )
 
 
@@ -267,6 +268,6 @@ def finish(run: Run) -> Path:
         f"in code:   from diffusekrona_train.weights import load_adapter\n"
         f'           load_adapter(pipe, "{path}")\n'
         f"elsewhere: ComfyUI, A1111 and Forge read the file as it is; for diffusers and others:\n"
-        f"           krona-convert {path} {path.with_name(path.stem + '-lora.safetensors')} --to lora"
+        f"           {weights.export_command(weights.read_adapter(path), path, config.model)}"
     )
     return path

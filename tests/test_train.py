@@ -151,6 +151,87 @@ def test_init_from_continues_the_factors_and_refuses_other_ones(world, tmp_path)
         train(other)
 
 
+def test_init_from_is_looked_at_before_anything_is_computed(world, world_sd, tmp_path, monkeypatch):
+    """Unreadable, of another adapter, of another model: each is told before a latent is made, and leaves nothing."""
+    first = train(make_run(world, tmp_path / "first", train={"steps": 1}))
+    (tmp_path / "cut.safetensors").write_bytes(first.read_bytes()[:300])
+    monkeypatch.setattr("diffusekrona_train.run.build_training_set", lambda *_, **__: pytest.fail("caches are made"))
+    cases = [
+        (world, "none.safetensors", {}, "no such file"),
+        (world, "cut.safetensors", {}, "cut.safetensors"),
+        (world, str(first), {"adapter": {"a1": 2, "a2": 4}}, "adapter.a1: 4"),
+        (world_sd, str(first), {}, "is for family 'sdxl'"),
+    ]
+    for place, name, sections, said in cases:
+        config = make_run(place, tmp_path / "out" / "run", train={"init_from": str(tmp_path / name)}, **sections)
+        with pytest.raises(ValueError, match="^train.init_from: ") as error:
+            train(config)
+        assert said in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_notes_on_the_factors_are_printed_by_a_run_too(world, tmp_path, capsys):
+    adapter = {"a1": 3, "a2": 3, "on_indivisible": "nearest"}
+    train(make_run(world, tmp_path / "run", adapter=adapter, train={"steps": 1}))
+    assert "factors moved to the nearest divisors in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"a1": 4, "a2": 4},
+        {"a1": 1, "a2": 4},
+        {"type": "lora", "rank": 2, "a1": 4, "a2": 4},
+        {"type": "full", "targets": "all"},
+    ],
+    ids=str,
+)
+def test_the_export_that_a_run_proposes_works(world, tmp_path, capsys, monkeypatch, adapter):
+    import shlex
+    import sys
+
+    from diffusekrona_train.cli.convert import main
+    from diffusekrona_train.report import write_run_report
+
+    train(make_run(world, tmp_path / "my dog", adapter=adapter, train={"steps": 1}))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "krona-convert" in line)
+    words = shlex.split(line)
+    assert words[0] == "krona-convert" and ("merged" in words) == (adapter.get("targets") == "all")
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0, "".join(capsys.readouterr())
+    assert "krona-convert" in write_run_report(tmp_path / "my dog").read_text()
+
+
+def test_keep_best_measures_the_checkpoints_and_costs_nothing_where_it_fails(world, tmp_path, monkeypatch, capsys):
+    from diffusekrona_train import evaluate
+
+    measure = evaluate.best_checkpoint
+    plan = evaluate.Plan(seeds=(0,), clip="toybox", dino="toybox")
+    monkeypatch.setattr(evaluate, "best_checkpoint", lambda folder: measure(folder, plan))
+    best = {"steps": 4, "keep_best": True}
+    watch = {"prompts": ["A [V] {class}"]}
+    path = train(make_run(world, tmp_path / "a" / "run", train=best, validation=watch))
+    chosen = json.loads((path.parent / "evaluation" / "best.json").read_text())
+    assert chosen["chosen_step"] in (2, 4) and [row["step"] for row in chosen["checkpoints"]] == [2, 4]
+    said = "".join(capsys.readouterr())
+    assert f"best checkpoint: {path.parent / chosen['adapter']} (step {chosen['chosen_step']})" in said
+    monkeypatch.setattr(evaluate, "best_checkpoint", lambda folder: 1 / 0)
+    again = train(make_run(world, tmp_path / "b" / "run", train=best, validation=watch))
+    assert same_factors(load_file(path), load_file(again))
+    assert "the checkpoints were not measured (ZeroDivisionError" in "".join(capsys.readouterr())
+
+
+def test_a_v_prediction_model_is_named_in_the_file(tmp_path):
+    from tests.tiny import make_pipeline
+
+    make_pipeline("sd21", tmp_path / "model", prediction_type="v_prediction")
+    draw_photos(tmp_path / "photos")
+    file = weights.read_adapter(train(make_run(tmp_path, tmp_path / "run", train={"steps": 1})))
+    assert file.info["prediction_type"] == "v_prediction" and file.metadata["modelspec.prediction_type"] == "v"
+    assert file.metadata["ss_base_model_version"] == "sd_v2_v" and file.metadata["ss_v2"] == "True"
+
+
 # ---- one step, by hand ---------------------------------------------------------------------------------------------
 
 
@@ -316,11 +397,16 @@ def poison(monkeypatch, steps):
 
 def test_three_bad_steps_end_the_run_with_the_last_good_checkpoint(world, tmp_path, monkeypatch):
     poison(monkeypatch, range(2, 9))
-    with pytest.raises(Diverged, match="3 steps in a row.*step-000004.*learning_rate"):
+    with pytest.raises(Diverged, match="3 steps in a row.*learning_rate below 0.01.*init_from: .*step-000004") as error:
         train(make_run(world, tmp_path / "run", train={"steps": 9}))
     assert newest_state(tmp_path / "run").step == 4  # a bad step leaves all as it was, so this one is good too
     good = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "adapter.safetensors")
-    assert same_factors(good, load_file(tmp_path / "run" / "checkpoints" / "step-000004" / "adapter.safetensors"))
+    last = tmp_path / "run" / "checkpoints" / "step-000004" / "adapter.safetensors"
+    assert same_factors(good, load_file(last)) and f"train.init_from: {last} lets" in str(error.value)
+    monkeypatch.undo()
+    advised = {"steps": 1, "learning_rate": 1e-9, "init_from": str(last)}
+    begun = factors(train(make_run(world, tmp_path / "again", train=advised)).parent)
+    assert max((begun[name] - good[name]).abs().max() for name in good) < 1e-6
 
 
 def test_two_bad_steps_are_skipped_and_counted(world, tmp_path, monkeypatch):
@@ -409,6 +495,9 @@ def test_a_mistake_before_the_first_step_leaves_the_old_run_alone(world, tmp_pat
     with pytest.raises(ValueError):
         train(make_run(world, tmp_path / "run", subject={"images": str(empty), "class": "dog"}), overwrite=True)
     assert same_factors(factors(tmp_path / "run"), before)
+    with pytest.raises(ValueError, match="holds no image"):
+        train(make_run(world, tmp_path / "new" / "run", subject={"images": str(empty), "class": "dog"}))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(world, tmp_path, monkeypatch):

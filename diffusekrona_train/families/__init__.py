@@ -10,7 +10,7 @@ import difflib
 import importlib
 from pathlib import Path
 
-from diffusekrona_train.config import MODEL_ALIASES
+from diffusekrona_train.config import MODEL_ALIASES, RunConfig
 from diffusekrona_train.families.hub import HubModel
 from diffusekrona_train.families.source import ASSETS, LocalModel, ModelSource, check_toybox
 
@@ -81,6 +81,17 @@ def open_model(
         )
     family = family_of(place.config("unet"), model)
     return ModelSource(model=model, place=place, family=family, vae=vae)
+
+
+def configured_model(config: RunConfig) -> ModelSource:
+    """The base model that a run's config names; ValueError as `open_model`."""
+    return open_model(
+        config.model,
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.vae,
+        model_config_dir=config.model_config_dir,
+    )
 
 
 def near_miss(path: Path) -> str:

@@ -256,15 +256,23 @@ def _commands(folder: Path, config: RunConfig, best: dict | None) -> Section:
     if chosen is not None and chosen != config.train.steps:
         adapter = f"{here}/checkpoints/step-{chosen:06d}/adapter.safetensors"
     prompt = (config.validation.prompts or [config.subject.prompt])[0].replace("{class}", config.subject.class_noun)
-    place, quoted, lora = shlex.quote(adapter), shlex.quote(prompt), f"{folder.resolve().name}-lora.safetensors"
+    place, quoted = shlex.quote(adapter), shlex.quote(prompt)
     return Section(
         "Use it",
         note="" if "/" in here else f"From the folder that holds {folder.resolve().name}.",
         commands=[
             ("Draw with it", f"krona-sample {place} {quoted}"),
             ("Measure its checkpoints", f"krona-eval best {shlex.quote(here)}"),
-            ("See what it learnt", f"krona-inspect {place}"),
-            ("As a LoRA for tools that read nothing else", f"krona-convert {place} {shlex.quote(lora)} --to lora"),
+            ("See what it learnt", f"krona-inspect factors {place}"),
+            *_export(folder / adapter.removeprefix(f"{here}/"), Path(adapter), config.model),
             ("In Python", f"from diffusekrona_train.weights import load_adapter\nload_adapter(pipe, {adapter!r})"),
         ],
     )
+
+
+def _export(file: Path, shown: Path, model: str) -> list[tuple[str, str]]:
+    if not file.is_file():
+        return []
+    from diffusekrona_train.weights import export_command, read_adapter
+
+    return [("For tools that read LoRA alone", export_command(read_adapter(file), shown, model))]

@@ -9,13 +9,14 @@ Forge read, and one JSON under the key `diffusekrona` that rebuilds the adapter.
 """
 
 from diffusekrona_train.weights.adapterfile import AdapterFile, identify, read_adapter, save_adapter, write_adapter
-from diffusekrona_train.weights.exports import EXPORTERS, merge
+from diffusekrona_train.weights.exports import EXPORTERS, export_command, merge
 from diffusekrona_train.weights.importer import import_diffusekrona
 from diffusekrona_train.weights.loading import inject_file, known_layers, load_adapter, open_adapter, set_scale, unload
 
 __all__ = [
     "EXPORTERS",
     "AdapterFile",
+    "export_command",
     "identify",
     "import_diffusekrona",
     "inject_file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from diffusekrona_train.weights import tensorfile
 from diffusekrona_train.weights.adapterfile import AdapterFile, identify, write_adapter
 from diffusekrona_train.weights.names import layers_per_block
 
+CUT_RANK = 64
+"""The rank to propose where the exact one is too large."""
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Layer -> (up (out, r), down (r, in)) with every scale inside up."""
 
@@ -129,6 +132,24 @@ EXPORTERS: dict[str, Callable[..., list[str]]] = {
 """Format -> fn(file, out, *, dtype, rank, source) -> remarks to print. The file must be identified."""
 
 
+def export_command(file: AdapterFile, path: Path, model: str) -> str:
+    """The krona-convert line that makes of `file`, called `path`, what diffusers and others read: an exact LoRA where
+    that is not larger than the dense difference, else a cut one; for the whole denoiser a merged pipeline of `model`.
+    """
+    name = "krona-convert", str(path), str(path.with_suffix(""))
+    if any(layer.kind == "all" for layer in file.layers):
+        return shlex.join([*name[:2], f"{name[2]}-merged", "--to", "merged", "--model", model])
+    words = [*name[:2], f"{name[2]}-lora.safetensors", "--to", "lora"]
+    if any(exact_rank(file.groups[layer.name]) > _largest_rank(layer) for layer in file.layers):
+        words += ["--rank", str(min(CUT_RANK, *map(_largest_rank, file.layers)))]
+    return shlex.join(words)
+
+
+def _largest_rank(layer: Layer) -> int:
+    """The largest rank of a LoRA that is not larger than the dense difference."""
+    return layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
+
+
 @torch.no_grad()
 def merge(model: nn.Module, file: AdapterFile, strength: float = 1.0) -> None:
     """Adds the ΔW of an identified file to a denoiser's weights: summed in fp32, rounded once to the weight's type."""
@@ -164,8 +185,7 @@ def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[
             raise ValueError(f"{file.path}: full fine-tuning of the whole denoiser is no LoRA; use --to merged")
         group = {suffix: tensor.float() for suffix, tensor in file.groups[layer.name].items()}
         exact = exact_rank(group)
-        width = layer.in_features + layer.out_features
-        if rank is None and exact * width > layer.in_features * layer.out_features:
+        if rank is None and exact > _largest_rank(layer):
             raise ValueError(
                 f"{file.path}: layer {layer.name} has exact LoRA rank {exact}, larger than the dense difference of "
                 f"{layer.out_features} x {layer.in_features}; cut it with --rank, or use --to merged"
