@@ -232,15 +232,19 @@ class Studio:
         self._device = device
         self._offloaded = False
 
-    def set_scale(self, scale: float | None, fuse: bool) -> None:
-        """Let the adapters act with `scale` times their strength (None: not at all); fused they cost nothing."""
+    def set_scale(self, scale: float | None, fuse: bool, keep: bool = True) -> None:
+        """Let the adapters act with `scale` times their strength (None: not at all); fused they cost nothing.
+
+        `keep` False fuses one adapter for good: the scale can then not be set again, and no second copy of the weights
+        is held.
+        """
         for subject, injection in zip(self.subjects, self.injections, strict=True):
             if injection.fused:
                 injection.unfuse()
             injection.set_strength(0.0 if scale is None else scale * subject.strength)
         if fuse and scale is not None:
             for injection in self.injections:
-                injection.fuse()
+                injection.fuse(keep=keep or len(self.injections) > 1)  # several are to be rounded together
         self._scale = scale
 
     def offload(self) -> None:
@@ -255,16 +259,18 @@ class Studio:
             self.pipe.enable_sequential_cpu_offload(device=self._device)
         self._offloaded = True
 
-    def painter(self, scales: Sequence[float | None]) -> Callable[[list[Planned]], list[Any]]:
+    def painter(self, scales: Sequence[float | None], keep: bool = True) -> Callable[[list[Planned]], list[Any]]:
         """A function that draws one batch of a plan whose pictures have these `scales`.
 
         Adapters are fused where the base can take it (not 4 or 8 bits); with offload, only if the scale never changes.
+        `keep` False: nothing else will be drawn, so that fused weights need no copy where there is one scale.
         """
         fuse = self.memory.fuses and (self.memory.offload == "none" or len(set(scales)) == 1)
+        keep = keep or len(set(scales)) > 1
 
         def paint(batch: list[Planned]) -> list[Any]:
             if batch[0].scale != self._scale:
-                self.set_scale(batch[0].scale, fuse)
+                self.set_scale(batch[0].scale, fuse, keep)
             self.offload()
             jobs = [(item.prompt, item.seed) for item in batch]
             return render(

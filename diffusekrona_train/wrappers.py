@@ -38,9 +38,20 @@ class AdaptedLinear(nn.Module):
     def out_features(self) -> int:
         return self.base.out_features  # type: ignore[return-value]
 
+    def check_fusable(self) -> None:
+        """ValueError where the weights cannot be changed."""
+        _check_plain(self.adapter.layer.name, self._innermost())
+
+    def fuse_for_good(self) -> None:
+        """As `fuse`, without the copy that `unfuse` needs; for a layer with one adapter, so that it is rounded once."""
+        linear = self._innermost()
+        with torch.no_grad():
+            linear.weight.copy_(linear.weight.float() + self.adapter.delta())  # type: ignore[operator,union-attr]
+        self.fused = True
+
     def fuse(self) -> None:
         linear = self._innermost()
-        _check_plain(self.adapter.layer.name, linear)
+        self.check_fusable()
         fused: list[Adapter] = linear.__dict__.setdefault("_fused_adapters", [])
         if not fused:
             linear.__dict__["_unfused_weight"] = linear.weight.detach().clone()  # type: ignore[operator]
@@ -50,6 +61,8 @@ class AdaptedLinear(nn.Module):
 
     def unfuse(self) -> None:
         linear = self._innermost()
+        if self.adapter not in linear.__dict__.get("_fused_adapters", []):
+            raise ValueError(f"{self.adapter.layer.name} was fused for good; load the model again to be without it")
         linear.__dict__["_fused_adapters"].remove(self.adapter)
         _sum_into(linear)
         self.fused = False
@@ -88,16 +101,25 @@ class WholeModule:
     def fused(self) -> bool:
         return self.adapter.fused
 
+    def check_fusable(self) -> None:
+        """Was seen to when it was made."""
+
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse_for_good(self) -> None:
         for key, difference in self.adapter.deltas().items():
             original = self._original(key)
-            self._kept[key] = original.detach().clone()
             original.copy_(original.float() + difference)
         self.adapter.fused = True
 
     @torch.no_grad()
+    def fuse(self) -> None:
+        self._kept = {key: self._original(key).detach().clone() for key in self._order}
+        self.fuse_for_good()
+
+    @torch.no_grad()
     def unfuse(self) -> None:
+        if self.fused and not self._kept:
+            raise ValueError(f"{self.name} was fused for good; load the model again to be without it")
         for key, kept in self._kept.items():
             self._original(key).copy_(kept)
         self._kept, self.adapter.fused = {}, False

@@ -161,6 +161,22 @@ def test_fuse_rounds_the_fp32_sum_once_and_unfuse_restores(model, name, dtype):
     assert_same(before, fingerprint(model))
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_fused_for_good_is_the_same_without_a_second_copy(model, name):
+    injection = injected(model, **SPECS[name])
+    injection.fuse()
+    fused = {layer: model.get_submodule(layer).weight.clone() for layer in injection.adapters}
+    injection.unfuse()
+    injection.fuse(keep=False)
+    assert all(torch.equal(model.get_submodule(layer).weight, weight) for layer, weight in fused.items())
+    assert not any("_unfused_weight" in module.__dict__ for module in model.modules())
+    injection.fuse(keep=False)  # again changes nothing
+    assert all(torch.equal(model.get_submodule(layer).weight, weight) for layer, weight in fused.items())
+    for undo in (injection.unfuse, injection.eject):
+        with pytest.raises(ValueError, match="fused for good"):
+            undo()
+
+
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_two_subjects_on_one_model(model, first_out):
     before, y = fingerprint(model), model(*inputs())

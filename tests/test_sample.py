@@ -228,15 +228,18 @@ def test_the_door_from_file_to_sheet(world, tmp_path):
     assert all(path.read_bytes() == before[path][1] for path in drawn)
 
 
-def render_with_file(world, *, fuse: bool, scale: float = 1.0):
+def render_with_file(world, *, fuse: bool, scale: float = 1.0, keep: bool = True):
     source = world["sources"]["toybox"]
     subjects = studio.subjects_of([(world["root"] / "sks.safetensors", 1.0)])
     room = studio.Studio(
         source, subjects, [job[0] for job in JOBS] + [""], studio.Memory(fuse=fuse), torch.device("cpu")
     )
     plan = [pictures.plan_pictures([prompt], [seed], FEW, scale=scale)[0] for prompt, seed in JOBS]
-    paint = room.painter([scale])
-    return [paint([item])[0] for item in plan]
+    paint = room.painter([scale], keep)
+    pictures_ = [paint([item])[0] for item in plan]
+    copies = [module for module in room.pipe.unet.modules() if "_unfused_weight" in module.__dict__]
+    assert bool(copies) == (fuse and keep)
+    return pictures_
 
 
 def test_fused_and_apart_agree_and_scale_0_is_the_base(world):
@@ -246,6 +249,8 @@ def test_fused_and_apart_agree_and_scale_0_is_the_base(world):
     assert min(levels(a, b) for a, b in zip(apart, base, strict=True)) > 8
     nothing = render_with_file(world, fuse=False, scale=0.0)
     assert all(levels(a, b) == 0 for a, b in zip(nothing, base, strict=True))
+    alone = render_with_file(world, fuse=True, keep=False)
+    assert all(levels(a, b) == 0 for a, b in zip(alone, fused, strict=True))
 
 
 def test_a_picture_made_while_training_is_bitwise_the_doors(world, tmp_path):

@@ -146,7 +146,7 @@ def _draw(
         written = pictures.draw(
             planned,
             folder,
-            room.painter([item.scale for item in planned]),
+            room.painter([item.scale for item in planned], keep=False),
             batch_size=batch_size,
             overwrite=overwrite,
             rank=rank,
