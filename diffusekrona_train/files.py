@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise OSError(number, os.strerror(number), str(target)) from error  # names what the user knows
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def remove_abandoned(folder: str | Path, seconds: float = 3600.0) -> None:
+    """Removes what killed processes were writing under `folder`: temporary folders that nobody touched for so long.
+
+    Other processes may be writing there now; none of them leaves a file of a cache alone for an hour.
+    """
+    for place, folders, _ in os.walk(folder):  # which passes over what others remove meanwhile
+        for room in (Path(place, name) for name in folders if name.startswith(".writing-")):
+            with contextlib.suppress(OSError):
+                touched = max(path.stat().st_mtime for path in (room, *room.iterdir()))
+                if time.time() - touched > seconds:
+                    shutil.rmtree(room, ignore_errors=True)
 
 
 def _usual_mode(room: Path) -> int:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusekrona_train.faults import reach
-from diffusekrona_train.files import atomic
+from diffusekrona_train.files import atomic, remove_abandoned
 
 Maker = Callable[[Any], dict[str, Tensor]]
 FORMAT = 1
@@ -52,6 +52,8 @@ class Store:
         self.rank = accelerator.process_index if accelerator else 0
         self.world = accelerator.num_processes if accelerator else 1
         self.log = log if self.rank == 0 else lambda text: None
+        if self.rank == 0:
+            remove_abandoned(folder)
 
     def get(self, entries: Sequence[Entry], open_maker: Callable[[], Maker]) -> tuple[list[dict[str, Tensor]], bool]:
         """The tensors of all entries, and whether something had to be loaded to make one.

@@ -329,3 +329,8 @@ def test_any_bytes_are_read_or_give_one_line(content):
         parse_yaml(content.decode("utf-8", "replace"))
     except ValueError as error:
         assert "\n" not in str(error) and str(error)
+
+
+def test_half_of_a_pair_says_what_the_other_half_is():
+    with pytest.raises(ValueError, match=r"train\.betas: \[0\.9\] lacks value 2; it is: AdamW's betas\."):
+        make_config({"subject": {"images": "x", "class": "dog"}, "output": "x", "train": {"betas": [0.9]}})

@@ -331,3 +331,22 @@ def test_a_wrong_suite_is_one_line(change, expected, tmp_path):
     with pytest.raises(ValueError, match=expected) as caught:
         evaluate.load_suite(str(tmp_path / "s.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "name: x\nrows: [{name: a, class: dog}]\nsteps: 3\n",
+            "steps is not a known key; known are name, source, prompts, rows",
+        ),
+        ("name: x\nrows: [{name: a, clas: dog}]\n", "rows.0.clas is not a known key; did you mean class"),
+        ("name: x\nrows: [{name: a}]\n", "rows[0].class is missing: What the subject is."),
+        ("", "is empty; a suite needs at least name and rows"),
+    ],
+)
+def test_mistakes_in_a_suite_are_told_in_its_own_words(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        evaluate.load_suite(str(tmp_path / "mine.yaml"))
+    assert "train" not in str(error.value) and "subject (" not in str(error.value)

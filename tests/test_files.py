@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
-from diffusekrona_train.files import atomic, sha256
+from diffusekrona_train.files import atomic, remove_abandoned, sha256
 
 
 def test_a_file_takes_its_name_at_the_end_and_parents_are_made(tmp_path):
@@ -50,3 +51,22 @@ def test_a_file_has_the_permissions_that_any_new_file_has(tmp_path):
         path.write_text("written by something that keeps it to the owner")
         path.chmod(0o600)
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_only_what_nobody_touched_for_an_hour_is_removed(tmp_path):
+    for name in ("dead", "alive", "growing"):
+        room = tmp_path / "latents" / "ab" / f".writing-{name}"
+        room.mkdir(parents=True)
+        (room / "entry.safetensors").write_bytes(b"half")
+        if name != "alive":
+            for path in (room / "entry.safetensors", room):
+                os.utime(path, (0, 0))
+        if name == "growing":
+            os.utime(room / "entry.safetensors")
+    entry = tmp_path / "latents" / "ab" / "whole.safetensors"
+    entry.write_bytes(b"whole")
+    os.utime(entry, (0, 0))
+    remove_abandoned(tmp_path)
+    left = sorted(path.name for path in (tmp_path / "latents" / "ab").iterdir())
+    assert left == [".writing-alive", ".writing-growing", "whole.safetensors"]
+    remove_abandoned(tmp_path / "nowhere")

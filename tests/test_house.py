@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -111,3 +112,24 @@ def test_doors_import_nothing_heavy_before_a_command_runs(door):
     code = f"import sys, {PACKAGE.name}.cli.{door}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_package_offers_what_a_pipeline_needs_without_importing_torch():
+    code = (
+        f"import sys, {PACKAGE.name} as room; assert not [m for m in {HEAVY!r} if m in sys.modules];"
+        "from diffusekrona_train import load_adapter, set_scale, unload;"
+        "from diffusekrona_train import weights;"
+        "print(load_adapter is weights.load_adapter, unload is weights.unload, hasattr(room, 'load_adaptor'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["True", "True", "False"], done.stdout + done.stderr
+
+
+def test_a_door_whose_reader_has_gone_ends_in_silence():
+    """As `krona-train schema | head -1`: the pipe is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"import sys; sys.argv[1:] = ['schema']; from {PACKAGE.name}.cli.train import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

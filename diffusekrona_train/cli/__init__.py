@@ -50,7 +50,7 @@ def door(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def enter(app: Callable[..., Any]) -> NoReturn:
-    """Run a door's typer app: a wrong option or argument is one line too, with exit status 2; signals end it cleanly."""
+    """Run a door's typer app: a wrong option or argument is one line too (exit status 2); SIGTERM ends it cleanly."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
         status = app(standalone_mode=False)

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -122,22 +122,26 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[keys[-1]] = parsed
 
 
-def one_line(error: ValidationError) -> str:
-    """What pydantic found, as one line: field, value, what would be right (two mistakes, and how many more)."""
-    lines = list(dict.fromkeys(_describe(item) for item in error.errors(include_url=False)))
+def one_line(error: ValidationError, root: type[BaseModel] = RunConfig) -> str:
+    """What pydantic found in a tree for the model `root`, as one line: field, value, what would be right (two mistakes,
+    and how many more)."""
+    lines = list(dict.fromkeys(_describe(item, root) for item in error.errors(include_url=False)))
     more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
     return "; ".join(lines[:2]) + more
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, root: type[BaseModel]) -> str:
     # a union adds the name of its branch, a mapping's key the word [key], to the place
     parts = [part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[^\[\]]*", part)]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     place = _cut(repr(place)[1:-1])
     if item["type"] == "extra_forbidden":
-        return _unknown_key(item["loc"])
+        return _unknown_key(item["loc"], root)
+    if item["type"] == "missing" and isinstance(parts[-1], int):  # the second of a pair
+        about = _docstring(parts[:-1], root)
+        return f"{place.rpartition('[')[0]}: {_cut(repr(item['input']))} lacks value {parts[-1] + 1}; it is: {about}"
     if item["type"] == "missing":
-        return f"{place} is missing: {_docstring(parts)}"
+        return f"{place} is missing: {_docstring(parts, root)}"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         # the validators of a section begin with the field's name
@@ -159,14 +163,18 @@ def _did_you_mean(word: Any, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _section(parts: Sequence[Any]) -> type[BaseModel] | None:
-    """The model that holds the field at `parts`."""
-    model: type[BaseModel] = RunConfig
+def _section(parts: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    """The model that holds the field at `parts`; a number among them is a row of a list of models."""
+    model = root
     for part in parts[:-1]:
+        if isinstance(part, int):
+            continue
         field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
             return None
-        model = field.annotation
+        model = inner[0]
     return model
 
 
@@ -184,12 +192,13 @@ def _keys(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _unknown_key(parts: Sequence[Any]) -> str:
+def _unknown_key(parts: Sequence[Any], root: type[BaseModel]) -> str:
     key, place = str(parts[-1]), ".".join(map(str, parts))
-    model = _section(parts)
+    model = _section(parts, root)
     known = _keys(model) if model else []
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    sections = sorted(_sections().items(), key=lambda item: item[0] == "train")  # of two `steps`, train's is meant
+    # of two `steps`, train's is meant
+    sections = sorted(_sections().items(), key=lambda item: item[0] == "train") if root is RunConfig else []
     elsewhere = {name: f"{section}.{name}" for section, inner in sections for name in _keys(inner)}
     if not near:
         near = [elsewhere[name] for name in difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)]
@@ -198,8 +207,8 @@ def _unknown_key(parts: Sequence[Any]) -> str:
     return f"{shown} is not a known key; {hint}"
 
 
-def _docstring(parts: Sequence[Any]) -> str:
-    model = _section(parts)
+def _docstring(parts: Sequence[Any], root: type[BaseModel]) -> str:
+    model = _section(parts, root)
     for name, field in model.model_fields.items() if model else ():
         if parts[-1] in (name, field.alias):
             return field.description or ""

@@ -113,8 +113,13 @@ def _describe(error: yaml.MarkedYAMLError, text: str) -> str:
     return place + " ".join((error.problem or error.context or "not YAML").split())
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in the file at `path` (at most 1 MB of UTF-8); ValueError of one line naming the file."""
+def read_yaml(
+    path: str | Path, needs: str = "a config needs at least subject (images, class) and output"
+) -> dict[str, Any]:
+    """The mapping in the file at `path` (at most 1 MB of UTF-8); ValueError of one line naming the file.
+
+    `needs` is what an empty file is told.
+    """
     path = Path(path)
     shown = _short(str(path), quote=False)
     if path.is_symlink() and not path.exists():
@@ -138,7 +143,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{shown}: {error}") from None
     if tree is None:
-        raise ValueError(f"{shown}: is empty; a config needs at least subject (images, class) and output")
+        raise ValueError(f"{shown}: is empty; {needs}")
     if not isinstance(tree, dict):
         raise ValueError(f"{shown}: holds a {type(tree).__name__} and not `key: value` lines")
     return tree

@@ -159,6 +159,6 @@ def load_suite(name: str) -> Suite:
     if not path.is_file():
         raise ValueError(f"suite {printable(name)} is neither a file nor bundled; bundled are {', '.join(bundled)}")
     try:
-        return Suite.model_validate(read_yaml(path))
+        return Suite.model_validate(read_yaml(path, "a suite needs at least name and rows (name, class)"))
     except ValidationError as error:
-        raise ValueError(f"suite {printable(name)}: {one_line(error)}") from None
+        raise ValueError(f"suite {printable(name)}: {one_line(error, Suite)}") from None

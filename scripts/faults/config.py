@@ -29,7 +29,7 @@ VALUES: list[tuple[str, dict[str, Any], str, str]] = [
     ("learning rate in words", {"train.learning_rate": "5e-4x"}, r"learning_rate: '5e-4x' .*number", ""),
     ("batch size 0", {"train.batch_size": 0}, r"train\.batch_size: 0 ", ""),
     ("a seed too large", {"train.seed": 2**63}, r"train\.seed: \d+ .*less than", ""),
-    ("one beta", {"train.betas": [0.9]}, r"train\.betas", ""),
+    ("one beta", {"train.betas": [0.9]}, r"train\.betas: \[0\.9\] lacks value 2; it is: AdamW's betas", ""),
     ("beta of 1", {"train.betas": [0.9, 1.0]}, r"train\.betas\[1\]: 1\.0 .*less than 1", ""),
     ("warm-up longer than the run", {"train.warmup_steps": 1000}, r"warmup_steps: 1000 is more than steps: 4", ""),
     ("nf4 beside int8", {"train.memory": "nf4", "train.quantize": "int8"}, r"nf4 .* int8", ""),

@@ -52,8 +52,8 @@ class Case:
     """call: in this process; fork: in a forked child; spawn: a new process."""
     env: dict[str, str] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
-    """fork: `file_size` in bytes, `full_at` (files that find no space), `signal_at` (file, signal), `without` (a package
-    that is not installed), `unprivileged`, `kill_after` seconds by the signal `kill_with`."""
+    """fork: `file_size` in bytes, `full_at` (files without space), `signal_at` (file, signal), `without` (a package
+    that is not installed), `unprivileged`, `kill_after` seconds by `kill_with`."""
     then: Callable[[Sandbox, Seen], None] | None = None
     """Further assertions; an AssertionError is a problem of the case."""
     fast: bool = False
