@@ -144,16 +144,19 @@ def run_ray(tasks: Sequence[Task], runs: Path, workers: int | None) -> Iterator[
         ray: Any = importlib.import_module("ray")
     except ImportError:
         raise ValueError("--on ray needs the extra `ray`: pip install -e '.[ray]'") from None
-    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers or max(1, gpus())}
+    own = {"num_cpus": workers or max(1, gpus()), "include_dashboard": False}
+    here = {} if os.environ.get("RAY_ADDRESS") else own
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ray.init(
-        **here, include_dashboard=False, log_to_driver=False, logging_level="error",
+        **here, log_to_driver=False, logging_level="error",
         runtime_env={"env_vars": {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}},
     )  # fmt: skip
+    obey_termination()  # Ray has its own answer to SIGTERM
+    pending: dict[Any, Task] = {}
     try:
         cards = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         remote = ray.remote(num_cpus=1, num_gpus=cards, max_retries=0)(attempt)
-        pending = {remote.remote(task, runs): task for task in tasks}
+        pending |= {remote.remote(task, runs): task for task in tasks}
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1)
             task = pending.pop(ready[0])
@@ -166,6 +169,10 @@ def run_ray(tasks: Sequence[Task], runs: Path, workers: int | None) -> Iterator[
                     records.keep(runs, record, strip or None)
             yield task, why
     finally:
+        if pending:  # stopped: like Ctrl-C in each process, which finishes its step and saves
+            for reference in pending:
+                ray.cancel(reference)
+            ray.wait(list(pending), num_returns=len(pending), timeout=PATIENCE)
         ray.shutdown()
 
 
