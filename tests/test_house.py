@@ -81,8 +81,9 @@ def test_the_readme_has_every_room_and_no_other():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path):
+    floor = FLOORS.get(room_of(path), max(FLOORS.values()) + 1)  # the package itself, `__init__`, is above its rooms
     for other in neighbours(path):
-        assert FLOORS[other] < FLOORS[room_of(path)], f"{room_of(path)} imports {other}, which is not below it"
+        assert FLOORS[other] < floor, f"{room_of(path)} imports {other}, which is not below it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -6,13 +6,16 @@ Nothing heavy is imported before a command runs, so `krona-* --help` answers at 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 
 # Read when torch is loaded: OpenMP threads that spin while they wait make a step many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,6 +52,37 @@ def door(command: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
+def with_options(command: Callable[..., R]) -> Callable[..., R]:
+    """Decorate a typer command whose keyword-only parameters are dataclasses: their fields are options of their own, so
+    that commands share options by naming the dataclass."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters = inspect.signature(command).parameters.values()
+    groups = {one.name: hints[one.name] for one in parameters if one.kind is one.KEYWORD_ONLY}
+    own = [one.replace(annotation=hints[one.name]) for one in parameters if one.name not in groups]
+    added = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=get_type_hints(group, include_extras=True)[field.name],
+        )
+        for group in groups.values()
+        for field in dataclasses.fields(group)
+    ]
+
+    @functools.wraps(command)
+    def gathered(*args: Any, **given: Any) -> R:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        return command(*args, **given, **made)
+
+    gathered.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    gathered.__annotations__ = {one.name: one.annotation for one in (*own, *added)}
+    return gathered
+
+
 def enter(app: Callable[..., Any]) -> NoReturn:
     """Run a door's typer app: a wrong option or argument is one line too (exit status 2); SIGTERM ends it cleanly."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -72,6 +106,20 @@ def enter(app: Callable[..., Any]) -> NoReturn:
             print(f"error: {' '.join(text().split())}{hint}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 2)) from None
     raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def read_prompts_file(path: Path | None) -> list[str]:
+    """The lines of a text file that are no comment; ValueError where there is none. No file holds no prompt."""
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts-file {str(path)!r} is no UTF-8 text") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"--prompts-file {str(path)!r} holds no prompt; write one a line")
+    return prompts
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

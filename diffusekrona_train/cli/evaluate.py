@@ -2,58 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter
+from diffusekrona_train.cli import door, enter, read_prompts_file, with_options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
 Photos = Annotated[str | None, typer.Option(help="The subject's photos: folder, data set, or toybox:NAME.")]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat it for more.")]
-PromptsFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
-Clip = Annotated[
-    str | None, typer.Option(help="CLIP encoder: hub name, folder or toybox (openai/clip-vit-base-patch32).")
-]
-Dino = Annotated[str | None, typer.Option(help="DINO encoder: hub name, folder or toybox (facebook/dino-vits16).")]
-Keep = Annotated[bool, typer.Option("--keep-identifier", help="Leave the identifier in CLIP-T's text.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of scores.json and report.html.")]
-NumSeeds = Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")]
-FirstSeed = Annotated[int, typer.Option(min=0, help="First seed.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps, over the run's own.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance, over the run's own.")]
 Model = Annotated[str | None, typer.Option(help="Base model, over the adapter's own: alias, hub name, folder, file.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
-Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass
+class Judging:
+    """Options of every evaluation."""
+
+    keep_identifier: Annotated[
+        bool, typer.Option("--keep-identifier", help="Leave the identifier in CLIP-T's text.")
+    ] = False
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP encoder: hub name, folder or toybox (openai/clip-vit-base-patch32).")
+    ] = None
+    dino: Annotated[
+        str | None, typer.Option(help="DINO encoder: hub name, folder or toybox (facebook/dino-vits16).")
+    ] = None
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+
+@dataclass
+class Drawing(Judging):
+    """Options of evaluations that draw the pictures themselves."""
+
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 4
+    seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto"
+
+
+@dataclass
+class Prompts:
+    """Options of commands that take prompts."""
+
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat it for more.")] = None
+    prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None
+
+    def read(self) -> list[str]:
+        return [*(self.prompt or []), *read_prompts_file(self.prompts_file)]
 
 
 @app.command()
 @door
+@with_options
 def images(
     folder: Annotated[Path, typer.Argument(help="Generated pictures, by any tool.")],
     photos: Photos = None,
-    prompt: Prompt = None,
-    prompts_file: PromptsFile = None,
     token: Annotated[
         list[str] | None, typer.Option(help="Identifier that CLIP-T's text leaves out; repeatable.")
     ] = None,
-    keep_identifier: Keep = False,
-    clip: Clip = None,
-    dino: Dino = None,
     output: Output = None,
-    debug: Debug = False,
+    *,
+    prompts: Prompts,
+    judging: Judging,
 ) -> None:
     """Score a folder of pictures against photos: krona-eval images pictures --photos photos/dog --token sks"""
     if photos is None:
         raise ValueError("--photos is missing: name the folder of the subject's photos")
     from diffusekrona_train import evaluate
 
-    generated = evaluate.read_generated(folder, _prompts(prompt, prompts_file))
+    generated = evaluate.read_generated(folder, prompts.read())
     real = evaluate.photos_of(photos)
-    plan = evaluate.Plan(clip=clip, dino=dino, keep_identifier=keep_identifier)
+    plan = evaluate.Plan(clip=judging.clip, dino=judging.dino, keep_identifier=judging.keep_identifier)
     place = output or folder / "evaluation"
     result = evaluate.evaluate_images(generated, real, plan, place, identifiers=token or [], name=folder.resolve().name)
     _print_rows([(result["name"], result["scores"])])
@@ -62,6 +86,7 @@ def images(
 
 @app.command()
 @door
+@with_options
 def suite(
     name: Annotated[str, typer.Argument(metavar="SUITE", help="dreambench, toybox, or a YAML file.")],
     runs: Annotated[
@@ -69,18 +94,12 @@ def suite(
     ] = None,
     generated: Annotated[Path | None, typer.Option(help="Folder with a folder of pictures for each subject.")] = None,
     photos: Annotated[Path | None, typer.Option(help="Folder with a folder of photos for each subject.")] = None,
-    keep_identifier: Keep = False,
-    clip: Clip = None,
-    dino: Dino = None,
-    num_images: NumSeeds = 4,
-    seed: FirstSeed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     model: Model = None,
-    batch_size: BatchSize = 1,
-    dtype: Dtype = "auto",
     output: Output = None,
-    debug: Debug = False,
+    *,
+    drawing: Drawing,
 ) -> None:
     """Score every subject of a suite, by subject and group: krona-eval suite toybox --runs runs/toybox"""
     if (runs is None) == (generated is None):
@@ -88,7 +107,7 @@ def suite(
     from diffusekrona_train import evaluate
 
     chosen = evaluate.load_suite(name)
-    plan = _plan(num_images, seed, None, clip, dino, keep_identifier, batch_size, dtype)
+    plan = _plan(drawing)
     place = output or (runs or generated or Path()) / "evaluation"
     result = evaluate.evaluate_suite(
         chosen,
@@ -112,26 +131,20 @@ def suite(
 
 @app.command()
 @door
+@with_options
 def compare(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter files or run folders of one subject.")],
     photos: Photos = None,
-    prompt: Prompt = None,
-    prompts_file: PromptsFile = None,
     sort: Annotated[
         str, typer.Option(help="Metric that orders the table: clip_i, clip_t, dino, class_drift, copy.")
     ] = "dino",
-    keep_identifier: Keep = False,
-    clip: Clip = None,
-    dino: Dino = None,
-    num_images: NumSeeds = 4,
-    seed: FirstSeed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     model: Model = None,
-    batch_size: BatchSize = 1,
-    dtype: Dtype = "auto",
     output: Output = None,
-    debug: Debug = False,
+    *,
+    prompts: Prompts,
+    drawing: Drawing,
 ) -> None:
     """Compare adapters on the same prompts and seeds: krona-eval compare runs/dog runs/dog-lora"""
     from diffusekrona_train import evaluate, studio
@@ -141,7 +154,7 @@ def compare(
         raise ValueError(f"--sort {sort!r} is no metric; there are {', '.join(METRICS)}")
     files = [studio.find_adapter(path) for path in adapters]
     real = evaluate.photos_of(photos) if photos else None
-    plan = _plan(num_images, seed, _prompts(prompt, prompts_file), clip, dino, keep_identifier, batch_size, dtype)
+    plan = _plan(drawing, prompts.read())
     place = output or Path("comparison")
     settings = {"steps": steps, "guidance": guidance}
     result = evaluate.compare(files, real, plan, place, model=model, settings=settings, sort=sort)
@@ -160,23 +173,17 @@ def compare(
 
 @app.command()
 @door
+@with_options
 def best(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    prompt: Prompt = None,
-    prompts_file: PromptsFile = None,
-    keep_identifier: Keep = False,
-    clip: Clip = None,
-    dino: Dino = None,
-    num_images: NumSeeds = 4,
-    seed: FirstSeed = 0,
-    batch_size: BatchSize = 1,
-    dtype: Dtype = "auto",
-    debug: Debug = False,
+    *,
+    prompts: Prompts,
+    drawing: Drawing,
 ) -> None:
     """Measure a run's checkpoints and name the best: krona-eval best runs/dog"""
     from diffusekrona_train import evaluate
 
-    plan = _plan(num_images, seed, _prompts(prompt, prompts_file), clip, dino, keep_identifier, batch_size, dtype)
+    plan = _plan(drawing, prompts.read())
     result = evaluate.best_checkpoint(run, plan)
     if result is None:
         return
@@ -198,41 +205,19 @@ def _beyond_chance(gaps: dict[str, Any]) -> str:
     return "; ".join(told) or "no difference"
 
 
-def _plan(
-    num_images: int,
-    seed: int,
-    prompts: list[str] | None,
-    clip: str | None,
-    dino: str | None,
-    keep: bool,
-    batch_size: int,
-    dtype: str,
-) -> Any:
+def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
     """What the evaluation rooms are asked, with this process' share under `accelerate launch`."""
     from diffusekrona_train import evaluate, studio
 
     return evaluate.Plan(
-        seeds=list(range(seed, seed + num_images)),
+        seeds=list(range(drawing.seed, drawing.seed + drawing.num_images)),
         prompts=prompts or None,
-        clip=clip,
-        dino=dino,
-        keep_identifier=keep,
-        batch_size=batch_size,
-        memory=studio.Memory(dtype),
+        clip=drawing.clip,
+        dino=drawing.dino,
+        keep_identifier=drawing.keep_identifier,
+        batch_size=drawing.batch_size,
+        memory=studio.Memory(drawing.dtype),
     ).shared()
-
-
-def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    found = list(prompts or [])
-    if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError:
-            raise ValueError(f"--prompts-file {str(file)!r} is no UTF-8 text") from None
-        found += [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise ValueError(f"--prompts-file {str(file)!r} holds no prompt; write one a line")
-    return found
 
 
 def _print_rows(rows: list[tuple[str, dict[str, Any]]], extra: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter
+from diffusekrona_train.cli import door, enter, read_prompts_file
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -73,7 +73,7 @@ def sample(
     """Draw pictures: krona-sample runs/dog "A [V] dog on the beach" --num-images 4 --sheet"""
     words = list(source_and_prompts or [])
     run = _take_source(words, bool(adapter), model)
-    prompts = [*words, *(prompt or []), *_read_prompts(prompts_file)]
+    prompts = [*words, *(prompt or []), *read_prompts_file(prompts_file)]
     if not prompts:
         raise ValueError('no prompt is given; write krona-sample RUN_OR_FILE "A [V] dog on the beach"')
     wanted = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "height": height, "width": width}
@@ -174,19 +174,6 @@ def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Pat
         raise ValueError(f"{words[0]!r} is a prompt; put a run folder or adapter file before it, or give --model")
     words.pop(0)
     return path
-
-
-def _read_prompts(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts-file {str(path)!r} is no UTF-8 text") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"--prompts-file {str(path)!r} holds no prompt; write one a line")
-    return prompts
 
 
 def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
