@@ -534,6 +534,20 @@ def test_tensorboard_gets_the_metrics(world, tmp_path):
     assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
 
 
+def test_a_tracker_that_fails_is_told_once_and_ends_nothing(world, tmp_path, monkeypatch, capsys):
+    import errno
+
+    from accelerate import Accelerator
+
+    def full(self, values, step=None, log_kwargs=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "log", full)
+    train(make_run(world, tmp_path / "run", train={"steps": 3, "trackers": ["tensorboard"]}))
+    assert "".join(capsys.readouterr()).count("a tracker failed (OSError: No space left on device)") == 1
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
 # ---- small parts ---------------------------------------------------------------------------------------------------
 
 
