@@ -1,10 +1,11 @@
 """What an adapter costs: forward and backward of one layer, on one thread, against the frozen layer alone.
 
-    python scripts/bench_layer.py [--tokens 1024] [--widths 640 1280] [--rounds 15] [--device cpu] [--json]
+    python scripts/bench_layer.py [--tokens 1024] [--widths 640 1280] [--rounds 15] [--json]
+    python scripts/bench_layer.py --device cuda --dtype bfloat16 --mode compiled --calls 20
 
 All variants take turns in every round, so a busy machine slows all of them: a ratio is the median of those within the
 rounds; on a CPU processor time counts. "saved" is what autograd keeps for the backward pass beside parameters.
-Needs peft and lycoris-lora (`pip install -e '.[test]'`).
+The peers are there where peft and lycoris-lora are (`pip install -e '.[test]'`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -73,32 +75,73 @@ def lycoris_lokr(base: nn.Module, bypass: bool) -> nn.Module:
     return base
 
 
-def variants(width: int, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
+def makers(width: int) -> dict[str, Callable[[], nn.Module]]:
+    """Name -> what builds one layer of `width` with an adapter, in fp32 on the CPU."""
+
     def base() -> nn.Linear:
         return nn.Linear(width, width, bias=False).requires_grad_(False)
 
-    krona = build_adapter(AdapterConfig(), Layer("a", width, width, "q", "self"), {"a1": 4, "a2": 64})
-    assert isinstance(krona, KronA)
-    made = {
-        "frozen layer": base(),
-        "LoRA rank 4": ours(base(), width, type="lora", rank=4),
-        "KronA (4, 64)": ours(base(), width, a1=4, a2=64),
-        "KronA (8, 64)": ours(base(), width, a1=8, a2=64),
-        "KronA (64, 8)": ours(base(), width, a1=64, a2=8),
-        "KronA (4, 64), other order": Naive(base(), krona, dense=False),
-        "KronA (4, 64), dense difference": Naive(base(), krona, dense=True),
-        "PEFT LoKr (factor 8)": peft_lokr(base(), width),
-        "LyCORIS LoKr (factor 8), default": lycoris_lokr(base(), bypass=False),
-        "LyCORIS LoKr (factor 8), bypass": lycoris_lokr(base(), bypass=True),
+    def naive(dense: bool) -> nn.Module:
+        krona = build_adapter(AdapterConfig(), Layer("a", width, width, "q", "self"), {"a1": 4, "a2": 64})
+        assert isinstance(krona, KronA)
+        return Naive(base(), krona, dense)
+
+    return {
+        "frozen layer": base,
+        "LoRA rank 4": lambda: ours(base(), width, type="lora", rank=4),
+        "KronA (4, 64)": lambda: ours(base(), width, a1=4, a2=64),
+        "KronA (8, 64)": lambda: ours(base(), width, a1=8, a2=64),
+        "KronA (64, 8)": lambda: ours(base(), width, a1=64, a2=8),
+        "KronA (4, 64), other order": lambda: naive(dense=False),
+        "KronA (4, 64), dense difference": lambda: naive(dense=True),
+        "PEFT LoKr (factor 8)": lambda: peft_lokr(base(), width),
+        "LyCORIS LoKr (factor 8), default": lambda: lycoris_lokr(base(), bypass=False),
+        "LyCORIS LoKr (factor 8), bypass": lambda: lycoris_lokr(base(), bypass=True),
     }
-    for module in made.values():
-        module.to(device)
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.02)
-            else:
-                parameter.data = parameter.data.to(dtype)
+
+
+def build(make: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> nn.Module:
+    """A layer whose frozen weight has `dtype`, its adapter fp32 and not zero."""
+    module = make().to(device)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def variants(width: int, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """All layers whose library is installed; the others are named on stderr."""
+    made = {}
+    for name, make in makers(width).items():
+        try:
+            made[name] = build(make, device, dtype)
+        except ImportError as error:
+            print(f"left out: {name} ({error})", file=sys.stderr)
     return made
+
+
+def stepper(module: nn.Module, x: Tensor, upstream: Tensor, mode: str) -> Callable[[], Any]:
+    """What runs one forward and backward pass: 'eager', 'compiled', or as a CUDA 'graph'."""
+    called = torch.compile(module, dynamic=False) if mode == "compiled" else module
+
+    def step() -> None:
+        called(x).backward(upstream)
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+
+    if mode != "graph":
+        return step
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        called(x).backward(upstream)
+    return graph.replay
 
 
 def saved_bytes(step: Callable[[], Tensor], module: nn.Module) -> int:
@@ -117,26 +160,37 @@ def saved_bytes(step: Callable[[], Tensor], module: nn.Module) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
+def race(steps: dict[str, Callable[[], Any]], rounds: int, device: str, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds a call, by name and round; all take turns in a round."""
+    on_gpu = device.startswith("cuda")
+    wait, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu else (lambda: None, time.process_time)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 2):  # two to warm up
+        for name, step in steps.items():
+            wait()
+            start = clock()
+            for _ in range(calls):
+                step()
+            wait()
+            if round_ >= 2:
+                seconds[name].append((clock() - start) / calls)
+    return seconds
+
+
+def tensors(width: int, tokens: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(what goes in, the gradient that comes back)."""
+    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    return x, torch.randn(tokens, width, device=device, dtype=dtype)
+
+
 def measure(
-    width: int, tokens: int, rounds: int, device: str, dtype: torch.dtype
+    width: int, tokens: int, rounds: int, device: str, dtype: torch.dtype, mode: str = "eager", calls: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every round and saved bytes, by variant."""
     modules = variants(width, device, dtype)
-    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
-    upstream = torch.randn(tokens, width, device=device, dtype=dtype)
-    on_gpu = device.startswith("cuda")
-    wait, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu else (lambda: None, time.process_time)
-    seconds: dict[str, list[float]] = {name: [] for name in modules}
-    for round_ in range(rounds + 2):  # two to warm up
-        for name, module in modules.items():
-            wait()
-            start = clock()
-            module(x).backward(upstream)
-            wait()
-            if round_ >= 2:
-                seconds[name].append(clock() - start)
-            x.grad = None
-            module.zero_grad(set_to_none=True)
+    x, upstream = tensors(width, tokens, device, dtype)
+    steps = {name: stepper(module, x, upstream, mode) for name, module in modules.items()}
+    seconds = race(steps, rounds, device, calls)
     return seconds, {name: saved_bytes(lambda module=module: module(x), module) for name, module in modules.items()}
 
 
@@ -165,6 +219,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--mode", default="eager", choices=["eager", "compiled", "graph"], help="graph needs CUDA")
+    parser.add_argument("--calls", type=int, default=1, help="passes a measurement: more on a GPU, to keep it busy")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,15 +230,17 @@ def main() -> None:
     tables = {}
     goals = {}
     for width in arguments.widths:
-        seconds, saved = measure(width, arguments.tokens, arguments.rounds, arguments.device, dtype)
+        given = (arguments.tokens, arguments.rounds, arguments.device, dtype, arguments.mode, arguments.calls)
+        seconds, saved = measure(width, *given)
         tables[width] = table(seconds, saved)
         if not arguments.json:
             show(width, arguments.tokens, tables[width])
         if width == 1280 and arguments.tokens == 1024:
-            goals = {name: (ratio(seconds, *pair), limit) for name, (pair, limit) in GOALS.items()}
+            known = {name: goal for name, goal in GOALS.items() if set(goal[0]) <= set(seconds)}
+            goals = {name: (ratio(seconds, *pair), limit) for name, (pair, limit) in known.items()}
     if arguments.json:
         head = {"torch": torch.__version__, "machine": platform.machine(), "tokens": arguments.tokens}
-        head |= {"dtype": arguments.dtype, "device": arguments.device}
+        head |= {"dtype": arguments.dtype, "device": arguments.device, "mode": arguments.mode}
         print(
             json.dumps({**head, "widths": tables, "goals": {name: measured for name, (measured, _) in goals.items()}})
         )

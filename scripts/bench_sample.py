@@ -22,6 +22,7 @@ from diffusekrona_train.sample import SampleSettings, render
 from diffusekrona_train.studio import DTYPES, encode_texts, pick_device
 
 PROMPT = "a dog on the grass"
+BASE, FUSED, APART = "bare base", "fused adapter", "adapter apart"
 
 
 def main() -> None:
@@ -31,44 +32,50 @@ def main() -> None:
     parser.add_argument("--a2", type=int, default=4, help="64 is the paper's choice for SDXL")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--side", type=int, help="pixels; the model's own size without")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     given = parser.parse_args()
+    seconds = compare(given.model, given.a1, given.a2, given.steps, given.rounds, given.dtype, given.side)
+    base = statistics.median(seconds[BASE])
+    print(f"{given.model}, {given.steps} steps, {given.dtype}, {pick_device()}, median of {given.rounds}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:14} {median:7.3f} s  {median / base:5.3f}x  ({min(values):.3f} to {max(values):.3f})")
+
+
+def compare(
+    model: str, a1: int, a2: int, steps: int, rounds: int, dtype: str, side: int | None = None
+) -> dict[str, list[float]]:
+    """Seconds a picture of `side` pixels (None: the model's own), by variant and round."""
     device = pick_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
-
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    source = open_model(given.model)
+    source = open_model(model)
     texts = encode_texts(source, [PROMPT, ""], device)
     parts = source.load("vae", "scheduler", device=device)
-    parts["denoiser"] = source.load_denoiser(DTYPES[given.dtype], device)
+    parts["denoiser"] = source.load_denoiser(DTYPES[dtype], device)
     pipe = source.family.pipeline(parts)
-    settings = SampleSettings(given.steps, 4.0)
+    settings = SampleSettings(steps, 4.0, height=side, width=side)
 
     def draw() -> float:
         start = clock()
         render(pipe, source.family, [(PROMPT, 0)], settings, conditioning_of=texts.__getitem__)
         return clock() - start
 
-    seconds: dict[str, list[float]] = {"bare base": [], "fused adapter": [], "adapter apart": []}
-    for round_number in range(given.rounds + 1):  # the first one warms up
+    seconds: dict[str, list[float]] = {BASE: [], FUSED: [], APART: []}
+    for round_number in range(rounds + 1):  # the first one warms up
         names = list(seconds)
         turn = round_number % 3
         for name in names[turn:] + names[:turn]:
-            injection = None
-            if name != "bare base":
-                injection = inject(parts["denoiser"], AdapterConfig(a1=given.a1, a2=given.a2))
-            if injection is not None and name == "fused adapter":
+            injection = None if name == BASE else inject(parts["denoiser"], AdapterConfig(a1=a1, a2=a2))
+            if injection is not None and name == FUSED:
                 injection.fuse()
             value = draw()
             seconds[name].extend([value] if round_number else [])
             if injection is not None:
                 injection.eject()
-    base = statistics.median(seconds["bare base"])
-    print(f"{given.model}, {given.steps} steps, {given.dtype}, {device}, median of {given.rounds}")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name:14} {median:7.3f} s  {median / base:5.3f}x  ({min(values):.3f} to {max(values):.3f})")
+    return seconds
 
 
 if __name__ == "__main__":

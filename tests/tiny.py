@@ -113,7 +113,7 @@ def real_part(kind: str, part: str) -> Any:
     config = packaged(kind)[part]
     if part.startswith("text_encoder"):
         return cls(transformers.CLIPTextConfig(**config)).eval()
-    made = cls.from_config(config)
+    made: Any = cls.from_config(config)
     return made if part == "scheduler" else made.eval()
 
 
