@@ -45,8 +45,8 @@ def test_it_says_everything_and_loads_no_weights(photos, capsys):
         "'one of sks'",
         "'A sks dog on the beach'",
         "'sks': 1 token in each text encoder",
-        "krona: 80 layers (40 self, 40 cross), 83,712 parameters, 1.124% of the denoiser",
-        "(4, 4) in 80 layers",
+        "krona: 128 layers (64 self, 64 cross), 125,952 parameters, 1.770% of the denoiser",
+        "(4, 4) in 128 layers",
         "30 optimiser steps x batch 6",
         "= 180 views, each of 3 photos about 60 times",
         "passes: 60.0",
@@ -159,7 +159,7 @@ def test_adapter_lines_for_budgets_types_and_all(photos):
     trainable, lines = check.adapter_lines(
         run(photos, adapter={"type": "lora", "rank": 4, "attention": "self"}), source
     )
-    assert "lora: 40 layers (40 self)" in lines[0]
+    assert "lora: 64 layers (64 self)" in lines[0]
     trainable, lines = check.adapter_lines(run(photos, adapter={"type": "full", "targets": "all"}), source)
     assert trainable == 7_445_640 and "all 7,445,640 parameters" in lines[0]
 
