@@ -161,7 +161,7 @@ def test_adapter_lines_for_budgets_types_and_all(photos):
     )
     assert "lora: 64 layers (64 self)" in lines[0]
     trainable, lines = check.adapter_lines(run(photos, adapter={"type": "full", "targets": "all"}), source)
-    assert trainable == 7_445_640 and "all 7,445,640 parameters" in lines[0]
+    assert trainable == 7_114_312 and "all 7,114,312 parameters" in lines[0]
 
 
 def test_a_resolution_the_model_was_not_made_for_and_missing_weights_are_told(photos, monkeypatch):
