@@ -16,6 +16,15 @@ ACTIVATIONS_CHECKPOINTING = 2.5
 RESERVE = 1.0
 """GiB for the context, fragmentation and the factors."""
 
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What else says that memory has ended: cuBLAS, cuDNN and the driver take some past torch's allocator."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -68,6 +77,13 @@ def below(level: Level, config: Any) -> Level | None:
     ladder = levels(config)
     place = next(i for i, other in enumerate(ladder) if other.name == level.name)
     return ladder[place + 1] if config.train.memory == "auto" and place + 1 < len(ladder) else None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that the device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    )
 
 
 def out_of_memory(level: Level | None = None) -> str:

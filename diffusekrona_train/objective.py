@@ -101,7 +101,7 @@ class Objective:
         home = bucket.latents.device
         latents = bucket.latents[self._sent(drawn.picture, home), self._sent(drawn.variant, home)]
         return Batch(
-            latents.to(self.device, torch.float32),
+            self._sent(latents, self.device).float(),
             self._sent(drawn.eps, self.device),
             self._sent(drawn.t, self.device),
             self._sent(caption, self.device),
@@ -111,7 +111,9 @@ class Objective:
 
     def _sent(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """On `device`, without waiting for it: from pinned memory, so that the copy queues behind the last step."""
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        if tensor.device.type == device.type:
+            return tensor
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
     def _taught(self, instances: Batch) -> Batch:
         """The same noisy pictures under the class prompt, where the adapted model should answer as the frozen one."""

@@ -126,7 +126,9 @@ def fit_gradients(run: Run, step: int) -> None:
         short = False
         try:
             gradients(run, step)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
             short = True
         if run.accelerator.num_processes > 1:  # nobody may wait for gradients that another could not make
             short = run.accelerator.reduce(torch.tensor([float(short)], device=run.accelerator.device)).item() > 0

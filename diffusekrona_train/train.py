@@ -205,7 +205,9 @@ def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = 
             checkpoint.refuse_changes(state, config.model_dump(mode="json", by_alias=True), accelerator.num_processes)
         try:
             run = assemble(config, place, accelerator, dtype, state, stop)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
             raise RuntimeError(memory.out_of_memory()) from error
         stop.in_loop = True
         try:
@@ -229,7 +231,7 @@ def explained(run: Run, error: RuntimeError) -> RuntimeError | None:
     """What to do about memory that ended, a compiler that failed or a process that was lost; None for other errors."""
     kept = checkpoint.states(run.folder)
     last = f"; go on from {kept[0].name} with --resume" if kept else ""
-    if isinstance(error, torch.OutOfMemoryError):
+    if memory.ran_out(error):
         return RuntimeError(memory.out_of_memory(run.level) + last)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(str(error).split())[:200]

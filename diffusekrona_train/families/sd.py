@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusekrona_train.memory import ran_out
+
 
 class SD:
     """How SD 1.4, 1.5, 2.0 and 2.1 turn pictures and prompts into tensors, and predict."""
@@ -28,8 +30,18 @@ class SD:
         return latents * vae.config.scaling_factor
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w), scaled -> images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type."""
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        """Latents (B, C, h, w), scaled -> images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type.
+
+        Where memory ends, in overlapping tiles of half the side: nearly the same picture in a quarter of the memory.
+        """
+        unscaled, pixels = latents.to(vae.dtype) / vae.config.scaling_factor, None
+        try:
+            pixels = vae.decode(unscaled, return_dict=False)[0]
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        if pixels is None:  # not in the handler: its traceback keeps what the decoder had made so far
+            pixels = decode_in_tiles(vae, unscaled)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def encode_prompt(self, tokenizers: list, text_encoders: list, prompts: list[str]) -> dict[str, Tensor]:
@@ -77,6 +89,23 @@ class SD:
     def call_arguments(self, pipe: Any, positive: dict[str, Tensor], negative: dict[str, Tensor], empty: bool) -> dict:
         """Keyword arguments of the pipeline's call for embeddings of B rows; `empty`: the negative prompt is ''."""
         return {"prompt_embeds": positive["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
+
+
+def decode_in_tiles(vae: Any, latents: Tensor) -> Tensor:
+    """As vae.decode, in blended tiles of at most half the longer side; the VAE's own settings for tiles stay."""
+    side = max(4, max(latents.shape[-2:]) // 8 * 4)  # a quarter of it is the overlap, in whole latents
+    names = ("use_tiling", "tile_latent_min_size", "tile_sample_min_size")
+    before = {name: getattr(vae, name) for name in names}
+    scale = before["tile_sample_min_size"] // before["tile_latent_min_size"]
+    if latents.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        for name, value in zip(names, (True, side, side * scale), strict=True):
+            setattr(vae, name, value)
+        return vae.decode(latents, return_dict=False)[0]
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
 
 
 def tokenize(tokenizer: Any, prompt: str) -> Any:

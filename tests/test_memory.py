@@ -1,0 +1,195 @@
+"""What a run does where a GPU's memory ends or fp16 overflows, with the GPU's answers played on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusekrona_train import memory
+from diffusekrona_train.descent import OVERFLOWS_IN_A_ROW, Descent
+from diffusekrona_train.families import open_model
+from diffusekrona_train.objective import Objective
+from diffusekrona_train.train import train
+from tests.runs import factors, make_run, make_world, newest_state
+
+OUT = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("error", OUT.values(), ids=OUT)
+def test_memory_that_ends_is_known_whoever_says_it(error):
+    assert memory.ran_out(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes"), ValueError("CUDA out of memory"), KeyError("x")]
+)
+def test_other_errors_are_not_taken_for_it(error):
+    assert not memory.ran_out(error)
+
+
+@pytest.mark.parametrize("who", ["cublas", "driver"])
+def test_a_run_goes_a_level_down_for_libraries_too(world, tmp_path, monkeypatch, who):
+    straight = factors(train(make_run(world, tmp_path / "a", train={"memory": "checkpointing"})).parent)
+    loss, failed = Objective.loss, []
+
+    def short(self, step, micro):
+        if step == 1 and not failed:
+            failed.append(step)
+            raise OUT[who]
+        return loss(self, step, micro)
+
+    monkeypatch.setattr(Objective, "loss", short)
+    stepped = factors(train(make_run(world, tmp_path / "b")).parent)
+    assert failed and newest_state(tmp_path / "b").about["level"] == "checkpointing"
+    for name, tensor in straight.items():  # no step was lost or taken twice
+        torch.testing.assert_close(stepped[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_another_error_in_a_step_is_not_hidden(world, tmp_path, monkeypatch):
+    def broken(self, step, micro):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Objective, "loss", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(make_run(world, tmp_path / "run"))
+
+
+def test_memory_that_ends_in_the_set_up_names_what_to_change(world, tmp_path, monkeypatch):
+    def short(*args, **kwargs):
+        raise OUT["cublas"]
+
+    monkeypatch.setattr("diffusekrona_train.run.build_training_set", short)
+    with pytest.raises(RuntimeError, match="while the run was set up.*vae_precision"):
+        train(make_run(world, tmp_path / "run"))
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 16), (9, 31)])
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles(world, shape):
+    source = open_model(str(world / "model"))
+    vae = source.load("vae")["vae"]
+    latents = torch.randn(1, 4, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = source.family.decode(vae, latents)
+    inner, largest = vae.decoder.forward, []
+
+    def small(z, *args, **kwargs):
+        if min(z.shape[-2:]) >= min(shape) and max(z.shape[-2:]) == max(shape):
+            raise OUT["torch"]
+        largest.append(max(z.shape[-2:]))
+        return inner(z, *args, **kwargs)
+
+    vae.decoder.forward = small
+    settings = (vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size)
+    with torch.no_grad():
+        tiled = source.family.decode(vae, latents)
+    assert largest and max(largest) <= max(shape) // 2
+    assert (vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size) == settings
+    assert tiled.shape == whole.shape == (1, 3, 8 * shape[0], 8 * shape[1])
+    # group norms see a tile and not the whole, so the pictures are alike and not equal
+    assert torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1] > 0.8
+
+
+def test_a_picture_that_does_not_fit_in_tiles_either_says_so(world):
+    source = open_model(str(world / "model"))
+    vae = source.load("vae")["vae"]
+
+    def never(*args, **kwargs):
+        raise OUT["torch"]
+
+    vae.decoder.forward = never
+    with pytest.raises(torch.OutOfMemoryError):
+        source.family.decode(vae, torch.zeros(1, 4, 16, 16))
+    assert not vae.use_tiling
+
+
+# ---- fp16 with gradient scaling ------------------------------------------------------------------------------------
+
+
+class Scaled:
+    """accelerate's part of a step in fp16, with torch's own scaler."""
+
+    num_processes = 1
+
+    def __init__(self, scale: float):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)  # type: ignore[attr-defined]
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+
+def half_factors() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator) / 4) for shape in ((4, 5), (5, 3))]
+
+
+def half_loss(factors):
+    """A product in fp16 of fp32 factors, as in an adapter on an fp16 base."""
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).half()
+    return ((x @ factors[0].half()) @ factors[1].half()).float().square().mean()
+
+
+def test_scaled_steps_are_the_unscaled_ones(world, tmp_path):
+    settings = make_run(world, tmp_path / "x", train={"max_grad_norm": 0.1}).train
+    mine, theirs = half_factors(), half_factors()
+    descent = Descent(mine, settings, Scaled(256.0))
+    reference = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=settings.weight_decay)
+    for _ in range(6):
+        descent.backward(half_loss(mine))
+        descent.step(1e-2)
+        reference.zero_grad()
+        half_loss(theirs).backward()
+        torch.nn.utils.clip_grad_norm_(theirs, 0.1)
+        reference.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+    assert descent.accelerator.scaler.get_scale() == 512.0  # grew once in its interval of four
+
+
+def test_an_overflow_halves_the_scale_and_moves_nothing(world, tmp_path):
+    settings = make_run(world, tmp_path / "x").train
+    masters = half_factors()
+    descent = Descent(masters, settings, Scaled(2.0**40))
+    before = [parameter.detach().clone() for parameter in masters]
+    scales = []
+    for _ in range(3):
+        descent.backward(half_loss(masters))
+        descent.step(1e-2)
+        scales.append(descent.accelerator.scaler.get_scale())
+        assert all(torch.equal(a, b) for a, b in zip(masters, before, strict=True))
+        assert not descent.flat.any()
+    assert scales == [2.0**39, 2.0**38, 2.0**37]
+    read = descent.read()
+    assert read["skipped"] == 3 and read["worst"] == pytest.approx(3 * 3 / OVERFLOWS_IN_A_ROW)
+    for _ in range(40):
+        descent.backward(half_loss(masters))
+        descent.step(1e-2)
+    assert not torch.equal(masters[0], before[0]) and all(p.isfinite().all() for p in masters)
+
+
+def test_files_of_a_run_that_stepped_down_are_whole(world, tmp_path, monkeypatch):
+    loss, failed = Objective.loss, []
+
+    def short(self, step, micro):
+        if len(failed) < 2:
+            failed.append(step)
+            raise OUT["torch"]
+        return loss(self, step, micro)
+
+    monkeypatch.setattr(Objective, "loss", short)
+    path = train(make_run(world, tmp_path / "run", train={"channels_last": True}))
+    assert newest_state(tmp_path / "run").about["level"] == "nf4"
+    assert all(tensor.isfinite().all() for tensor in load_file(path).values())
