@@ -63,8 +63,8 @@ def test_studies_share_their_runs(tmp_path):
     shared = max(tasks, key=lambda task: len(task.needs))
     assert len(tasks) == 6, "the base's run, which all four share, and five other factors"
     assert shared.studies == {"steps", "guidance", "inference-steps", "factors"}
-    assert shared.steps == [50, 100, 200, 300, 400] and base.config["train"]["steps"] in shared.steps
-    assert len(shared.needs) == 5 + 4 + 4, "base's own settings are counted once"
+    assert shared.steps == [25, 50, 100, 200] and base.config["train"]["steps"] in shared.steps
+    assert len(shared.needs) == 4 + 4 + 4, "base's own settings are counted once"
 
 
 def test_a_run_is_named_by_what_determines_it(tmp_path):
@@ -381,7 +381,7 @@ def test_the_estimate_is_made_of_finished_records(tmp_path):
     of = {**of, "step": 100}
     record = {"key": records.key_of(of), "of": of, "seconds": seconds, "scores": {}}
     records.keep(tmp_path, record)
-    # 400 steps at 0.6 s, one set-up, and six times (the base and five steps) a draw and a measurement
-    wanted = round((400 * 0.6 + 24 + 6 * (30 + 6)) / 60)
+    # 200 steps at 0.6 s, one set-up, and five times (the base and four steps) a draw and a measurement
+    wanted = round((200 * 0.6 + 24 + 5 * (30 + 6)) / 60)
     assert conduct.estimate(tasks, tmp_path, 1) == f", about {wanted} minutes"
-    assert conduct.estimate(tasks, tmp_path, 2) == f", about {round((400 * 0.6 + 24 + 6 * 36) / 120)} minutes"
+    assert conduct.estimate(tasks, tmp_path, 2) == f", about {round((200 * 0.6 + 24 + 5 * 36) / 120)} minutes"
