@@ -1,7 +1,7 @@
-"""Stages UNet: v-prediction on cached latents, first on the wide world, then on the small one.
+"""Stages UNet: v-prediction on cached latents, first on the wide world, then on the small one, then grown.
 
-A third stage, grow, is there to be taken further: the UNet without its 4 x 4 level and with more transformer layers
-(62 % of 7.11 M parameters instead of 42 % of 7.45 M), starting from the small stage's weights; new layers end in zeros.
+The grown UNet has no 4 x 4 level and more transformer layers (62 % of 7.11 M parameters instead of 42 % of 7.45 M), so
+that attention adapters have room. It starts from the small stage's weights; layers that are new end in zeros.
 
 On CPU cores run two one-thread processes, which is faster than one of two threads:
 
@@ -197,6 +197,7 @@ def run(
             sheet,
         )
     if many:
+        dist.barrier()  # the next stage starts from what rank 0 has written
         dist.destroy_process_group()
 
 
