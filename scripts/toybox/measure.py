@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def write_sheet(pictures: list[Image.Image], pairs: list[Pair], path: Path) -> None:
-    across = 6
+    across = 10
     starts = range(0, len(pictures), across)
     rows = [("; ".join(text_of(p) for p in pairs[s : s + across]), pictures[s : s + across]) for s in starts]
     contact_sheet(rows, path)
