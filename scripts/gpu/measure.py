@@ -64,8 +64,9 @@ def main() -> None:
 
 
 def chosen(text: str) -> list[int]:
-    points = [int(word) for word in text.split(",") if word.strip().isdigit()]
-    if not points or not set(points) <= set(POINTS):
+    words = [word.strip() for word in text.split(",")]
+    points = [int(word) for word in words if word.isdigit()]
+    if len(points) < len(words) or not set(points) <= set(POINTS):
         sys.exit(f"error: --only: {text!r} should be some of {', '.join(map(str, POINTS))}, with commas")
     return points
 

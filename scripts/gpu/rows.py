@@ -77,6 +77,8 @@ class Rows:
 def reason(error: BaseException) -> str:
     """An error as one short line."""
     first = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    if first and isinstance(error, ValueError | RuntimeError):  # messages that speak for themselves
+        return first[:200]
     return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 

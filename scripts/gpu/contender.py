@@ -1,0 +1,132 @@
+"""A training step to be timed: the loop's own over random latents, or the bare frozen UNet's two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from diffusekrona_train.cache import Bucket, TrainingSet
+from diffusekrona_train.config import make_config
+from diffusekrona_train.descent import Descent
+from diffusekrona_train.diffusion import noise_schedule
+from diffusekrona_train.families import family_of
+from diffusekrona_train.inject import inject
+from diffusekrona_train.objective import Batch, Objective
+from scripts.gpu.setting import Setting
+from tests.tiny import make_unet, real_part
+
+OneProcess = SimpleNamespace(num_processes=1, scaler=None, backward=lambda loss: loss.backward())
+
+
+def load(setting: Setting, kind: str) -> Any:
+    """A random UNet of the real configuration on the device, or the small one."""
+    torch.manual_seed(0)
+    if setting.small:
+        return make_unet(kind, 64).requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setting.dtype)
+    try:
+        with torch.device(setting.device):
+            return real_part(kind, "unet").requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass
+class Bench:
+    """A frozen UNet on the device, and what it is shown: random latents of its size."""
+
+    unet: Any
+    side: int
+    batch: int
+
+    def objective(self, injection: Any) -> Objective:
+        config = self.unet.config
+        family = family_of({"_class_name": "UNet2DConditionModel", **config}, "random")
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(5, 1, 4, self.side // 8, self.side // 8, generator=generator)
+        conditioning = {"prompt_embeds": torch.randn(1, 77, config.cross_attention_dim, generator=generator)}
+        ids = torch.zeros(5, 1, 0)
+        if family.name == "sdxl":
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            conditioning["pooled"] = torch.randn(1, width, generator=generator)
+            ids = torch.tensor([float(self.side), self.side, 0, 0, self.side, self.side]).expand(5, 1, 6).clone()
+        data = TrainingSet(
+            [Bucket(latents, ids, torch.zeros(5, dtype=torch.long), list("abcde"))], [], [""], conditioning
+        )
+        alphas = noise_schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+        device = next(self.unet.parameters()).device
+        return Objective(
+            self.config(), family, self.unet, injection, data, alphas, "epsilon", self.unet.dtype, device
+        )  # fmt: skip
+
+    def config(self, adapter: dict | None = None) -> Any:
+        tree = {"subject": {"images": "x", "class": "dog"}, "adapter": adapter or {}, "output": "x"}
+        return make_config({**tree, "train": {"batch_size": self.batch}})
+
+    def contender(self, adapter: dict | None) -> Contender:
+        if adapter is None:
+            return Contender(self.objective(None))
+        config = self.config(adapter)
+        injection = inject(self.unet, config.adapter)
+        descent = Descent(injection.parameters(), config.train, OneProcess)
+        return Contender(self.objective(injection), injection, descent)
+
+
+@dataclass
+class Contender:
+    """The loop's own step; without an adapter, a forward and backward pass of the frozen UNet alone."""
+
+    objective: Objective
+    injection: Any = None
+    descent: Descent | None = None
+
+    def step(self, number: int) -> None:
+        (batch,) = self.objective.batches(number, 0)
+        self.passes(batch)
+        self.finish()
+
+    def passes(self, batch: Batch) -> None:
+        if self.descent is None:
+            self.objective._predicted(batch.x_0.requires_grad_(), batch).square().mean().backward()
+        else:
+            self.descent.backward(self.objective.per_sample(batch).sum() / len(batch))
+
+    def finish(self) -> None:
+        if self.descent is not None:
+            self.descent.step(5e-4)
+
+    def captured(self) -> Callable[[int], None]:
+        """`step` with both passes replayed as one CUDA graph, over a batch that each step is copied into."""
+        (first,) = self.objective.batches(0, 0)
+        names = [name for name, value in vars(first).items() if isinstance(value, torch.Tensor)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.passes(first)
+        torch.cuda.current_stream().wait_stream(side)
+        first.x_0.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.passes(first)
+        if self.descent is not None:
+            self.descent.clear()
+
+        def step(number: int) -> None:
+            (batch,) = self.objective.batches(number, 0)
+            with torch.no_grad():
+                for name in names:
+                    getattr(first, name).copy_(getattr(batch, name))
+            graph.replay()
+            self.finish()
+
+        return step
+
+    def leave(self) -> None:
+        if self.injection is not None:
+            self.injection.eject()

@@ -1,0 +1,180 @@
+"""The measurements' machinery, on the CPU: random pipelines, a point of measure.sh, rows that are taken up again."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusekrona_train.families import open_model
+from diffusekrona_train.train import train
+from scripts.gpu.measure import chosen
+from scripts.gpu.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
+from scripts.gpu.watched import Watch
+from tests.runs import draw_photos, make_run
+from tests.tiny import packaged, real_part, write_pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The pipeline that the script makes, in a folder with photos."""
+    folder = tmp_path_factory.mktemp("small")
+    script = [sys.executable, "scripts/make_random_pipeline.py", "--size", "small-sd15", str(folder / "model")]
+    subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
+    draw_photos(folder / "photos")
+    return folder
+
+
+def test_a_random_pipeline_trains(small, tmp_path):
+    path = train(make_run(small, tmp_path / "run", train={"steps": 1, "batch_size": 1}, adapter={"a1": 4, "a2": 64}))
+    assert path.stat().st_size > 0
+
+
+def test_a_random_pipeline_is_diffusers_own(small):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(small / "model")
+    assert pipe.safety_checker is None and pipe.unet.config.block_out_channels[0] == 64
+
+
+def test_parts_of_real_size_are_made_in_the_type_asked_for(tmp_path, monkeypatch):
+    """With the published configs cut to a narrow UNet, as the whole would take gigabytes."""
+    whole = packaged("sd15")["unet"]
+    monkeypatch.setattr(
+        "tests.tiny.packaged",
+        lambda kind: {**packaged(kind), "unet": {**whole, "block_out_channels": [32, 64, 64, 64]}},
+    )
+    parts = {name: (lambda name=name: real_part("sd15", name)) for name in ("unet", "tokenizer", "scheduler")}
+    write_pipeline("sd15", tmp_path, parts, dtype="bfloat16")
+    source = open_model(str(tmp_path))
+    unet = source.place.load_part("unet", type(real_part("sd15", "unet")), torch_dtype=torch.bfloat16)
+    assert unet.dtype == torch.bfloat16 and all(parameter.isfinite().all() for parameter in unet.parameters())
+    assert len(source.load("tokenizers")["tokenizers"][0]) == 49408
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_measure_writes_rows_with_card_versions_and_date(tmp_path):
+    command = [
+        "bash", "scripts/gpu/measure.sh", "--size", "small", "--only", "1", "--out", str(tmp_path), "--minutes", "5"
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert set(data) == {"date", "card", "versions", "rows"} and data["versions"]["torch"] == torch.__version__
+    names = {row["what"].split(": ")[1]: row for row in data["rows"]}
+    for name in ("frozen layer", "LoRA rank 4", "KronA (4, 64)", "PEFT LoKr (factor 8)"):
+        assert names[name]["values"]["ms"] > 0 and f"eager: {name}" in done.stdout
+    assert names["frozen layer"]["values"]["x the frozen layer"] == 1.0
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert json.loads((tmp_path / "results.json").read_text()) == data, again.stdout
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize("only", ["8", "layers", ""])
+def test_unknown_points_are_refused(only):
+    with pytest.raises(SystemExit, match="error: --only.*should be some of 1, 2, 3, 4, 5, 6, 7"):
+        chosen(only)
+    assert chosen("7, 1") == [7, 1]
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def fail():
+    raise ValueError("no such\nthing")
+
+
+def test_rows_are_kept_at_once_and_only_what_failed_is_measured_again(tmp_path):
+    rows = Rows(tmp_path / "results.json")
+    assert rows.attempt(2, "a", lambda: {"ms": 1.25}, ("at most 1", lambda values: values["ms"] <= 1)) == {"ms": 1.25}
+    assert rows.attempt(1, "b", fail) is None
+    again = Rows(tmp_path / "results.json")
+    assert [(row["point"], row["what"]) for row in again.rows] == [(1, "b"), (2, "a")]
+    assert again.rows[0]["error"] == "no such" and again.rows[1]["met"] is False
+    assert again.attempt(2, "a", fail) == {"ms": 1.25}
+    assert again.attempt(1, "b", lambda: {"ms": 2}) == {"ms": 2} and len(again.rows) == 2
+
+
+def test_no_row_is_begun_after_the_time(tmp_path):
+    rows = Rows(tmp_path / "results.json", until=time.time() - 1)
+    with pytest.raises(TimeIsUp):
+        rows.attempt(1, "a", lambda: {"ms": 1})
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_dry_run_judges_nothing(tmp_path):
+    rows = Rows(tmp_path / "results.json", judging=False)
+    rows.conclude(1, "a", {"ms": 1}, ("at most 1", lambda values: True))
+    assert "goal" not in rows.rows[0]
+
+
+def test_values_are_shown_with_three_digits_and_hidden_ones_not_at_all():
+    values = {"ms": 1234.567, "x": 0.98765, "level": "nf4", "GiB": None, "_norms": [1, 2]}
+    assert shown({"values": values}) == "1,235 ms, 0.988 x, level: nf4"
+    assert shown({"values": {}, "error": "no GPU"}) == "not measured: no GPU"
+
+
+def test_the_table_lands_between_the_marks_of_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "performance.md").read_text(encoding="utf-8"), encoding="utf-8")
+    about = {"card": "A card", "date": "today", "versions": {"torch": "2.11.0"}}
+    row = {"point": 1, "what": "a | b", "values": {"ms": 1.5}, "goal": "at most 1 ms", "met": False}
+    for _ in range(2):  # a second time takes the first one's place
+        write_markdown(page, {**about, "rows": [row]}, {1: "Layers"})
+    text = page.read_text(encoding="utf-8")
+    assert "Not measured yet." not in text and text.count("### 1. Layers") == 1
+    assert re.search(r"\| a \\\| b \| 1.5 ms \| at most 1 ms: NO \|", text)
+    assert text.startswith("# Speed and memory") and text.count(BEGIN) == text.count(END) == 1
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="measured: begin"):
+        write_markdown(page, {**about, "rows": []}, {})
+
+
+def test_a_watch_gives_each_phase_its_own_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("scripts.gpu.watched.time.perf_counter", lambda: now[0])
+
+    class Room:
+        @staticmethod
+        def outer():
+            now[0] += 2
+            Room.inner()
+            now[0] += 3
+
+        @staticmethod
+        def inner():
+            now[0] += 10
+
+    watch = Watch(now[0] - 7)
+    watch.around(Room, "outer", "set-up")
+    watch.around(Room, "inner", "load")
+    watch.enter("other")
+    Room.outer()
+    now[0] += 1
+    Room.inner()
+    assert watch.summary()["seconds"] == {"import": 7, "set-up": 5, "load": 20, "other": 1}
+    assert watch.calls["load"] == 2
+
+
+# ---- what is carried -----------------------------------------------------------------------------------------------
+
+
+def test_every_carried_wheel_has_a_tested_version():
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    wheels = [line for line in (ROOT / "scripts" / "gpu" / "wheels.txt").read_text().splitlines() if line[0] != "#"]
+    assert wheels and {name.lower() for name in wheels} <= pinned
