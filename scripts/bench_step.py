@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -52,10 +52,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--diffusers-script", type=Path, help="train_dreambooth_lora_sdxl.py of a diffusers checkout")
-    parser.add_argument(
-        "--script-rounds", type=int, default=2, help="how often both programs run, with few and more steps"
-    )
-    parser.add_argument("--script-steps", type=int, default=8, help="by how many steps their runs differ")
+    parser.add_argument("--script-rounds", type=int, default=3, help="how often each program runs")
+    parser.add_argument("--script-steps", type=int, default=11, help="steps of each program")
     parser.add_argument("--tiny-vae", action="store_true", help="a VAE of some thousand parameters for both programs")
     parser.add_argument("--only-script", action="store_true", help="leave (a) to (c) out")
     args = parser.parse_args()
@@ -192,57 +190,56 @@ def report(seconds: dict[str, list[float]], args: argparse.Namespace) -> None:
 
 
 def against_script(args: argparse.Namespace) -> None:
-    """Both programs in turns, with few and with more steps: the difference is a step's time, the rest the start."""
+    """Both programs in turns; their progress bars say when a step is done."""
     from tests.runs import draw_photos
     from tests.tiny import make_pipeline
 
-    few, more = 2, 2 + args.script_steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_pipeline("sdxl", folder / "model", width=args.width)
         if not args.tiny_vae:
             real_vae().save_pretrained(folder / "model" / "vae")
         draw_photos(folder / "photos", 5, sizes=((args.latent * 8 + 16, args.latent * 8 + 8),))
-        commands = {"krona-train": our_command, "diffusers' script": their_command}
-        steps: dict[str, list[Cost]] = {label: [] for label in commands}
-        starts: dict[str, list[Cost]] = {label: [] for label in commands}
+        commands = {
+            "krona-train": lambda number: our_command(args, folder, f"ours-{number}", f"cache-{number}"),
+            "diffusers' script": lambda number: their_command(args, folder, f"theirs-{number}"),
+            "krona-train, cache filled": lambda number: our_command(args, folder, f"again-{number}", f"cache-{number}"),
+        }
+        found: dict[str, list[tuple[float, ...]]] = {label: [] for label in commands}
         for number in range(args.script_rounds):
-            times: dict[str, list[Cost]] = {label: [] for label in commands}
-            for count in (few, more):
-                for label, command in commands.items():
-                    times[label].append(run(command(args, folder, count, f"{label[:5]}-{number}-{count}")))
-            for label, (short, long) in times.items():
-                steps[label].append((long - short) / (more - few))
-                starts[label].append(short - steps[label][-1] * (few - 1))
-        again = run(our_command(args, folder, few, f"krona-0-{few}-again", cache=f"krona-0-{few}"))
+            for label, command in commands.items():
+                found[label].append(watch(command(number), args.script_steps))
     vae = "tiny" if args.tiny_vae else "SDXL's"
-    about = f"{args.latent * 8} pixels, batch {args.batch}, {vae} VAE, {args.script_rounds} rounds"
-    print(f"\nphotos in, a file out: {about}")
-    print(f"{'':28} {'a step':>10} {'CPU':>8} {'start to first step':>22} {'CPU':>8}")
-    for label in commands:
-        step, start = Cost.median(steps[label]), Cost.median(starts[label])
-        print(f"{label:28} {step[0]:8.2f} s {step[1]:6.2f} s {start[0]:20.1f} s {start[1]:6.1f} s")
-    warm = again - Cost.median(steps["krona-train"]) * (few - 1)
-    print(f"{'krona-train, cache filled':28} {'':10} {'':8} {warm[0]:20.1f} s {warm[1]:6.1f} s")
-    ours, theirs = (Cost.median(steps[label]) for label in commands)
-    print(f"a step of diffusers' script takes {theirs[0] / ours[0]:.2f}x ours (CPU time: {theirs[1] / ours[1]:.2f}x)")
+    print(f"\nwhole programs, {args.latent * 8} pixels, batch {args.batch}, {vae} VAE, {args.script_rounds} rounds")
+    print(f"{'seconds (and of the CPU)':28} {'a step':>8} {'CPU':>8} {'to the first step':>20} {'CPU':>8}")
+    middle = {label: [statistics.median(values) for values in zip(*rows, strict=True)] for label, rows in found.items()}
+    for label, (step, step_cpu, start, start_cpu) in middle.items():
+        print(f"{label:28} {step:8.2f} {step_cpu:8.2f} {start:20.1f} {start_cpu:8.1f}")
+    ours, theirs = middle["krona-train"], middle["diffusers' script"]
+    print(f"a step of diffusers' script takes {theirs[0] / ours[0]:.2f}x ours (CPU: {theirs[1] / ours[1]:.2f}x)")
 
 
-class Cost(tuple):
-    """(seconds by the clock, seconds of CPU); the second hardly changes where other programs run beside."""
+def watch(command: list[str], steps: int) -> tuple[float, float, float, float]:
+    """Runs a program of `steps` steps: seconds a step, of the CPU a step, from its start to the end of the first step,
+    of the CPU until then."""
+    import psutil
 
-    def __sub__(self, other: Any) -> Cost:
-        return Cost(a - b for a, b in zip(self, other, strict=True))
-
-    def __truediv__(self, number: float) -> Cost:
-        return Cost(a / number for a in self)
-
-    def __mul__(self, number: float) -> Cost:  # type: ignore[override]
-        return Cost(a * number for a in self)
-
-    @staticmethod
-    def median(costs: list[Cost]) -> Cost:
-        return Cost(statistics.median(values) for values in zip(*costs, strict=True))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    began, said, done = time.perf_counter(), b"", {}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
+        assert program.stderr is not None
+        process = psutil.Process(program.pid)
+        while chunk := os.read(program.stderr.fileno(), 4096):
+            said += chunk
+            bars = re.findall(rb"\b(\d+)/%d \[" % steps, said[-8192:])
+            if bars and 0 < int(bars[-1]) and int(bars[-1]) not in done:
+                times = process.cpu_times()
+                done[int(bars[-1])] = time.perf_counter() - began, times.user + times.system
+    if program.returncode or not {1, steps} <= done.keys():
+        raise SystemExit(f"{' '.join(command[:3])} failed:\n{said.decode(errors='replace')[-2000:]}")
+    (first, first_cpu), (last, last_cpu) = done[1], done[steps]
+    return (last - first) / (steps - 1), (last_cpu - first_cpu) / (steps - 1), first, first_cpu
 
 
 def real_vae() -> Any:
@@ -262,43 +259,32 @@ def real_vae() -> Any:
     return AutoencoderKL(**settings).eval()
 
 
-def our_command(args: argparse.Namespace, folder: Path, steps: int, name: str, cache: str | None = None) -> list[str]:
+def our_command(args: argparse.Namespace, folder: Path, name: str, cache: str) -> list[str]:
     config = folder / f"{name}.yaml"
     config.write_text(
         f"model: {folder / 'model'}\nsubject: {{images: {folder / 'photos'}, class: dog}}\n"
-        f"data: {{resolution: {args.latent * 8}, cache_dir: {folder / 'cache' / (cache or name)}}}\n"
+        f"data: {{resolution: {args.latent * 8}, cache_dir: {folder / cache}}}\n"
         f"adapter: {{a1: 4, a2: 64}}\noutput: {folder / name}\n"
-        f"train: {{steps: {steps}, batch_size: {args.batch}}}\nvalidation: {{every: 0}}\n"
+        f"train: {{steps: {args.script_steps}, batch_size: {args.batch}}}\nvalidation: {{every: 0}}\n"
     )
     return [sys.executable, "-m", "diffusekrona_train", "--config", str(config)]
 
 
-def their_command(args: argparse.Namespace, folder: Path, steps: int, name: str) -> list[str]:
+def their_command(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
     options = {
         "pretrained_model_name_or_path": folder / "model",
         "instance_data_dir": folder / "photos",
         "instance_prompt": "A sks dog",
-        "output_dir": folder / name.replace("'", ""),
+        "output_dir": folder / name,
         "resolution": args.latent * 8,
         "train_batch_size": args.batch,
-        "max_train_steps": steps,
+        "max_train_steps": args.script_steps,
         "rank": 4,
         "learning_rate": 1e-4,
         "seed": 0,
         "dataloader_num_workers": 0,
     }
     return [sys.executable, str(args.diffusers_script), *[f"--{name}={value}" for name, value in options.items()]]
-
-
-def run(command: list[str]) -> Cost:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[:3])} failed:\n{done.stderr[-2000:]}")
-    return Cost((time.perf_counter() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,16 @@ def test_doors_import_nothing_heavy_before_a_command_runs(door):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_doors_can_be_imported_in_any_order():
+    """The doors' modules become names of their package: one of them is called `inspect`."""
+    names = [f"{PACKAGE.name}.cli.{door}" for door in DOORS]
+    code = f"import importlib; [importlib.import_module(name) for name in {sorted(names, reverse=True) + names!r}]"
+    others = code.replace("import importlib;", f"import importlib, {PACKAGE.name}.cli.inspect;")
+    for lines in (code, others):
+        done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+
+
 def test_the_package_offers_what_a_pipeline_needs_without_importing_torch():
     code = (
         f"import sys, {PACKAGE.name} as room; assert not [m for m in {HEAVY!r} if m in sys.modules];"

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from inspect import Parameter, Signature, signature  # the name `inspect` is taken by the room of krona-inspect
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 
@@ -56,13 +56,13 @@ def with_options(command: Callable[..., R]) -> Callable[..., R]:
     """Decorate a typer command whose keyword-only parameters are dataclasses: their fields are options of their own, so
     that commands share options by naming the dataclass."""
     hints = get_type_hints(command, include_extras=True)
-    parameters = inspect.signature(command).parameters.values()
+    parameters = signature(command).parameters.values()
     groups = {one.name: hints[one.name] for one in parameters if one.kind is one.KEYWORD_ONLY}
     own = [one.replace(annotation=hints[one.name]) for one in parameters if one.name not in groups]
     added = [
-        inspect.Parameter(
+        Parameter(
             field.name,
-            inspect.Parameter.KEYWORD_ONLY,
+            Parameter.KEYWORD_ONLY,
             default=field.default,
             annotation=get_type_hints(group, include_extras=True)[field.name],
         )
@@ -78,7 +78,7 @@ def with_options(command: Callable[..., R]) -> Callable[..., R]:
         }
         return command(*args, **given, **made)
 
-    gathered.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    gathered.__signature__ = Signature([*own, *added])  # type: ignore[attr-defined]
     gathered.__annotations__ = {one.name: one.annotation for one in (*own, *added)}
     return gathered
 
