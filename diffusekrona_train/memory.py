@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 GIB = 2**30
-ACTIVATIONS_PLAIN = 16.0
-"""GiB that a 16-bit UNet of the SD kinds keeps for the backward pass, for a sample of one megapixel: a rough figure, on
-the safe side, corrected by stepping down when it was wrong."""
+ACTIVATIONS_PLAIN = 8.0
+"""GiB that a 16-bit UNet of the SD kinds needs beside its weights, for a sample of one megapixel. Counted for SDXL
+(scripts/gpu/trace.py): 5.3, without the workspaces of cuDNN and fragmentation; stepping down corrects what is left."""
 ACTIVATIONS_CHECKPOINTING = 2.5
-"""The same with gradient checkpointing."""
+"""The same with gradient checkpointing; counted: 0.6."""
 RESERVE = 1.0
 """GiB for the context, fragmentation and the factors."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusekrona_train import memory
 from diffusekrona_train.families import open_model
 from diffusekrona_train.train import train
 from scripts.gpu.measure import chosen
@@ -178,3 +179,29 @@ def test_every_carried_wheel_has_a_tested_version():
     }
     wheels = [line for line in (ROOT / "scripts" / "gpu" / "wheels.txt").read_text().splitlines() if line[0] != "#"]
     assert wheels and {name.lower() for name in wheels} <= pinned
+
+
+# ---- memory counted without a GPU ----------------------------------------------------------------------------------
+
+
+def test_living_tensors_are_counted_at_their_peak():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from scripts.gpu.trace import Peak, storages
+
+    with FakeTensorMode():
+        layer = torch.nn.Linear(1024, 1024, bias=False)
+        with Peak(storages(layer)) as peak, torch.no_grad():
+            x = torch.empty(1024, 1024)
+            for _ in range(5):
+                x = layer(x)  # two at a time
+    assert peak.most == 2 * 4 * 1024**2
+
+
+def test_the_estimates_leave_room_over_what_is_counted():
+    """SD 1.5 at 512 needs a quarter of a megapixel's figure beside its weights."""
+    code = [sys.executable, "-m", "scripts.gpu.trace", "--kind", "sd15", "--checkpointing"]
+    said = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    base, more = (float(number) for number in re.findall(r"([\d.]+) GiB", said))
+    assert base == pytest.approx(859_520_964 * 2 / memory.GIB, abs=0.01)
+    assert 0.1 < more < memory.ACTIVATIONS_CHECKPOINTING / 4
