@@ -103,6 +103,18 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles(world, shape):
     assert torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1] > 0.8
 
 
+def test_tiling_that_is_asked_for_divides_every_picture(world):
+    """diffusers' own tiles are as large as the model's pictures, so that asking for them would change nothing."""
+    source = open_model(str(world / "model"))
+    vae, latents = (source.load("vae")["vae"], torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        whole = source.family.decode(vae, latents)
+        vae.enable_tiling()
+        tiled = source.family.decode(vae, latents)
+    assert vae.use_tiling and not torch.equal(tiled, whole)
+    assert torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1] > 0.8
+
+
 def test_a_picture_that_does_not_fit_in_tiles_either_says_so(world):
     source = open_model(str(world / "model"))
     vae = source.load("vae")["vae"]
