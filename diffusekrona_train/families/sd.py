@@ -32,7 +32,7 @@ class SD:
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w), scaled -> images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type.
 
-        Where memory ends, or the VAE's tiling is enabled, in overlapping tiles of half the side: nearly the same picture
+        Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same picture
         in a quarter of the memory. (The VAE's own tiles are as large as the pictures that it was trained on.)
         """
         unscaled, pixels = latents.to(vae.dtype) / vae.config.scaling_factor, None
