@@ -17,7 +17,7 @@ step() {
 step .venv/bin/ruff check .
 step .venv/bin/ruff format --check .
 step .venv/bin/pyright --pythonpath "$python"
-step "$python" -m pytest "$@"
+step "$python" -m pytest -n 2 --dist loadfile "$@"   # one-thread processes
 if ! command -v chromium chromium-browser google-chrome >/dev/null; then
     echo "not checked: report pages in a browser (no Chromium here)"
 fi
