@@ -115,6 +115,21 @@ def test_a_study_of_ones_own_with_a_mistake_is_named(tmp_path):
         load_studies([str(tmp_path / "mine.yaml")])
 
 
+def test_a_key_that_no_study_has_is_told_with_the_keys_of_a_study(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: a\npaper: b\naxis: c\nvalue: {toybox: [{label: x}]}\n")
+    with pytest.raises(ValueError) as refused:
+        load_studies([str(tmp_path / "mine.yaml")])
+    assert "did you mean values?" in str(refused.value) and "vae" not in str(refused.value)
+
+
+def test_a_value_that_no_run_can_have_is_told_with_its_study(tmp_path, capsys):
+    own = tmp_path / "mine.yaml"
+    own.write_text("title: a\npaper: b\naxis: c\nvalues: {toybox: [{label: deep, set: {adapter.a1: -4}}]}\n")
+    assert paper.main([str(own), "--seeds", "1", "--runs", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert "study mine, value 'deep': adapter.a1" in told and told.count("\n") == 1
+
+
 # ---- a small study, really trained ---------------------------------------------------------------------------------
 
 STUDY = {

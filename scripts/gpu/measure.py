@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from scripts.gpu.rows import Rows, TimeIsUp, reason, table, write_markdown
 from scripts.gpu.setting import ROOT, Setting
@@ -45,7 +46,7 @@ def main() -> None:
         return
     wanted = chosen(given.only)
     if given.diffusers_script and not given.diffusers_script.is_file():
-        sys.exit(f"error: --diffusers-script: there is no {given.diffusers_script}")
+        refuse(f"--diffusers-script: there is no {given.diffusers_script}")
     given.out.mkdir(parents=True, exist_ok=True)
     results = given.out / "results.json"
     if given.again:
@@ -63,11 +64,16 @@ def main() -> None:
         print(f"\nleft for the next time: points {', '.join(map(str, left))}; the same command goes on")
 
 
+def refuse(what: str) -> NoReturn:
+    print(f"error: {what}", file=sys.stderr)
+    sys.exit(2)
+
+
 def chosen(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     points = [int(word) for word in words if word.isdigit()]
     if len(points) < len(words) or not set(points) <= set(POINTS):
-        sys.exit(f"error: --only: {text!r} should be some of {', '.join(map(str, POINTS))}, with commas")
+        refuse(f"--only: {text!r} should be some of {', '.join(map(str, POINTS))}, with commas")
     return points
 
 

@@ -58,7 +58,10 @@ class Planner:
 
     def _need(self, name: str, study: Study, series: Series, value: Value, row: SuiteRow, seed: int) -> str:
         images = self.suite.images_of(row, self.photos)
-        config = self._config(row, images, seed, {**series.set, **value.set})
+        try:
+            config = self._config(row, images, seed, {**series.set, **value.set})
+        except ValueError as error:
+            raise ValueError(f"study {name}, value {value.label!r}: {error}") from None
         if value.untrained:
             of_run = {"model": self.mark, "config": {"subject": row.class_noun}, "photos": ""}
             run, step = "base", 0

@@ -142,4 +142,4 @@ def _read(path: Path, kind: type[Kind]) -> Kind:
     try:
         return kind.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ValueError(f"{path.name}: {one_line(error)}") from None
+        raise ValueError(f"{path.name}: {one_line(error, kind)}") from None
