@@ -41,8 +41,8 @@ def _hub_tokenizer(place: Any, part: str, cls: type) -> Any:
         return cls.from_pretrained(place.name, subfolder=part, revision=place.revision, local_files_only=True)
     if not place.alias:
         raise ValueError(f"{place.name} has no tokenizer in the local hub cache")
+    from diffusekrona_train.families.local import ASSETS
     from diffusekrona_train.families.singlefile import load_tokenizer
-    from diffusekrona_train.families.source import ASSETS
 
     return load_tokenizer(ASSETS / "configs" / str({"sd14": "sd15"}.get(place.alias, place.alias)) / part, cls)
 

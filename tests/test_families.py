@@ -12,7 +12,7 @@ import torch
 
 from diffusekrona_train import families
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.families import FAMILIES, hub, open_model, singlefile, source, tables
+from diffusekrona_train.families import FAMILIES, hub, local, open_model, singlefile, tables
 from diffusekrona_train.inject import find_layers, inject
 from tests.original_layout import vae_names, write_checkpoint
 from tests.tiny import make_pipeline
@@ -191,7 +191,7 @@ def test_packaged_configs_build_the_published_models(name):
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    place = source.LocalModel(source.ASSETS / "configs" / name)
+    place = local.LocalModel(local.ASSETS / "configs" / name)
     family = families.family_of(place.config("unet"), name)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(place.config("unet"))
@@ -208,7 +208,7 @@ def test_packaged_configs_build_the_published_models(name):
 def test_the_packaged_tokenizer_is_clips(folder, pad):
     from transformers import CLIPTokenizer
 
-    tokenizer = singlefile.load_tokenizer(source.ASSETS / "configs" / folder, CLIPTokenizer)
+    tokenizer = singlefile.load_tokenizer(local.ASSETS / "configs" / folder, CLIPTokenizer)
     assert len(tokenizer) == 49408
     ids = tokenizer("A photo of a sks dog", padding="max_length", max_length=12).input_ids
     assert ids == [49406, 320, 1125, 539, 320, 48136, 1929, 49407, *[pad] * 4]
@@ -230,7 +230,7 @@ def test_another_vae_replaces_the_models_own(loaded, folders, kind, tmp_path):
 
 
 def test_a_vae_with_other_latents_is_refused(folders):
-    toybox = str(source.ASSETS / "toybox" / "pipe" / "vae")
+    toybox = str(local.ASSETS / "toybox" / "pipe" / "vae")
     with pytest.raises(ValueError, match="latent_channels 8, the model's own 4"):
         open_model(str(folders["sdxl"]), vae=toybox).load("vae")
     with pytest.raises(ValueError, match="no such file or folder"):
@@ -340,12 +340,12 @@ def test_a_part_without_weights_is_named_when_it_is_loaded(folders, tmp_path):
 
 
 def test_a_damaged_toybox_is_noticed(monkeypatch, tmp_path):
-    shutil.copytree(source.ASSETS / "toybox", tmp_path / "toybox")
+    shutil.copytree(local.ASSETS / "toybox", tmp_path / "toybox")
     weights = tmp_path / "toybox" / "pipe" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    monkeypatch.setattr(source, "ASSETS", tmp_path)
+    monkeypatch.setattr(local, "ASSETS", tmp_path)
     with pytest.raises(ValueError, match="pipe/vae/diffusion_pytorch_model.safetensors is damaged"):
-        source.check_toybox.__wrapped__()
+        local.check_toybox.__wrapped__()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -84,6 +85,32 @@ def test_imports_go_down(path):
     floor = FLOORS.get(room_of(path), max(FLOORS.values()) + 1)  # the package itself, `__init__`, is above its rooms
     for other in neighbours(path):
         assert FLOORS[other] < floor, f"{room_of(path)} imports {other}, which is not below it"
+
+
+def file_of(name: str) -> Path | None:
+    """The file of a dotted name of this package; None where the name is no module of it."""
+    path = ROOT.joinpath(*name.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file in TREES), None)
+
+
+def files_imported(path: Path) -> set[Path]:
+    """`from a import b` leads to a.b where that is a module, else to a; imports inside functions count too."""
+    found = set()
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            found |= {file_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {file_of(f"{node.module}.{alias.name}") or file_of(str(node.module)) for alias in node.names}
+    return {file for file in found if file}
+
+
+def test_no_file_leads_back_to_itself():
+    """Not inside a room either: two files that need each other are one file, or need a third below them."""
+    shop_window = {PACKAGE / "__init__.py"}  # it only shows rooms, and its version is a constant
+    arrows = {path: files_imported(path) - shop_window for path in FILES if path not in shop_window}
+    order = list(graphlib.TopologicalSorter(arrows).static_order())
+    families = PACKAGE / "families"
+    assert order.index(families / "local.py") < order.index(families / "source.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from diffusekrona_train.config import MODEL_ALIASES, RunConfig
 from diffusekrona_train.families.hub import HubModel
-from diffusekrona_train.families.source import ASSETS, LocalModel, ModelSource, check_toybox
+from diffusekrona_train.families.local import ASSETS, LocalModel, check_toybox
+from diffusekrona_train.families.source import ModelSource
 
 FAMILIES: dict[str, str] = {
     "sd": "diffusekrona_train.families.sd",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusekrona_train.families.source import ASSETS, config_name
+from diffusekrona_train.families.local import ASSETS, config_name
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusekrona_train.families.hub import HubModel
-from diffusekrona_train.families.source import ASSETS, LocalModel, one_line_errors
+from diffusekrona_train.families.local import ASSETS, LocalModel, one_line_errors
 from diffusekrona_train.files import sha256
 
 CONFIGS = ASSETS / "configs"
