@@ -13,9 +13,10 @@ import yaml
 from PIL import Image
 
 from scripts import paper
-from scripts.studies import conduct, records, spread, tables
+from scripts.studies import compare, conduct, records, spread, tables
 from scripts.studies.plan import Planner, order, unfinished
-from scripts.studies.study import MODELS, Series, Value, known_studies, load_base, load_studies
+from scripts.studies.rows import rows_of
+from scripts.studies.study import MODELS, Series, Study, Value, known_studies, load_base, load_studies
 from scripts.studies.task import Cell, Task
 
 WANTED = """baselines factors guidance images inference-steps init learning-rate lokr-factors modules steps suite"""
@@ -349,7 +350,7 @@ def made_up(seed: int = 0) -> tuple[list[Cell], dict[str, dict], np.ndarray]:
 def test_means_spreads_and_gaps_are_numpys(tmp_path):
     study = load_studies(["learning-rate"])["learning-rate"]
     cells, found, scores = made_up()
-    rows = tables.rows_of(study, cells, found)
+    rows = rows_of(study, cells, found)
     tables.write_csv(tmp_path / "table.csv", study, rows)
     lines = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert [line["label"] for line in lines] == [f"{s}, v{v}" for s in ("KronA", "LoRA") for v in range(3)]
@@ -358,20 +359,75 @@ def test_means_spreads_and_gaps_are_numpys(tmp_path):
         for metric, values, other in zip(records.METRICS, own, scores[0, 1], strict=True):
             assert float(line[metric]) == pytest.approx(values.mean(), abs=1e-6)
             assert float(line[f"{metric}_spread"]) == pytest.approx(values.std(ddof=1), abs=1e-6)
+            of_seeds = np.sqrt(np.mean([values[::2].var(ddof=1), values[1::2].var(ddof=1)]))
+            assert float(line[f"{metric}_spread_of_seeds"]) == pytest.approx(of_seeds, abs=1e-6)
             if metric in tables.COMPARED and i != 1:
                 assert float(line[f"{metric}_minus_reference"]) == pytest.approx((values - other).mean(), abs=1e-6)
         assert (line["n"], line["missing"], line["trained_parameters"]) == ("6", "0", str(10 + i // 3))
         assert float(line["train_seconds"]) == 2.5
-    for told, own in zip(tables.series_spread(rows), scores.mean(axis=3), strict=True):
+    for told, own in zip(compare.series_spread(rows), scores.mean(axis=3), strict=True):
         assert [told[m] for m in records.METRICS] == pytest.approx(list(own.std(axis=0, ddof=1)))
         assert [told[f"{m}_range"] for m in records.METRICS] == pytest.approx(list(np.ptp(own, axis=0)))
+
+
+def test_how_much_more_one_series_spreads_than_another_is_known_where_nothing_is_left_to_chance():
+    """The second series' values lie 0.1 apart in every subject and seed, the first's do not differ."""
+    cells, found, _ = made_up()
+    for cell in cells:
+        by_cell = 0.1 * (cell.subject == "b") + 0.01 * cell.seed
+        by_value = 0.1 * (cell.value.x or 0) * (cell.series.label == "LoRA")
+        found[cell.key]["scores"] = dict.fromkeys(records.METRICS, by_cell + by_value)
+    gap = compare.spread_gaps(rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found))[0]
+    assert (gap["first"], gap["other"], gap["n"]) == ("KronA", "LoRA", 6)
+    for metric in records.METRICS:
+        assert [gap[metric][name] for name in ("value", "low", "high")] == pytest.approx([-0.1] * 3)
+
+
+def test_the_interval_of_a_difference_of_spreads_is_wide_where_chance_is():
+    cells, found, scores = made_up()
+    gap = compare.spread_gaps(rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found))[0]
+    wanted = scores.mean(axis=3).std(axis=1, ddof=1)
+    for i, metric in enumerate(records.METRICS):
+        assert gap[metric]["value"] == pytest.approx(wanted[0, i] - wanted[1, i])
+        assert gap[metric]["low"] < 0 < gap[metric]["high"]
+
+
+def test_pairs_are_the_same_value_in_two_series_and_values_against_each_other(tmp_path):
+    value = {"title": "t", "paper": "p", "axis": "a", "values": {"default": [{"label": "x"}]}}
+    cells, found, scores = made_up()
+    cells = [
+        Cell(cell.series, cell.value.model_copy(update={"against": "v2" if cell.value.label == "v0" else ""}),
+             cell.subject, cell.seed, cell.key)
+        for cell in cells
+    ]  # fmt: skip
+    rows = rows_of(Study.model_validate(value), cells, found)
+    tables.write_markdown(tmp_path / "table.md", Study.model_validate(value), rows, "about")
+    told = (tmp_path / "table.md").read_text().split("## Pairs")[1]
+    wanted = [
+        (("KronA, v0", "KronA, v2"), scores[0, 0] - scores[0, 2]),
+        (("LoRA, v0", "LoRA, v2"), scores[1, 0] - scores[1, 2]),
+        *(((f"KronA, v{v}", f"LoRA, v{v}"), scores[0, v] - scores[1, v]) for v in range(3)),
+    ]
+    lines = told.strip().splitlines()[2:]
+    assert len(lines) == len(wanted)
+    for line, (names, gaps) in zip(lines, wanted, strict=True):
+        parts = [part.strip() for part in line.strip("|").split("|")]
+        assert tuple(parts[:2]) == names
+        assert [float(part.split()[0]) for part in parts[2:]] == pytest.approx(gaps.mean(axis=1), abs=5e-4)
+
+
+def test_a_value_against_none_is_refused(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("title: a\npaper: b\naxis: c\nvalues: {toybox: [{label: x, against: y}]}\n")
+    with pytest.raises(ValueError, match="values.toybox: x is against 'y', which is not there"):
+        load_studies([str(own)])
 
 
 def test_missing_cells_are_counted_and_left_out_of_means():
     cells, found, scores = made_up()
     for key in ("000", "003"):
         del found[key]
-    row = tables.rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found)[0]
+    row = rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found)[0]
     assert (row.missing, len(row.found)) == (2, 4)
     assert row.mean("dino") == pytest.approx(scores[0, 0, 2, [1, 2, 4, 5]].mean())
 
@@ -379,7 +435,7 @@ def test_missing_cells_are_counted_and_left_out_of_means():
 def test_a_table_of_subjects_ends_with_groups_and_all():
     cells, found, scores = made_up()
     own = [cell for cell in cells if cell.key.startswith("00")]
-    rows = tables.rows_of(load_studies(["suite"])["suite"], own, found)
+    rows = rows_of(load_studies(["suite"])["suite"], own, found)
     assert [row.label for row in rows] == ["a", "b", "all g", "all subjects"]
     assert rows[0].mean("clip_i") == pytest.approx(scores[0, 0, 0, ::2].mean())
     assert rows[3].mean("clip_i") == pytest.approx(scores[0, 0, 0].mean())

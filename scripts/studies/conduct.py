@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scripts.studies import figures, records, spread, tables
 from scripts.studies.plan import Planner, order, unfinished
+from scripts.studies.rows import rows_of
 from scripts.studies.study import Study, load_base, load_studies
 from scripts.studies.task import Cell, Task, texts_of
 from scripts.studies.work import stays
@@ -142,7 +143,7 @@ def write_all(
         if not found:
             print(f"{name}: nothing is measured yet")
             continue
-        rows = tables.rows_of(study, cells[name], found)
+        rows = rows_of(study, cells[name], found)
         tables.write_markdown(target / name / "table.md", study, rows, about(cells[name], found))
         tables.write_csv(target / name / "table.csv", study, rows)
         figures.write_plot(target / name / "plot.png", study, rows)
@@ -158,8 +159,13 @@ def about(cells: Sequence[Cell], found: dict[str, records.Record]) -> str:
     subjects = list(dict.fromkeys(cell.subject for cell in cells))
     seeds = len({cell.seed for cell in cells})
     return (
-        f"{one['of']['run']['model'].split(' ')[0]}; {len(subjects)} subjects ({', '.join(subjects)}), {seeds} seeds, "
-        f"{len(sampling['prompts'])} prompts x {len(sampling['seeds'])} pictures each. Mean ± standard deviation over "
-        "subjects x seeds; trained: trained parameters; seconds: of the training loop; minus: mean "
+        f"{one['of']['run']['model'].split(' ')[0]}; {_count(len(subjects), 'subject')} ({', '.join(subjects)}), "
+        f"{_count(seeds, 'seed')}, {_count(len(sampling['prompts']), 'prompt')} x "
+        f"{_count(len(sampling['seeds']), 'picture')} each. Mean ± standard deviation over subjects x seeds (over the "
+        "seeds of one subject alone); trained: trained parameters; seconds: of the training loop; minus: mean "
         "difference at the same subjects and seeds, with its 95 % bootstrap interval."
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

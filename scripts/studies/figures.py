@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from diffusekrona_train.evaluate.inputs import photos_of
 from diffusekrona_train.files import atomic
 from diffusekrona_train.metrics import METRICS
 from diffusekrona_train.report import contact_sheet
 from scripts.studies.records import METRICS as SHOWN
 from scripts.studies.records import Record, strip_of
+from scripts.studies.rows import Row
 from scripts.studies.study import Study
-from scripts.studies.tables import Row
 from scripts.studies.task import Cell
 
 COLOURS = ("#3b82f6", "#e8833a", "#22a06b", "#a169e0")
@@ -22,7 +24,9 @@ COLOURS = ("#3b82f6", "#e8833a", "#22a06b", "#a169e0")
 def write_sheet(
     path: Path, study: Study, cells: Sequence[Cell], records: dict[str, Record], runs: Path, *, small: bool = False
 ) -> bool:
-    """Rows are values (or subjects), columns prompts, of the first subject and seed; False where no picture is here.
+    """Rows are values (or subjects), columns a photo and prompts, of the first subject and seed.
+
+    False where no picture is here.
 
     `small`: at the pictures' own size and with 96 colours, for a repository.
     """
@@ -36,11 +40,12 @@ def write_sheet(
             own = records[cell.key]["of"]["sampling"]["prompts"]
             parts = [cell.series.label, cell.value.section, cell.value.label]
             label = cell.subject if by_subject else ", ".join(filter(None, parts))
-            rows.append((label, _cut(strip, len(own))[:WIDEST]))
+            rows.append((label, [*_photo(cell.images), *_cut(strip, len(own))[:WIDEST]]))
             prompts = prompts or own[:WIDEST]
     if not rows:
         return False
-    heads = [prompt.replace("a [V] {class} ", "").replace("[V] {class}", "subject") for prompt in prompts]
+    heads = ["photo"] if chosen[0].images else []
+    heads += [prompt.replace("a [V] {class} ", "").replace("[V] {class}", "subject") for prompt in prompts]
     title = f"{study.title}: " + (f"seed {seed}" if by_subject else f"{subject}, seed {seed}")
     contact_sheet(rows, path, columns=heads, title=title, cell=128 if small else None)
     if small:
@@ -53,6 +58,12 @@ WIDEST = 8
 """Prompts in a row."""
 
 
+@functools.cache
+def _photo(images: str) -> list[Image.Image]:
+    """The subject's first photo, in a list; an empty list without a place."""
+    return photos_of(images)[:1] if images else []
+
+
 def _cut(strip: Path, count: int) -> list[Image.Image]:
     with Image.open(strip) as opened:
         whole = opened.convert("RGB")
@@ -61,7 +72,10 @@ def _cut(strip: Path, count: int) -> list[Image.Image]:
 
 
 def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
-    """Each metric against the value, with error bars; False where there is nothing to plot."""
+    """Each metric against the value; thin bars are the spread over subjects and seeds, thick ones over seeds alone.
+
+    False where there is nothing to plot.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,6 +98,8 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
             style = {"marker": "o", "markersize": 4, "capsize": 3, "color": COLOURS[i % len(COLOURS)]}
             line = "-" if numeric else "none"
             panel.errorbar(x, heights, spreads, linestyle=line, elinewidth=0.8, label=series or None, **style)
+            seeds = [rows[k].spread_of_seeds(metric) for k in own]
+            panel.errorbar(x, heights, seeds, linestyle="none", elinewidth=4, alpha=0.4, color=style["color"])
         if numeric:
             panel.set_xscale("log" if study.log_axis else "linear")
             places = sorted({row.x for row in rows if row.x is not None})

@@ -49,7 +49,7 @@ class Planner:
     def expand(self, name: str, study: Study, model: str) -> list[Cell]:
         """All cells of a study, seed by seed; its tasks join those of the studies before."""
         return [
-            Cell(series, value, row.name, seed, self._need(name, study, series, value, row, seed))
+            Cell(series, value, row.name, seed, self._need(name, study, series, value, row, seed), self._images(row))
             for seed in range(self.seeds)
             for row in self.rows_of(study)
             for series in study.series
@@ -57,7 +57,7 @@ class Planner:
         ]
 
     def _need(self, name: str, study: Study, series: Series, value: Value, row: SuiteRow, seed: int) -> str:
-        images = self.suite.images_of(row, self.photos)
+        images = self._images(row)
         try:
             config = self._config(row, images, seed, {**series.set, **value.set})
         except ValueError as error:
@@ -81,6 +81,9 @@ class Planner:
         task.needs[key] = {"step": step, "sampling": sampling, "of": of}
         task.studies.add(name)
         return key
+
+    def _images(self, row: SuiteRow) -> str:
+        return self.suite.images_of(row, self.photos)
 
     def _config(self, row: SuiteRow, images: str, seed: int, fields: dict[str, Any]) -> RunConfig:
         subject = {"images": images, "class": row.class_noun, "token": row.token}

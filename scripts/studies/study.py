@@ -66,6 +66,8 @@ class Value(Strict):
     """The part of the table it stands in."""
     reference: bool = False
     """The row that the others are compared with; none marked takes the first."""
+    against: str = ""
+    """Label of another value of its section: the table ends with the difference to it too."""
     untrained: bool = False
     """The base model without an adapter, on the prompts without the identifier."""
 
@@ -102,6 +104,9 @@ class Study(Strict):
             marks = [(value.section, value.label) for value in rows]
             if twice := [label for label in marks if marks.count(label) > 1]:
                 raise ValueError(f"values.{name}: {twice[0][1]} is there twice")
+            for value in rows:
+                if value.against and (value.section, value.against) not in marks:
+                    raise ValueError(f"values.{name}: {value.label} is against {value.against!r}, which is not there")
         return self
 
     def values_for(self, model: str) -> list[Value]:

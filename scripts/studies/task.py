@@ -18,6 +18,8 @@ class Cell:
     subject: str
     seed: int
     key: str
+    images: str = ""
+    """All photos of the subject."""
 
 
 @dataclass
