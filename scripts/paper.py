@@ -8,7 +8,7 @@
 
 A study is a YAML in configs/paper/: a base (configs/paper/models/) and the values to vary. Runs that several need
 are trained once, finished records are never computed again, a run that was stopped goes on. Every study's table.md,
-table.csv, sheet.png and plot.png lie in RUNS/STUDY/ and are written anew from the records each time.
+table.csv, sheet.png and plot.png lie in RUNS/STUDY/MODEL/ and are written anew from the records each time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … of every run")
     parser.add_argument("--subjects", help="names in the base's suite, with commas (the base's own)")
     parser.add_argument("--photos", type=Path, help="folder with a folder of photos for each subject (sdxl, sd15)")
-    parser.add_argument("--runs", type=Path, help="folder of runs, records and tables (runs/paper/MODEL)")
+    parser.add_argument("--runs", type=Path, help="folder of runs, records and tables (runs/paper)")
     parser.add_argument("--on", choices=("local", "ray"), default="local", help="where tasks run")
     parser.add_argument("--workers", type=int, help="processes (as many as there are GPUs, else 1)")
     parser.add_argument("--steps", type=int, help="short for --set train.steps=N, where a study does not vary it")

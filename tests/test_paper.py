@@ -182,11 +182,11 @@ def forbid(tasks, runs, workers):
 
 def test_a_finished_study_is_not_computed_again(world, monkeypatch, capsys):
     call, runs, _ = world
-    before = (runs / "small" / "table.csv").read_bytes()
+    before = (runs / "small" / "toybox" / "table.csv").read_bytes()
     monkeypatch.setitem(spread.RUNNERS, "local", forbid)
     assert paper.main([*call, "--runs", str(runs)]) == 0
     assert "everything is measured" in capsys.readouterr().out
-    assert (runs / "small" / "table.csv").read_bytes() == before
+    assert (runs / "small" / "toybox" / "table.csv").read_bytes() == before
 
 
 def test_one_training_serves_all_values(world):
@@ -207,12 +207,12 @@ def test_one_training_serves_all_values(world):
 
 def test_a_study_leaves_table_sheet_and_plot(world):
     _, runs, _ = world
-    text = (runs / "small" / "table.md").read_text()
+    text = (runs / "small" / "toybox" / "table.md").read_text()
     assert "| KronA, one step |" in text and "## Spread over the values" in text and "missing" not in text
     for name in ("sheet.png", "plot.png"):
-        with Image.open(runs / "small" / name) as picture:
+        with Image.open(runs / "small" / "toybox" / name) as picture:
             assert min(picture.size) > 100
-    lines = list(csv.DictReader((runs / "small" / "table.csv").open()))
+    lines = list(csv.DictReader((runs / "small" / "toybox" / "table.csv").open()))
     assert [line["label"] for line in lines] == [f"KronA, {value['label']}" for value in STUDY["values"]["default"]]
 
 
@@ -222,7 +222,9 @@ def test_records_of_another_machine_give_the_same_tables(world, tmp_path, monkey
     source = ["--import-records", str(export / "records.jsonl")]
     assert paper.main([*call, "--runs", str(tmp_path / "runs"), *source]) == 0
     for name in ("table.md", "table.csv"):
-        assert (tmp_path / "runs" / "small" / name).read_bytes() == (runs / "small" / name).read_bytes()
+        assert (tmp_path / "runs" / "small" / "toybox" / name).read_bytes() == (
+            runs / "small" / "toybox" / name
+        ).read_bytes()
 
 
 TAMPERED = {
@@ -297,7 +299,7 @@ def test_a_task_that_fails_costs_only_itself(world, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(spread.RUNNERS, "local", here)
     assert paper.main([*call, "--runs", str(tmp_path / "runs")]) == 1
     assert "RuntimeError: out of luck" in capsys.readouterr().err
-    text = (tmp_path / "runs" / "small" / "table.md").read_text()
+    text = (tmp_path / "runs" / "small" / "toybox" / "table.md").read_text()
     assert text.count(" missing |") == 3 and "0 (1 missing)" in text
 
 

@@ -21,7 +21,7 @@ def conduct(options: argparse.Namespace) -> int:
     studies = load_studies(options.studies)
     base = load_base(options.model, options.base)
     # absolute: a process of a cluster may stand elsewhere
-    runs = (options.runs or Path("runs") / "paper" / options.model).expanduser().absolute()
+    runs = (options.runs or Path("runs") / "paper").expanduser().absolute()
     planner = Planner(
         options.model,
         base,
@@ -42,9 +42,9 @@ def conduct(options: argparse.Namespace) -> int:
         if not options.report_only:
             failed = work_off(tasks, runs, options.on, options.workers)
     finally:  # also after Ctrl-C: what is there is worth reading
-        missing = write_all(studies, cells, runs, runs)
+        missing = write_all(studies, cells, runs, {name: runs / name / options.model for name in studies})
     if options.export:
-        write_all(studies, cells, runs, options.export, small=True)
+        write_all(studies, cells, runs, {name: options.export / name for name in studies}, small=True)
         kept = read_all([cell for own in cells.values() for cell in own], runs)
         records.write_lines(options.export / "records.jsonl", kept.values())
     for task, why in failed:
@@ -132,9 +132,14 @@ def read_all(cells: Sequence[Cell], runs: Path) -> dict[str, records.Record]:
 
 
 def write_all(
-    studies: dict[str, Study], cells: dict[str, list[Cell]], runs: Path, target: Path, *, small: bool = False
+    studies: dict[str, Study],
+    cells: dict[str, list[Cell]],
+    runs: Path,
+    targets: dict[str, Path],
+    *,
+    small: bool = False,
 ) -> int:
-    """Tables and figures of every study under `target`; how many records are missing."""
+    """Tables and figures of every study in its folder of `targets`; how many records are missing."""
     missing = 0
     for name, study in studies.items():
         found = read_all(cells[name], runs)
@@ -143,12 +148,12 @@ def write_all(
         if not found:
             print(f"{name}: nothing is measured yet")
             continue
-        rows = rows_of(study, cells[name], found)
-        tables.write_markdown(target / name / "table.md", study, rows, about(cells[name], found))
-        tables.write_csv(target / name / "table.csv", study, rows)
-        figures.write_plot(target / name / "plot.png", study, rows)
-        figures.write_sheet(target / name / "sheet.png", study, cells[name], found, runs, small=small)
-        print(f"{os.path.relpath(target / name / 'table.md')}" + (f" ({lacking} records missing)" if lacking else ""))
+        rows, target = rows_of(study, cells[name], found), targets[name]
+        tables.write_markdown(target / "table.md", study, rows, about(cells[name], found))
+        tables.write_csv(target / "table.csv", study, rows)
+        figures.write_plot(target / "plot.png", study, rows)
+        figures.write_sheet(target / "sheet.png", study, cells[name], found, runs, small=small)
+        print(f"{os.path.relpath(target / 'table.md')}" + (f" ({lacking} records missing)" if lacking else ""))
     return missing
 
 
