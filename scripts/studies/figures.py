@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -72,9 +73,9 @@ def _cut(strip: Path, count: int) -> list[Image.Image]:
 
 
 def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
-    """Each metric against the value; thin bars are the spread over subjects and seeds, thick ones over seeds alone.
+    """Each metric against the value, and the subject against the prompt: what one gains, the other often loses.
 
-    False where there is nothing to plot.
+    Thin bars are the spread over subjects and seeds, thick ones over seeds alone; False where there is nothing to plot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,9 +86,10 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
     numeric = all(row.x is not None for row in rows)
     labels = [row.label if len(row.label) <= 24 else row.label[:23] + "…" for row in rows]
     lines = list(dict.fromkeys(row.series or row.section for row in rows))
-    figure = Figure(figsize=(10.5, 3.3 if numeric else 3.3 + 0.045 * max(map(len, labels))), layout="constrained")
+    figure = Figure(figsize=(13, 3.3 if numeric else 3.3 + 0.045 * max(map(len, labels))), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(SHOWN))
+    *panels, last = figure.subplots(1, len(SHOWN) + 1, width_ratios=[1] * len(SHOWN) + [1.25])
+    _draw_exchange(last, rows, lines, joined=numeric)
     for panel, metric in zip(panels, SHOWN, strict=True):
         panel.set_title(METRICS[metric].title, loc="left", fontsize=10)
         for i, series in enumerate(lines):
@@ -102,8 +104,8 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
             panel.errorbar(x, heights, seeds, linestyle="none", elinewidth=4, alpha=0.4, color=style["color"])
         if numeric:
             panel.set_xscale("log" if study.log_axis else "linear")
-            places = sorted({row.x for row in rows if row.x is not None})
-            panel.set_xticks(places, [f"{x:g}" for x in places], fontsize=8)
+            places = {row.x: row.value.label if study.log_axis else f"{row.x:g}" for row in rows if row.x is not None}
+            panel.set_xticks(list(places), list(places.values()), fontsize=8)
             panel.set_xticks([], minor=True)
         else:
             panel.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
@@ -117,3 +119,21 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
     return True
+
+
+def _draw_exchange(panel: Any, rows: Sequence[Row], lines: Sequence[str], *, joined: bool) -> None:
+    """DINO over CLIP-T, a point a trained row: up and to the right is better."""
+    rows = [row for row in rows if not row.value.untrained]
+    for i, series in enumerate(lines):
+        own = [row for row in rows if (row.series or row.section) == series]
+        x, y = ([row.mean(metric) for row in own] for metric in ("clip_t", "dino"))
+        panel.plot(x, y, "o", linestyle="-" if joined else "none", markersize=4, color=COLOURS[i % len(COLOURS)])
+        for row, *place in zip(own, x, y, strict=True):
+            near = {"xytext": (4, 3 if i % 2 == 0 else -8), "textcoords": "offset points", "fontsize": 6}
+            panel.annotate(row.label.removeprefix(f"{row.series}, "), place, color=COLOURS[i % len(COLOURS)], **near)
+    panel.set_title("DINO over CLIP-T", loc="left", fontsize=10)
+    panel.set_xlabel("CLIP-T", fontsize=9)
+    panel.tick_params(labelsize=8)
+    panel.margins(0.12)
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
