@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +99,23 @@ def out_of_memory(level: Level | None = None) -> str:
         f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise "
         "train.gradient_accumulation), lower data.resolution, or set train.memory: nf4"
     )
+
+
+DRAWING = (
+    "out of device memory while drawing. Take --quantize nf4 and --vae-tiling, a smaller --batch-size or smaller "
+    "pictures, and end other programs on the device"
+)
+
+
+@contextlib.contextmanager
+def while_drawing() -> Iterator[None]:
+    """A device without memory as a RuntimeError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out(error):
+            raise RuntimeError(DRAWING) from error
+        raise
 
 
 def precision(asked: str, device_type: str) -> tuple[str, torch.dtype]:

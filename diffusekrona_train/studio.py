@@ -14,6 +14,7 @@ import torch
 from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
 from diffusekrona_train.families import near_miss
 from diffusekrona_train.files import sha256
+from diffusekrona_train.memory import while_drawing
 from diffusekrona_train.pictures import Planned
 from diffusekrona_train.sample import SampleSettings, render
 from diffusekrona_train.weights import AdapterFile, inject_file, read_adapter
@@ -138,6 +139,19 @@ def missing_identifiers(prompt: str, subjects: Sequence[Subject]) -> list[str]:
     return warnings
 
 
+def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
+    """One warning for each identifier that several adapters have: their markers are then the same word."""
+    owners: dict[str, list[int]] = {}
+    for i, subject in enumerate(subjects, start=1):
+        if subject.token:
+            owners.setdefault(subject.token.lower(), []).append(i)
+    return [
+        f"{' and '.join(f'[V{i}]' for i in own)} are the same word, {token!r}: train each with its own subject.token"
+        for token, own in owners.items()
+        if len(own) > 1
+    ]
+
+
 def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Path | None = None) -> dict[str, Any]:
     """Arguments for open_model: what the user says, else the run's config, else what the adapter file says."""
     if model is not None:
@@ -213,6 +227,7 @@ class Studio:
     """The loaded pipeline. Texts are encoded first, in fp32 as training does, and the encoders leave before the
     denoiser comes, so that both never share the card."""
 
+    @while_drawing()
     def __init__(
         self, source: Any, subjects: Sequence[Subject], texts: Sequence[str], memory: Memory, device: torch.device
     ):
@@ -268,6 +283,7 @@ class Studio:
         fuse = self.memory.fuses and (self.memory.offload == "none" or len(set(scales)) == 1)
         keep = keep or len(set(scales)) > 1
 
+        @while_drawing()
         def paint(batch: list[Planned]) -> list[Any]:
             if batch[0].scale != self._scale:
                 self.set_scale(batch[0].scale, fuse, keep)

@@ -161,7 +161,7 @@ def name_the_best(run: Run) -> None:
     run.objective.denoiser = None  # the evaluation loads the base itself; the factors are saved
     setup.free(run.accelerator.device)
     try:
-        best = best_checkpoint(run.folder)
+        best = best_checkpoint(run.folder, quantize=run.level.quantize)  # what fits training fits this
     except Exception as error:
         run.journal.say(f"keep_best: the checkpoints were not measured ({type(error).__name__}: {error})")
         return

@@ -31,8 +31,8 @@ the whole story:  $PWD/$run/report.html
 the adapter:      $PWD/$run/toybox.safetensors
 
 next, your own photos on SDXL (a GPU with 8 GB or more):
-  .venv/bin/krona-train init path/to/photos --class dog     # writes a commented YAML
-  .venv/bin/krona-train --config dog.yaml --check           # what would happen; loads nothing
+  .venv/bin/krona-train init path/to/photos --class dog --config dog.yaml   # writes a commented YAML
+  .venv/bin/krona-train --config dog.yaml --check      # what would happen; loads nothing
   .venv/bin/krona-train --config dog.yaml
   .venv/bin/krona-sample runs/dog "A [V] dog on the beach"
 TEXT

@@ -162,6 +162,18 @@ def test_compare_tells_all_metrics_parameters_size_and_differences(world, plan, 
     assert status == 0 and "drawing" not in out and "* " in out and "base model" in out
 
 
+def test_adapters_are_compared_on_a_quantised_base(world, tmp_path, capsys):
+    status, out, error = run_app(
+        capsys, "compare", world / "runs" / "dog", "--num-images", 1, "--steps", 1, "--quantize", "nf4", "--vae-tiling",
+        "--clip", "toybox", "--dino", "toybox", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0 and "drawing" in out, error
+    about = (tmp_path / "out" / "pictures" / "manifest.jsonl").read_text()
+    assert {json.loads(line)["quantize"] for line in about.splitlines()} == {"nf4"}
+    status, _, error = run_app(capsys, "compare", world / "runs" / "dog", "--quantize", "nf3")
+    assert status == 2 and "--quantize 'nf3': there are none, nf4, int8" in error
+
+
 def test_shares_of_two_processes_are_one(world, plan, tmp_path):
     files = [studio.find_adapter(world / "runs" / "dog")]
     alone = evaluate.compare(files, None, plan, tmp_path / "one", settings={"steps": 2})

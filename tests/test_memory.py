@@ -38,6 +38,16 @@ def test_other_errors_are_not_taken_for_it(error):
     assert not memory.ran_out(error)
 
 
+@pytest.mark.parametrize("error", OUT.values(), ids=OUT)
+def test_drawing_without_memory_says_what_to_take(error):
+    with pytest.raises(RuntimeError, match="^out of device memory while drawing. Take --quantize nf4"):
+        with memory.while_drawing():
+            raise error
+    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+        with memory.while_drawing():
+            raise RuntimeError("mat1 and mat2 shapes")
+
+
 @pytest.mark.parametrize("who", ["cublas", "driver"])
 def test_a_run_goes_a_level_down_for_libraries_too(world, tmp_path, monkeypatch, who):
     straight = factors(train(make_run(world, tmp_path / "a", train={"memory": "checkpointing"})).parent)

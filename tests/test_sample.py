@@ -319,6 +319,13 @@ def test_the_bare_base_prompts_file_and_quantised(tmp_path):
     assert quantised.exit_code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 4
 
 
+def test_two_adapters_with_one_identifier_are_told():
+    several = [studio.Subject(None, token=token) for token in ("sks", "ohwx", "SKS", None, None)]  # type: ignore[arg-type]
+    (told,) = studio.shared_identifiers(several)
+    assert told.startswith("[V1] and [V3] are the same word, 'sks'")
+    assert studio.shared_identifiers(several[:2]) == []
+
+
 def test_run_folders_name_their_adapters(world, tmp_path):
     run = tmp_path / "dog"
     data = (world["root"] / "sks.safetensors").read_bytes()

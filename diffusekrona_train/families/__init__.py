@@ -21,7 +21,9 @@ FAMILIES: dict[str, str] = {
 }
 """Family name -> module that holds its FAMILY object."""
 
-PACKAGED = {MODEL_ALIASES[alias]: alias for alias in ("sdxl", "sd15", "sd14", "sd21")}
+PACKAGED = {MODEL_ALIASES[alias]: alias for alias in ("sdxl", "sd15", "sd14", "sd21")} | {
+    "stabilityai/stable-diffusion-2-1": "sd21",  # withdrawn from the hub in November 2025, in caches still
+}
 """Hub names whose configs the package carries: these open without a network."""
 
 
