@@ -6,9 +6,9 @@
     python scripts/paper.py baselines --export docs/paper/toybox          # tables, plot, sheet and records, small
     python scripts/paper.py all --import-records records.jsonl --report-only
 
-A study is a YAML in configs/paper/: a base (configs/paper/models/) and the values to vary. Runs that several need
-are trained once, finished records are never computed again, a run that was stopped goes on. Every study's table.md,
-table.csv, sheet.png and plot.png lie in RUNS/STUDY/MODEL/ and are written anew from the records each time.
+A study is a YAML in configs/paper/: a base (configs/paper/models/) and the values to vary. Runs that several studies of
+a call need are trained once, finished records are never computed again, a run that was stopped goes on. Every study's
+table.md, table.csv, sheet.png and plot.png lie in RUNS/STUDY/MODEL/ and are written anew from the records each time.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> int:
     options = arguments(given)
+    from diffusekrona_train.cli import USER_MISTAKES, one_line
     from scripts.studies.conduct import conduct
 
     try:
         return conduct(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (*USER_MISTAKES, ConnectionError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -13,12 +14,13 @@ import yaml
 from PIL import Image
 
 from scripts import paper
-from scripts.studies import compare, conduct, records, spread, tables
+from scripts.studies import compare, conduct, records, spread, tables, work
 from scripts.studies.plan import Planner, order, unfinished
 from scripts.studies.rows import rows_of
 from scripts.studies.study import MODELS, Series, Study, Value, known_studies, load_base, load_studies
 from scripts.studies.task import Cell, Task
 
+ROOT = Path(__file__).resolve().parents[1]
 WANTED = """baselines factors guidance images inference-steps init learning-rate lokr-factors modules steps suite"""
 
 
@@ -65,7 +67,7 @@ def test_studies_share_their_runs(tmp_path):
     assert len(tasks) == 6, "the base's run, which all four share, and five other factors"
     assert shared.studies == {"steps", "guidance", "inference-steps", "factors"}
     assert shared.steps == [25, 50, 100, 200] and base.config["train"]["steps"] in shared.steps
-    assert len(shared.needs) == 4 + 4 + 4, "base's own settings are counted once"
+    assert len(shared.needs) == 4 + 4 + 5, "base's own settings are counted once"
 
 
 def test_a_run_is_named_by_what_determines_it(tmp_path):
@@ -97,6 +99,8 @@ MISTAKES = {
     "an unknown subject": (["init", "--subjects", "unicorn"], "--subjects unicorn: suite toybox has poodle, "),
     "no photos": (["init", "--model", "sd15"], "give the folder that holds dog/ with --photos"),
     "a wrong override": (["init", "--set", "train.stepz=3"], "train.stepz is not a known key"),
+    "a model by --set": (["init", "--set", "model=sdxl"], "--set model: the base and its suite say that"),
+    "other photos by --set": (["init", "--set", "subject.images=x"], "--set subject.images: the base and its suite"),
     "records that are not there": (["init", "--import-records", "nowhere.jsonl"], "--import-records nowhere.jsonl: No"),
 }
 
@@ -108,6 +112,38 @@ def test_a_mistake_is_one_line(name, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and told in printed.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["--runs", "--export"])
+def test_a_file_in_the_place_of_a_folder_is_one_line(option, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    given = ["init", "--runs", str(tmp_path / "runs"), option, str(tmp_path / "file")]
+    assert paper.main(given) == 2
+    assert capsys.readouterr().err == f"error: {option} {tmp_path / 'file'}: is a file; give a folder\n"
+
+
+def test_an_export_keeps_other_studies_records(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records.write_lines(path, [{"key": "b", "scores": 1}, {"key": "a", "scores": 1}])
+    records.write_lines(path, [{"key": "c", "scores": 2}, {"key": "a", "scores": 2}])
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(one["key"], one["scores"]) for one in kept] == [("a", 2), ("b", 1), ("c", 2)]
+    path.write_text("no record\n")
+    with pytest.raises(ValueError, match="is no file of records"):
+        records.write_lines(path, [])
+    assert path.read_text() == "no record\n"
+
+
+def test_captions_are_part_of_what_a_run_is_named_by(photos, tmp_path):
+    def key() -> str:
+        planner = planner_for("sdxl", tmp_path, subjects=["dog"], photos=photos)
+        return planner.expand("suite", load_studies(["suite"])["suite"], "sdxl")[0].key
+
+    before = key()
+    (photos / "dog" / "0.txt").write_text("a dog that sits")
+    assert key() != before
+    (photos / "dog" / "0.txt").unlink()
+    assert key() == before
 
 
 def test_a_study_of_ones_own_with_a_mistake_is_named(tmp_path):
@@ -159,7 +195,12 @@ def here(tasks, runs, workers):
 def write_world(folder: Path) -> list[str]:
     """Arguments of a call that trains one run of two steps and measures four times, one prompt in one sampling step."""
     base = load_base("toybox").model_dump(mode="json")
-    base |= {"subjects": ["poodle"], "prompts": base["prompts"][:1], "pictures": 1, "sampling": {"steps": 1}}
+    base |= {
+        "subjects": ["poodle"],
+        "prompts": base["prompts"][:1],
+        "pictures": 1,
+        "sampling": {"steps": 1, "guidance": 0},
+    }
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     (folder / "small.yaml").write_text(yaml.safe_dump(STUDY))
     return [str(folder / "small.yaml"), "--base", str(folder / "base.yaml"), "--seeds", "1", "--workers", "1"]
@@ -257,10 +298,10 @@ def test_an_interrupted_study_goes_on(world, tmp_path, monkeypatch):
     shutil.copytree(runs / "cache", again / "cache")
 
     def stopped(tasks, place, workers):
-        """The run as a signal leaves it after its first step."""
+        """The run as a signal leaves it after its first step, before its states are cleared away."""
         task = next(task for task in tasks if task.steps)
         task.needs = {key: need for key, need in task.needs.items() if need["step"] == 1}
-        patch.setattr("scripts.studies.work._measured", interrupt)
+        patch.setattr("scripts.studies.work.claimed", interrupt)
         spread.attempt(task, place)
         yield task, None
 
@@ -283,6 +324,35 @@ def scores_of(runs: Path) -> dict:
     return {path.stem: json.loads(path.read_text())["scores"] for path in (runs / "records").glob("*.json")}
 
 
+def test_a_run_that_diverges_is_a_result(world, tmp_path, monkeypatch):
+    call, *_ = world
+    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    module = importlib.import_module("diffusekrona_train.train")
+
+    def diverge(config, **_):
+        raise module.Diverged("not finite")
+
+    monkeypatch.setattr(module, "train", diverge)
+    assert paper.main([*call, "--runs", str(tmp_path)]) == 0
+    text = (tmp_path / "small" / "toybox" / "table.md").read_text()
+    assert text.count("| 0, 1 diverged |") == 3 and "missing" not in text
+    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    assert paper.main([*call, "--runs", str(tmp_path)]) == 0, "it is not tried again"
+
+
+def test_a_state_that_cannot_go_on_is_left_behind(monkeypatch):
+    asked = []
+
+    def refuse_to_resume(config, resume=False, overwrite=False):
+        asked.append((resume, overwrite))
+        if resume:
+            raise ValueError("cannot resume: changed subject.images")
+
+    monkeypatch.setattr(importlib.import_module("diffusekrona_train.train"), "train", refuse_to_resume)
+    work._train(None, True)
+    assert asked == [(True, False), (False, True)]
+
+
 def test_a_task_that_fails_costs_only_itself(world, tmp_path, monkeypatch, capsys):
     call, runs, _ = world
     shutil.copytree(runs / "cache", tmp_path / "runs" / "cache")
@@ -300,7 +370,7 @@ def test_a_task_that_fails_costs_only_itself(world, tmp_path, monkeypatch, capsy
     assert paper.main([*call, "--runs", str(tmp_path / "runs")]) == 1
     assert "RuntimeError: out of luck" in capsys.readouterr().err
     text = (tmp_path / "runs" / "small" / "toybox" / "table.md").read_text()
-    assert text.count(" missing |") == 3 and "0 (1 missing)" in text
+    assert text.count(" missing |") == 1 and "| – | – | – | 0, 1 missing |" in text
 
 
 # ---- the pool ------------------------------------------------------------------------------------------------------
@@ -343,7 +413,8 @@ def made_up(seed: int = 0) -> tuple[list[Cell], dict[str, dict], np.ndarray]:
         for v in range(3):
             for k in range(6):
                 key = f"{s}{v}{k}"
-                cells.append(Cell(series, Value(label=f"v{v}", x=v, reference=v == 1), ("a", "b")[k % 2], k // 2, key))
+                value = Value(label=f"v{v}", x=v, reference=v == 1)
+                cells.append(Cell(series, value, ("a", "b")[k % 2], k // 2, key, group="g"))
                 own = dict(zip(records.METRICS, map(float, scores[s, v, :, k]), strict=True))
                 found[key] = {"key": key, "scores": own, "parameters": 10 + s, "seconds": {"train": k}, "group": "g"}
     return cells, found, scores
@@ -367,9 +438,51 @@ def test_means_spreads_and_gaps_are_numpys(tmp_path):
                 assert float(line[f"{metric}_minus_reference"]) == pytest.approx((values - other).mean(), abs=1e-6)
         assert (line["n"], line["missing"], line["trained_parameters"]) == ("6", "0", str(10 + i // 3))
         assert float(line["train_seconds"]) == 2.5
-    for told, own in zip(compare.series_spread(rows), scores.mean(axis=3), strict=True):
-        assert [told[m] for m in records.METRICS] == pytest.approx(list(own.std(axis=0, ddof=1)))
-        assert [told[f"{m}_range"] for m in records.METRICS] == pytest.approx(list(np.ptp(own, axis=0)))
+    for metric in records.METRICS:
+        own = scores[:, :, records.METRICS.index(metric)]
+        for told, values in zip(compare.spreads_of(rows, metric), own, strict=True):
+            assert np.mean(list(told.deviation.values())) == pytest.approx(values.std(axis=0, ddof=1).mean())
+            assert np.mean(list(told.reach.values())) == pytest.approx(np.ptp(values, axis=0).mean())
+
+
+def test_intervals_are_students_within_subjects():
+    """Against the least squares of a model with one mean a subject, worked out with numpy."""
+    cells, found, scores = made_up()
+    rows = rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found)
+    gap = compare.against(rows[3], rows[0], "dino")
+    differences = scores[1, 0, 2] - scores[0, 0, 2]
+    design = np.array([[1, 1] if k % 2 == 0 else [1, -1] for k in range(6)], dtype=float)  # columns: mean, contrast
+    fitted, squares, *_ = np.linalg.lstsq(design, differences, rcond=None)
+    error = np.sqrt(squares[0] / 4 * np.linalg.inv(design.T @ design)[0, 0])
+    half = 2.776445105 * error  # Student's t of four degrees of freedom, 97.5 %
+    assert gap is not None
+    assert [gap.value, gap.low, gap.high] == pytest.approx([fitted[0], fitted[0] - half, fitted[0] + half], abs=1e-5)
+    signs = [np.sign(differences[::2].mean()), np.sign(differences[1::2].mean())]
+    assert (gap.agree, gap.subjects) == (signs.count(np.sign(fitted[0])), 2)
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (8, 2.3060), (30, 2.0423), (500, 1.9647)])
+def test_students_quantile(freedom, quantile):
+    assert compare.student(freedom) == pytest.approx(quantile, abs=2e-4)
+
+
+def test_a_difference_is_clear_where_the_interval_leaves_out_zero_and_all_subjects_agree():
+    same = compare.gap_of({(subject, seed): 0.1 + 0.001 * seed for subject in "abcd" for seed in range(3)})
+    one_apart = compare.gap_of(
+        {(s, seed): (-0.01 if s == "d" else 0.1) + 0.001 * seed for s in "abcd" for seed in range(3)}
+    )
+    noisy = compare.gap_of({(subject, seed): 0.1 + (seed - 1) for subject in "abcd" for seed in range(3)})
+    assert same is not None and one_apart is not None and noisy is not None
+    assert same.clear and tables.told(same).startswith("**+0.101** [") and tables.told(same).endswith(" 4/4")
+    assert not one_apart.clear and one_apart.low is not None and one_apart.low > 0
+    assert tables.told(one_apart).endswith(" 3/4")
+    assert not noisy.clear and noisy.agree == 4
+
+
+def test_one_seed_gives_no_interval():
+    gap = compare.gap_of({("a", 0): 0.1, ("b", 0): 0.2})
+    assert gap is not None and (gap.low, gap.high, gap.clear) == (None, None, False)
+    assert tables.told(gap) == "+0.150 2/2" and compare.gap_of({}) is None
 
 
 def test_how_much_more_one_series_spreads_than_another_is_known_where_nothing_is_left_to_chance():
@@ -379,19 +492,12 @@ def test_how_much_more_one_series_spreads_than_another_is_known_where_nothing_is
         by_cell = 0.1 * (cell.subject == "b") + 0.01 * cell.seed
         by_value = 0.1 * (cell.value.x or 0) * (cell.series.label == "LoRA")
         found[cell.key]["scores"] = dict.fromkeys(records.METRICS, by_cell + by_value)
-    gap = compare.spread_gaps(rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found))[0]
-    assert (gap["first"], gap["other"], gap["n"]) == ("KronA", "LoRA", 6)
+    rows = rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found)
     for metric in records.METRICS:
-        assert [gap[metric][name] for name in ("value", "low", "high")] == pytest.approx([-0.1] * 3)
-
-
-def test_the_interval_of_a_difference_of_spreads_is_wide_where_chance_is():
-    cells, found, scores = made_up()
-    gap = compare.spread_gaps(rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found))[0]
-    wanted = scores.mean(axis=3).std(axis=1, ddof=1)
-    for i, metric in enumerate(records.METRICS):
-        assert gap[metric]["value"] == pytest.approx(wanted[0, i] - wanted[1, i])
-        assert gap[metric]["low"] < 0 < gap[metric]["high"]
+        first, other = compare.spreads_of(rows, metric)
+        gap = compare.spread_gap(first, other)
+        assert (first.series, other.series, first.values) == ("KronA", "LoRA", 3) and gap is not None
+        assert [gap.value, gap.low, gap.high] == pytest.approx([-0.1] * 3) and gap.agree == 2
 
 
 def test_pairs_are_the_same_value_in_two_series_and_values_against_each_other(tmp_path):
@@ -415,7 +521,7 @@ def test_pairs_are_the_same_value_in_two_series_and_values_against_each_other(tm
     for line, (names, gaps) in zip(lines, wanted, strict=True):
         parts = [part.strip() for part in line.strip("|").split("|")]
         assert tuple(parts[:2]) == names
-        assert [float(part.split()[0]) for part in parts[2:]] == pytest.approx(gaps.mean(axis=1), abs=5e-4)
+        assert [float(part.split()[0].strip("*")) for part in parts[2:]] == pytest.approx(gaps.mean(axis=1), abs=5e-4)
 
 
 def test_a_value_against_none_is_refused(tmp_path):
@@ -423,6 +529,22 @@ def test_a_value_against_none_is_refused(tmp_path):
     own.write_text("title: a\npaper: b\naxis: c\nvalues: {toybox: [{label: x, against: y}]}\n")
     with pytest.raises(ValueError, match="values.toybox: x is against 'y', which is not there"):
         load_studies([str(own)])
+
+
+def test_runs_that_diverged_are_counted_apart(tmp_path):
+    study = load_studies(["learning-rate"])["learning-rate"]
+    cells, found, scores = made_up()
+    del found["000"]
+    for key in ("001", *(f"02{k}" for k in range(6))):
+        found[key] |= {"diverged": True, "scores": {}}
+    rows = rows_of(study, cells, found)
+    assert (rows[0].missing, rows[0].diverged, len(rows[0].found)) == (1, 1, 4)
+    assert rows[0].mean("dino") == pytest.approx(scores[0, 0, 2, 2:].mean())
+    tables.write_markdown(tmp_path / "table.md", study, rows, "about")
+    tables.write_csv(tmp_path / "table.csv", study, rows)
+    text = (tmp_path / "table.md").read_text()
+    assert "| 4, 1 missing, 1 diverged |" in text and "| KronA, v2 | – | – | – | 0, 6 diverged |" in text
+    assert list(csv.DictReader((tmp_path / "table.csv").open()))[2]["diverged"] == "6"
 
 
 def test_missing_cells_are_counted_and_left_out_of_means():

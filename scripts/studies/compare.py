@@ -1,19 +1,66 @@
 """What a study compares: rows with its reference, rows in pairs, and how far a series spreads over the values.
 
-Rows are compared at the subjects and seeds that both have; intervals are 95 % bootstrap percentiles over these.
+Rows are compared at the subjects and seeds that both have. The seeds of a subject are repetitions, subjects are not: an
+interval is Student's, of the variance within subjects, so it speaks of these subjects alone; beside it stands in how
+many of them the difference has the same sign.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from diffusekrona_train.metrics import BOOTSTRAPS, difference
-from scripts.studies.records import METRICS
-from scripts.studies.rows import Row
+from scripts.studies.rows import Mark, Row, within_subjects
 from scripts.studies.study import Study
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A mean difference, its 95 % interval (None where no subject has two seeds), how many subjects share its sign."""
+
+    value: float
+    low: float | None
+    high: float | None
+    agree: int
+    subjects: int
+
+    @property
+    def clear(self) -> bool:
+        """The interval leaves out 0 and all subjects have the same sign."""
+        apart = self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return apart and self.agree == self.subjects
+
+
+def gap_of(differences: dict[Mark, float]) -> Gap | None:
+    """The mean of differences by (subject, seed); None without any."""
+    if not differences:
+        return None
+    count, value = len(differences), float(np.mean(list(differences.values())))
+    by_subject = {subject: [] for subject, _ in differences}
+    for (subject, _), difference in differences.items():
+        by_subject[subject].append(difference)
+    agree = sum(np.sign(np.mean(own)) == np.sign(value) for own in by_subject.values())
+    squares, freedom = within_subjects(differences)
+    half = student(freedom) * math.sqrt(squares / freedom / count) if freedom else None
+    low, high = (None, None) if half is None else (value - half, value + half)
+    return Gap(value, low, high, int(agree), len(by_subject))
+
+
+@functools.cache
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, from its density."""
+    x = np.linspace(0, 13, 1_300_001)  # the widest, of one degree of freedom, is 12.706
+    norm = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    density = norm * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    reached = np.cumsum((density[1:] + density[:-1]) / 2 * (x[1] - x[0]))
+    return float(x[1:][np.searchsorted(reached, 0.475)])
+
+
+# ---- rows against rows ---------------------------------------------------------------------------------------------
 
 
 def reference_of(study: Study, rows: Sequence[Row]) -> Row | None:
@@ -23,13 +70,12 @@ def reference_of(study: Study, rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if row.value.reference), rows[0])
 
 
-def against(row: Row, other: Row | None, metric: str) -> dict[str, Any] | None:
-    """row - other over the subjects and seeds that both have; None where they share none or are the same."""
-    both = [mark for mark in other.found if mark in row.found] if other else []
-    if other is None or row.found == other.found or not both:
+def against(row: Row, other: Row | None, metric: str) -> Gap | None:
+    """row - other; None where they have no cell in common or are the same."""
+    if other is None or row.found == other.found:
         return None
-    sides = [[side.found[mark]["scores"][metric] for mark in both] for side in (row, other)]
-    return difference(*sides)
+    both = [mark for mark in row.found if mark in other.found]
+    return gap_of({mark: row.score(mark, metric) - other.score(mark, metric) for mark in both})
 
 
 def pairs_of(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -46,46 +92,37 @@ def pairs_of(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     return own + across
 
 
-def series_spread(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each series, how far its rows' means lie apart: standard deviation (n - 1) and range over the values."""
+# ---- spread over the values ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far a series' scores lie apart over the values, at the cells that all rows of all series have.
+
+    deviation and reach: by (subject, seed), the standard deviation (n - 1) and the range over the values.
+    """
+
+    series: str
+    values: int
+    deviation: dict[Mark, float]
+    reach: dict[Mark, float]
+
+
+def spreads_of(rows: Sequence[Row], metric: str) -> list[Spread]:
+    """One of each series that has two values or more; empty where no cell is complete."""
+    measured = [row for row in rows if row.found]
+    common = [mark for mark in (measured[0].found if measured else ()) if all(mark in row.found for row in measured)]
     told = []
-    for series in dict.fromkeys(row.series for row in rows):
-        own = [row for row in rows if row.series == series and row.found]
-        if len(own) > 1:
-            means = {metric: np.array([row.mean(metric) for row in own]) for metric in METRICS}
-            told.append(
-                {"series": series, "values": len(own)}
-                | {metric: float(values.std(ddof=1)) for metric, values in means.items()}
-                | {f"{metric}_range": float(np.ptp(values)) for metric, values in means.items()}
-            )
+    for series in dict.fromkeys(row.series for row in measured):
+        own = [row for row in measured if row.series == series]
+        if len(own) > 1 and common:
+            scores = {mark: np.array([row.score(mark, metric) for row in own]) for mark in common}
+            deviation = {mark: float(values.std(ddof=1)) for mark, values in scores.items()}
+            reach = {mark: float(np.ptp(values)) for mark, values in scores.items()}
+            told.append(Spread(series, len(own), deviation, reach))
     return told
 
 
-def spread_gaps(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The first series' standard deviation over the values minus each other's, by metric as {value, low, high}."""
-    series = list(dict.fromkeys(row.series for row in rows))
-    own = [[row for row in rows if row.series == name] for name in series]
-    told = []
-    for name, others in zip(series[1:], own[1:], strict=True):
-        both = [mark for mark in own[0][0].found if all(mark in row.found for row in (*own[0], *others))]
-        if len(own[0]) < 2 or len(others) < 2 or not both:
-            continue
-        line: dict[str, Any] = {"first": series[0], "other": name, "n": len(both)}
-        for metric in METRICS:
-            scores = [
-                np.array([[row.found[mark]["scores"][metric] for mark in both] for row in side])
-                for side in (own[0], others)
-            ]
-            line[metric] = _spread_gap(*scores)
-        told.append(line)
-    return told
-
-
-def _spread_gap(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """first, second (values, cells): the same cells are drawn for both, as often as there are, BOOTSTRAPS times."""
-    count = first.shape[1]
-    picks = np.random.default_rng(0).integers(0, count, (BOOTSTRAPS, count))
-    gap = [side.mean(axis=1).std(ddof=1) for side in (first, second)]
-    drawn = [side[:, picks].mean(axis=2).std(axis=0, ddof=1) for side in (first, second)]
-    low, high = np.percentile(drawn[0] - drawn[1], (2.5, 97.5))
-    return {"value": float(gap[0] - gap[1]), "low": float(low), "high": float(high)}
+def spread_gap(first: Spread, other: Spread) -> Gap | None:
+    """How much more the first series spreads than the other."""
+    return gap_of({mark: first.deviation[mark] - other.deviation[mark] for mark in first.deviation})

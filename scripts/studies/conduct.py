@@ -22,6 +22,9 @@ def conduct(options: argparse.Namespace) -> int:
     base = load_base(options.model, options.base)
     # absolute: a process of a cluster may stand elsewhere
     runs = (options.runs or Path("runs") / "paper").expanduser().absolute()
+    for name, folder in (("--runs", runs), ("--export", options.export)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"{name} {folder}: is a file; give a folder")
     planner = Planner(
         options.model,
         base,
@@ -101,6 +104,7 @@ def estimate(tasks: Sequence[Task], runs: Path, workers: int) -> str:
     model = tasks[0].of["model"]
     done = [record for path in (runs / "records").glob("*.json") if (record := records.read(runs, path.stem))]
     done = [record for record in done if record["of"]["run"]["model"] == model]
+    done = [record for record in done if not record.get("diverged")]
     trained = [record for record in done if record["of"]["step"] and record["seconds"]["train"]]
     if not trained:
         return " (no record yet from which to say how long that takes)"
@@ -158,17 +162,17 @@ def write_all(
 
 
 def about(cells: Sequence[Cell], found: dict[str, records.Record]) -> str:
-    """What a table's reader has to know."""
+    """What was measured: the model, the subjects, how many pictures."""
     one = next(iter(found.values()))
     sampling = one["of"]["sampling"]
     subjects = list(dict.fromkeys(cell.subject for cell in cells))
     seeds = len({cell.seed for cell in cells})
+    kinds = sorted({record["drawn_in"] for record in found.values() if "drawn_in" in record})
+    mixed = f" Drawn in {' and '.join(kinds)}: differences between machines are in these numbers." * (len(kinds) > 1)
     return (
         f"{one['of']['run']['model'].split(' ')[0]}; {_count(len(subjects), 'subject')} ({', '.join(subjects)}), "
         f"{_count(seeds, 'seed')}, {_count(len(sampling['prompts']), 'prompt')} x "
-        f"{_count(len(sampling['seeds']), 'picture')} each. Mean ± standard deviation over subjects x seeds (over the "
-        "seeds of one subject alone); trained: trained parameters; seconds: of the training loop; minus: mean "
-        "difference at the same subjects and seeds, with its 95 % bootstrap interval."
+        f"{_count(len(sampling['seeds']), 'picture')} each.{mixed}"
     )
 
 

@@ -13,7 +13,6 @@ from diffusekrona_train.evaluate.inputs import photos_of
 from diffusekrona_train.files import atomic
 from diffusekrona_train.metrics import METRICS
 from diffusekrona_train.report import contact_sheet
-from scripts.studies.records import METRICS as SHOWN
 from scripts.studies.records import Record, strip_of
 from scripts.studies.rows import Row
 from scripts.studies.study import Study
@@ -88,9 +87,9 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
     lines = list(dict.fromkeys(row.series or row.section for row in rows))
     figure = Figure(figsize=(13, 3.3 if numeric else 3.3 + 0.045 * max(map(len, labels))), layout="constrained")
     FigureCanvasAgg(figure)
-    *panels, last = figure.subplots(1, len(SHOWN) + 1, width_ratios=[1] * len(SHOWN) + [1.25])
+    *panels, last = figure.subplots(1, len(study.metrics) + 1, width_ratios=[1] * len(study.metrics) + [1.25])
     _draw_exchange(last, rows, lines, joined=numeric)
-    for panel, metric in zip(panels, SHOWN, strict=True):
+    for panel, metric in zip(panels, study.metrics, strict=True):
         panel.set_title(METRICS[metric].title, loc="left", fontsize=10)
         for i, series in enumerate(lines):
             own = [k for k, row in enumerate(rows) if (row.series or row.section) == series]

@@ -16,6 +16,9 @@ from scripts.studies.records import key_of, model_mark, read, run_mark
 from scripts.studies.study import Base, Series, Study, Value
 from scripts.studies.task import Cell, Task
 
+SETTLED = ("model", "subject.images", "subject.files", "subject.class", "subject.token")
+"""Fields that --set may not change: records are named by what the base and its suite say of them."""
+
 
 class Planner:
     """Expands studies for one model, its subjects and seeds."""
@@ -37,6 +40,9 @@ class Planner:
         for name in subjects or base.subjects:
             if name not in known:
                 raise ValueError(f"--subjects {name}: suite {self.suite.name} has {', '.join(known)}")
+        for text in self.sets:
+            if (field := text.split("=")[0].strip()) in SETTLED:
+                raise ValueError(f"--set {field}: the base and its suite say that; give your own with --base FILE.yaml")
         self.asked = list(dict.fromkeys(subjects or []))
         self.model = str(base.config.get("model", model))
         self.mark = model_mark(open_model(self.model))
@@ -49,7 +55,15 @@ class Planner:
     def expand(self, name: str, study: Study, model: str) -> list[Cell]:
         """All cells of a study, seed by seed; its tasks join those of the studies before."""
         return [
-            Cell(series, value, row.name, seed, self._need(name, study, series, value, row, seed), self._images(row))
+            Cell(
+                series,
+                value,
+                row.name,
+                seed,
+                self._need(name, study, series, value, row, seed),
+                self._images(row),
+                row.group,
+            )
             for seed in range(self.seeds)
             for row in self.rows_of(study)
             for series in study.series
@@ -63,7 +77,7 @@ class Planner:
         except ValueError as error:
             raise ValueError(f"study {name}, value {value.label!r}: {error}") from None
         if value.untrained:
-            of_run = {"model": self.mark, "config": {"subject": row.class_noun}, "photos": ""}
+            of_run = {"model": self.mark, "config": {"subject": row.class_noun, **self._source(config)}, "photos": ""}
             run, step = "base", 0
         else:
             of_run = run_mark(config, self.mark, self._hashes(images, config.subject.limit))
@@ -78,9 +92,15 @@ class Planner:
                 batch_size=self.base.batch_size,
             ),
         )  # fmt: skip
-        task.needs[key] = {"step": step, "sampling": sampling, "of": of}
+        task.needs[key] = {"step": step, "seed": seed, "sampling": sampling, "of": of}
         task.studies.add(name)
         return key
+
+    @staticmethod
+    def _source(config: RunConfig) -> dict[str, Any]:
+        """What else says which model is drawn with."""
+        given = {name: getattr(config, name) for name in ("revision", "variant", "vae", "model_config_dir")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _images(self, row: SuiteRow) -> str:
         return self.suite.images_of(row, self.photos)
@@ -98,7 +118,7 @@ class Planner:
         prompts = self.base.prompts if study.prompts == "base" else self._prompts_of_suite(row)
         return {
             "steps": own.steps if own.steps is not None else common.steps,
-            "guidance": float(own.guidance if own.guidance is not None else common.guidance or 0.0),
+            "guidance": float(own.guidance if own.guidance is not None else common.guidance),
             "side": side,
             "prompts": list(prompts),
             "seeds": [seed * self.base.pictures + i for i in range(self.base.pictures)],
@@ -109,13 +129,16 @@ class Planner:
 
     @functools.cached_property
     def _hashes(self) -> Any:
-        """(images, limit) -> a hash of the photos' contents, each folder read once."""
+        """(images, limit) -> a hash of the photos' contents and captions, each folder read once."""
 
         @functools.cache
         def hashes(images: str, limit: int | None) -> str:
             subject = {"images": images, "class": "subject", **({"limit": limit} if limit else {})}
-            found = collect(make_config({"subject": subject, "output": "runs/photos"})).pictures
-            return key_of({"photos": [picture.sha256 for picture in found]})
+            config = make_config({"subject": subject, "output": "runs/photos"})
+            found = collect(config).pictures
+            captions = [picture.caption for picture in found]
+            own = set(captions) != {config.subject.fill(config.subject.prompt)}
+            return key_of({"photos": [picture.sha256 for picture in found], **({"captions": captions} if own else {})})
 
         return hashes
 

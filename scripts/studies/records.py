@@ -75,10 +75,22 @@ def read(runs: Path, key: str) -> Record | None:
 
 
 def write_lines(path: Path, records: Iterable[Record]) -> None:
-    """All records in one file, one a line, in order of their keys."""
-    lines = {record["key"]: json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records}
+    """The records in one file, one a line, in order of their keys; those that are there of other studies stay."""
+    lines = {record["key"]: line for line, record in _lines_of(path)}
+    lines |= {record["key"]: json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records}
     with atomic(path) as temporary:
         temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
+
+
+def _lines_of(path: Path) -> list[tuple[str, Record]]:
+    """(line, record) of each record in a file, none without one; ValueError where a line is none."""
+    if not path.is_file():
+        return []
+    try:
+        found = [(line, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [(line, record) for line, record in found if record["key"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: is no file of records; move it, or export to another folder") from None
 
 
 def import_lines(path: Path, runs: Path, model: str) -> int:
@@ -98,7 +110,9 @@ def _checked(line: str, where: str, model: str) -> Record:
     try:
         record = json.loads(line)
         key, of = record["key"], record["of"]
-        whole = all(isinstance(record["scores"][name], float) for name in METRICS)
+        scores = [record["scores"][name] for name in METRICS] if not record.get("diverged") else []
+        facts = [record["parameters"], *(record["seconds"][name] for name in ("train", "sample", "measure"))]
+        whole = all(isinstance(number, int | float) for number in (*scores, *facts))
         there = of["run"]["model"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{where}: is no record") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,36 +12,39 @@ from scripts.studies.records import Record
 from scripts.studies.study import Study, Value
 from scripts.studies.task import Cell
 
+Mark = tuple[str, int]
+"""(subject, seed)"""
+
 
 @dataclass
 class Row:
-    """One row: its cells, and the records that are there, by (subject, seed)."""
+    """One row: the records of its cells that have scores, and how many of its runs diverged instead."""
 
     label: str
     section: str
     series: str
     value: Value
     wanted: int
-    found: dict[tuple[str, int], Record]
+    found: dict[Mark, Record]
+    diverged: int = 0
 
-    def scores(self, metric: str) -> list[float]:
-        return [record["scores"][metric] for record in self.found.values()]
+    def score(self, mark: Mark, metric: str) -> float:
+        return self.found[mark]["scores"][metric]
+
+    def scores(self, metric: str) -> dict[Mark, float]:
+        return {mark: self.score(mark, metric) for mark in self.found}
 
     def mean(self, metric: str) -> float:
-        return float(np.mean(self.scores(metric)))
+        return float(np.mean(list(self.scores(metric).values())))
 
     def spread(self, metric: str) -> float:
         """Standard deviation (n - 1) over subjects and seeds; 0 of one."""
-        return float(np.std(self.scores(metric), ddof=1)) if len(self.found) > 1 else 0.0
+        return float(np.std(list(self.scores(metric).values()), ddof=1)) if len(self.found) > 1 else 0.0
 
     def spread_of_seeds(self, metric: str) -> float:
         """Standard deviation (n - 1) over the seeds of a subject, pooled over subjects; 0 where none has several."""
-        by_subject: dict[str, list[float]] = {}
-        for (subject, _), record in self.found.items():
-            by_subject.setdefault(subject, []).append(record["scores"][metric])
-        several = [scores for scores in by_subject.values() if len(scores) > 1]
-        squares = sum(float(np.var(scores)) * len(scores) for scores in several)
-        return math.sqrt(squares / sum(len(scores) - 1 for scores in several)) if several else 0.0
+        squares, freedom = within_subjects(self.scores(metric))
+        return math.sqrt(squares / freedom) if freedom else 0.0
 
     @property
     def x(self) -> float | None:
@@ -49,7 +52,7 @@ class Row:
 
     @property
     def missing(self) -> int:
-        return self.wanted - len(self.found)
+        return self.wanted - len(self.found) - self.diverged
 
     @property
     def parameters(self) -> int:
@@ -60,6 +63,15 @@ class Row:
         """Mean seconds in the training loop."""
         times = [record["seconds"]["train"] for record in self.found.values()]
         return float(np.mean(times)) if times else 0.0
+
+
+def within_subjects(values: Mapping[Mark, float]) -> tuple[float, int]:
+    """Sum of squares around the subjects' own means, and its degrees of freedom."""
+    by_subject: dict[str, list[float]] = {}
+    for (subject, _), value in values.items():
+        by_subject.setdefault(subject, []).append(value)
+    squares = sum(float(np.var(own)) * len(own) for own in by_subject.values())
+    return squares, len(values) - len(by_subject)
 
 
 def rows_of(study: Study, cells: Sequence[Cell], records: dict[str, Record]) -> list[Row]:
@@ -76,15 +88,14 @@ def rows_of(study: Study, cells: Sequence[Cell], records: dict[str, Record]) -> 
 
 
 def _rows_of_subjects(cells: Sequence[Cell], records: dict[str, Record]) -> list[Row]:
-    groups = {cell.subject: records[cell.key]["group"] for cell in cells if cell.key in records}
     names = list(dict.fromkeys(cell.subject for cell in cells))
     rows = [_row(name, "subjects", "", [cell for cell in cells if cell.subject == name], records) for name in names]
-    for group in sorted(set(groups.values())):
-        own = [cell for cell in cells if groups.get(cell.subject) == group]
-        rows.append(_row(f"all {group}", "groups", "", own, records))
+    for group in sorted({cell.group for cell in cells}):
+        rows.append(_row(f"all {group}", "groups", "", [cell for cell in cells if cell.group == group], records))
     return [*rows, _row("all subjects", "groups", "", list(cells), records)]
 
 
 def _row(label: str, section: str, series: str, cells: Sequence[Cell], records: dict[str, Record]) -> Row:
-    found = {(cell.subject, cell.seed): records[cell.key] for cell in cells if cell.key in records}
-    return Row(label, section, series, cells[0].value, len(cells), found)
+    there = {(cell.subject, cell.seed): records[cell.key] for cell in cells if cell.key in records}
+    found = {mark: record for mark, record in there.items() if not record.get("diverged")}
+    return Row(label, section, series, cells[0].value, len(cells), found, len(there) - len(found))

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from diffusekrona_train.config import one_line, read_yaml
 from diffusekrona_train.config.base import Strict
+from scripts.studies.records import METRICS
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
 MODELS = ("toybox", "sdxl", "sd15")
 
 
 class Sampling(Strict):
-    """How the pictures that are measured are drawn."""
+    """How the pictures of a value are drawn, where it differs from the base."""
 
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Classifier-free guidance scale."""
+
+
+class BaseSampling(Strict):
+    """How pictures are drawn where a study does not say otherwise."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    """Sampling steps."""
+    guidance: Annotated[float, Field(ge=0, le=100)]
     """Classifier-free guidance scale."""
 
 
@@ -38,7 +48,7 @@ class Base(Strict):
     """Pictures of each prompt; their seeds are seed * pictures, seed * pictures + 1, …"""
     batch_size: Annotated[int, Field(ge=1)] = 1
     """Pictures drawn at once."""
-    sampling: Sampling
+    sampling: BaseSampling
     """Sampling steps and guidance."""
 
 
@@ -87,6 +97,8 @@ class Study(Strict):
     """The base's subjects, or all of its suite."""
     prompts: Annotated[str, Field(pattern="^(base|suite)$")] = "base"
     """The base's prompts, or the suite's own."""
+    metrics: Annotated[list[Literal["clip_i", "clip_t", "dino", "copy"]], Field(min_length=1)] = [*METRICS]
+    """What the table shows."""
     rows: Annotated[str, Field(pattern="^(values|subjects)$")] = "values"
     """What a row of the table is."""
     series: Annotated[list[Series], Field(min_length=1)] = [Series()]

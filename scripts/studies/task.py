@@ -20,6 +20,8 @@ class Cell:
     key: str
     images: str = ""
     """All photos of the subject."""
+    group: str = ""
+    """The subject's group in its suite."""
 
 
 @dataclass
@@ -35,8 +37,9 @@ class Task:
     images: str
     """All photos of the subject, which the scores compare with."""
     seed: int
+    """Of training; what a task without training draws has seeds of its own."""
     needs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Record key -> {step, sampling}."""
+    """Record key -> {step, seed, sampling, of: what the key is a hash of}."""
     studies: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
     """Prompts of all tasks, identifiers filled in and taken out: encoded once in a process."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffusekrona_train.folder import claimed
 from scripts.studies import records
 from scripts.studies.task import Task, filled
 
@@ -38,11 +39,13 @@ def perform(task: Task, runs: Path) -> list[tuple[records.Record, bytes]]:
     folder = runs / "trained" / task.run
     set_up = ensure_trained(task, folder) if any(need["step"] for need in todo.values()) else 0.0
     for key, need in todo.items():
-        record, strip = _measured(task, key, need, folder)
+        if need["step"] and not adapter_of(folder, need["step"]).is_file():
+            record, strip = _diverged(task, key, need, folder), None
+        else:
+            record, strip = _measured(task, key, need, folder)
         record["seconds"]["set_up"], set_up = round(set_up, 3), 0.0
         records.keep(runs, record, strip)
         done[key] = record
-    shutil.rmtree(folder / "resume", ignore_errors=True)  # three times the adapters, and needed no more
     strips = {key: records.strip_of(runs, key) for key in done}
     return [(record, strips[key].read_bytes() if strips[key].is_file() else b"") for key, record in done.items()]
 
@@ -51,10 +54,12 @@ def perform(task: Task, runs: Path) -> list[tuple[records.Record, bytes]]:
 
 
 def ensure_trained(task: Task, folder: Path) -> float:
-    """Adapters of all the task's steps in `folder`; the seconds spent on everything but the training loop."""
+    """Adapters of all the task's steps in `folder`; the seconds spent on everything but the training loop.
+
+    A run that diverges leaves the adapters of the steps before.
+    """
     from diffusekrona_train import checkpoint
     from diffusekrona_train.config import make_config
-    from diffusekrona_train.train import train
 
     wanted = task.steps
     if all(adapter_of(folder, step).is_file() for step in wanted):
@@ -71,8 +76,26 @@ def ensure_trained(task: Task, folder: Path) -> float:
     began = time.monotonic()
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            train(config, resume=bool(goes_on), overwrite=not goes_on)
+            _train(config, bool(goes_on))
+    with contextlib.suppress(ValueError), claimed(folder):  # another call that trains on in it keeps it
+        shutil.rmtree(folder / "resume", ignore_errors=True)  # three times the adapters, and needed no more
     return max(0.0, time.monotonic() - began - seconds_at(folder, wanted[-1]))
+
+
+def _train(config: Any, resume: bool) -> None:
+    """To the end, or until it diverges. Begins anew where the state cannot go on, as after its photos have moved."""
+    from diffusekrona_train.train import Diverged, train
+
+    try:
+        try:
+            train(config, resume=resume, overwrite=not resume)
+        except ValueError as error:
+            if not resume:
+                raise
+            print(f"started over: {error}")
+            train(config, overwrite=True)
+    except Diverged as error:
+        print(error)
 
 
 def adapter_of(folder: Path, step: int) -> Path:
@@ -93,7 +116,7 @@ def seconds_at(folder: Path, step: int) -> float:
 def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple[records.Record, bytes]:
     from diffusekrona_train.evaluate.measure import Judges, measure
     from diffusekrona_train.metrics import METRICS
-    from diffusekrona_train.studio import subjects_of
+    from diffusekrona_train.studio import pick_device, pick_dtype, subjects_of
 
     step, token = need["step"], task.config["subject"]["token"]
     wearing = subjects_of([(adapter_of(folder, step), 1.0)]) if step else []
@@ -108,6 +131,7 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
     scores = {
         name: round(float(METRICS[name].reduce(np.asarray(values))), 6) for name, values in measured.values.items()
     }
+    dtype = pick_dtype("auto", pick_device())
     groups = [tensors for subject in wearing for tensors in subject.file.groups.values()]
     record = {
         "key": key,
@@ -115,7 +139,7 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
         "run": task.run,
         "subject": task.subject,
         "group": task.group,
-        "seed": task.seed,
+        "seed": need["seed"],
         "scores": scores,
         "parameters": sum(tensor.numel() for own in groups for name, tensor in own.items() if name != "alpha"),
         "seconds": {
@@ -123,9 +147,26 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
             "sample": round(between - began, 3),
             "measure": round(time.monotonic() - between, 3),
         },
+        "drawn_in": str(dtype).removeprefix("torch."),
         "measured_with": {"CLIP": judges.clip.identity, "DINO": judges.dino.identity},
     }
     return record, strip
+
+
+def _diverged(task: Task, key: str, need: dict[str, Any], folder: Path) -> records.Record:
+    """The record of a run that came to no adapter of this step."""
+    return {
+        "key": key,
+        "of": need["of"],
+        "run": task.run,
+        "subject": task.subject,
+        "group": task.group,
+        "seed": need["seed"],
+        "diverged": True,
+        "scores": {},
+        "parameters": 0,
+        "seconds": {"train": 0.0, "sample": 0.0, "measure": 0.0},
+    }
 
 
 def _draw(task: Task, need: dict[str, Any], wearing: list, room: Path) -> tuple[list, bytes]:
