@@ -2,7 +2,7 @@
 
     python scripts/train_suite.py toybox --config configs/toybox.yaml --runs runs/suite-krona
     python scripts/train_suite.py toybox --config configs/toybox.yaml --runs runs/suite-full \
-        --set adapter.type=full --set adapter.targets=all --set train.learning_rate=3e-4
+        --set adapter.type=full --set adapter.targets=all --set train.learning_rate=3e-4 --set train.steps=200
     python scripts/toybox/measure_subjects.py --runs runs/suite-krona --runs runs/suite-full [--sheet sheet.png]
 
 Per subject five backgrounds that its photos do not have, --images pictures of each, 25 steps, guidance 4. Identity is
