@@ -99,7 +99,7 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
             style = {"marker": "o", "markersize": 4, "capsize": 3, "color": COLOURS[i % len(COLOURS)]}
             line = "-" if numeric else "none"
             panel.errorbar(x, heights, spreads, linestyle=line, elinewidth=0.8, label=series or None, **style)
-            seeds = [rows[k].spread_of_seeds(metric) for k in own]
+            seeds = [rows[k].spread_of_seeds(metric) or 0.0 for k in own]
             panel.errorbar(x, heights, seeds, linestyle="none", elinewidth=4, alpha=0.4, color=style["color"])
         if numeric:
             panel.set_xscale("log" if study.log_axis else "linear")

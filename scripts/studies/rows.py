@@ -41,10 +41,10 @@ class Row:
         """Standard deviation (n - 1) over subjects and seeds; 0 of one."""
         return float(np.std(list(self.scores(metric).values()), ddof=1)) if len(self.found) > 1 else 0.0
 
-    def spread_of_seeds(self, metric: str) -> float:
-        """Standard deviation (n - 1) over the seeds of a subject, pooled over subjects; 0 where none has several."""
+    def spread_of_seeds(self, metric: str) -> float | None:
+        """Standard deviation (n - 1) over the seeds of a subject, pooled over subjects; None where none has several."""
         squares, freedom = within_subjects(self.scores(metric))
-        return math.sqrt(squares / freedom) if freedom else 0.0
+        return math.sqrt(squares / freedom) if freedom else None
 
     @property
     def x(self) -> float | None:

@@ -88,9 +88,14 @@ def _line(row: Row, other: Row | None, study: Study) -> str:
     if not row.found:
         empty = ["–" for _ in study.metrics]
         return "| " + " | ".join([row.label, *empty, number, "", "", *("" for _ in COMPARED if other)]) + " |"
-    scores = [f"{row.mean(m):.3f} ± {row.spread(m):.3f} ({row.spread_of_seeds(m):.3f})" for m in study.metrics]
+    scores = [_score(row, metric) for metric in study.metrics]
     gaps = [told(against(row, other, metric)) for metric in COMPARED] if other else []
     return "| " + " | ".join([row.label, *scores, number, f"{row.parameters:,}", f"{row.seconds:.0f}", *gaps]) + " |"
+
+
+def _score(row: Row, metric: str) -> str:
+    of_seeds = row.spread_of_seeds(metric)
+    return f"{row.mean(metric):.3f} ± {row.spread(metric):.3f}" + ("" if of_seeds is None else f" ({of_seeds:.3f})")
 
 
 def _pairs(rows: Sequence[Row], study: Study) -> list[str]:
