@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -580,3 +581,37 @@ def test_the_estimate_is_made_of_finished_records(tmp_path):
     wanted = round((200 * 0.6 + 24 + 5 * (30 + 6)) / 60)
     assert conduct.estimate(tasks, tmp_path, 1) == f", about {wanted} minutes"
     assert conduct.estimate(tasks, tmp_path, 2) == f", about {round((200 * 0.6 + 24 + 5 * 36) / 120)} minutes"
+
+
+# ---- what is committed ---------------------------------------------------------------------------------------------
+
+PAGE = ROOT / "docs" / "paper.md"
+COMMITTED = ROOT / "docs" / "paper" / "toybox"
+
+
+def test_the_committed_tables_are_made_of_the_committed_records(tmp_path, monkeypatch):
+    """And of today's studies, subjects and weights: each record's key is worked out anew from these."""
+    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    for name in ("write_plot", "write_sheet"):
+        monkeypatch.setattr(conduct.figures, name, lambda *_, **__: False)
+    source = ["--import-records", str(COMMITTED / "records.jsonl")]
+    assert paper.main(["all", "--seeds", "3", "--runs", str(tmp_path), *source]) == 0
+    for study in known_studies():
+        for name in ("table.md", "table.csv"):
+            told = (COMMITTED / study / name).read_text(encoding="utf-8")
+            assert (tmp_path / study / "toybox" / name).read_text(encoding="utf-8") == told, f"{study}/{name}"
+
+
+def test_the_numbers_of_the_page_stand_in_the_tables_that_it_links():
+    lines = [
+        line for line in PAGE.read_text(encoding="utf-8").splitlines() if "(paper/toybox/" in line and line[0] == "|"
+    ]
+    checked = 0
+    for line in lines:
+        (cell,) = [cell for cell in line.split(" | ") if "(paper/toybox/" in cell]
+        (name,) = re.findall(r"\(paper/toybox/([\w-]+)/table\.md\)", cell)
+        table = (COMMITTED / name / "table.md").read_text(encoding="utf-8")
+        for number in re.findall(r"[+-]?\d+\.\d+", cell):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", table), f"{name}: {number} of {cell!r}"
+            checked += 1
+    assert checked > len(lines) > 20
