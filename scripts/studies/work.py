@@ -40,7 +40,7 @@ def perform(task: Task, runs: Path) -> list[tuple[records.Record, bytes]]:
     set_up = ensure_trained(task, folder) if any(need["step"] for need in todo.values()) else 0.0
     for key, need in todo.items():
         if need["step"] and not adapter_of(folder, need["step"]).is_file():
-            record, strip = _diverged(task, key, need, folder), None
+            record, strip = _diverged(task, key, need), None
         else:
             record, strip = _measured(task, key, need, folder)
         record["seconds"]["set_up"], set_up = round(set_up, 3), 0.0
@@ -134,12 +134,7 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
     dtype = pick_dtype("auto", pick_device())
     groups = [tensors for subject in wearing for tensors in subject.file.groups.values()]
     record = {
-        "key": key,
-        "of": need["of"],
-        "run": task.run,
-        "subject": task.subject,
-        "group": task.group,
-        "seed": need["seed"],
+        **_named(task, key, need),
         "scores": scores,
         "parameters": sum(tensor.numel() for own in groups for name, tensor in own.items() if name != "alpha"),
         "seconds": {
@@ -153,15 +148,16 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
     return record, strip
 
 
-def _diverged(task: Task, key: str, need: dict[str, Any], folder: Path) -> records.Record:
+def _named(task: Task, key: str, need: dict[str, Any]) -> records.Record:
+    """What every record begins with."""
+    whose = {"run": task.run, "subject": task.subject, "group": task.group, "seed": need["seed"]}
+    return {"key": key, "of": need["of"], **whose}
+
+
+def _diverged(task: Task, key: str, need: dict[str, Any]) -> records.Record:
     """The record of a run that came to no adapter of this step."""
     return {
-        "key": key,
-        "of": need["of"],
-        "run": task.run,
-        "subject": task.subject,
-        "group": task.group,
-        "seed": need["seed"],
+        **_named(task, key, need),
         "diverged": True,
         "scores": {},
         "parameters": 0,
