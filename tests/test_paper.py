@@ -478,6 +478,8 @@ def test_a_difference_is_clear_where_the_interval_leaves_out_zero_and_all_subjec
     assert not one_apart.clear and one_apart.low is not None and one_apart.low > 0
     assert tables.told(one_apart).endswith(" 3/4")
     assert not noisy.clear and noisy.agree == 4
+    below = compare.gap_of({(subject, seed): -0.1 - 0.001 * seed for subject in "abcd" for seed in range(3)})
+    assert below is not None and below.clear and tables.told(below).startswith("**-0.101** [")
 
 
 def test_one_seed_gives_no_interval():
