@@ -133,6 +133,8 @@ def test_an_export_keeps_other_studies_records(tmp_path):
     with pytest.raises(ValueError, match="is no file of records"):
         records.write_lines(path, [])
     assert path.read_text() == "no record\n"
+    assert paper.main(["init", "--runs", str(tmp_path / "runs"), "--export", str(tmp_path)]) == 2
+    assert sorted(tmp_path.iterdir()) == [path], "refused before anything is done"
 
 
 def test_captions_are_part_of_what_a_run_is_named_by(photos, tmp_path):
@@ -350,8 +352,17 @@ def test_a_state_that_cannot_go_on_is_left_behind(monkeypatch):
             raise ValueError("cannot resume: changed subject.images")
 
     monkeypatch.setattr(importlib.import_module("diffusekrona_train.train"), "train", refuse_to_resume)
-    work._train(None, True)
+    assert work._train(None, True) is False
     assert asked == [(True, False), (False, True)]
+
+
+def test_an_adapter_that_is_missing_for_another_reason_is_no_divergence(world, tmp_path, monkeypatch, capsys):
+    call, *_ = world
+    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    monkeypatch.setattr(importlib.import_module("diffusekrona_train.train"), "train", lambda *_, **__: None)
+    assert paper.main([*call, "--runs", str(tmp_path)]) == 1
+    assert "failed: poodle, seed 0" in capsys.readouterr().err
+    assert "diverged" not in (tmp_path / "small" / "toybox" / "table.md").read_text()
 
 
 def test_a_task_that_fails_costs_only_itself(world, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,8 @@ def conduct(options: argparse.Namespace) -> int:
     for name, folder in (("--runs", runs), ("--export", options.export)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"{name} {folder}: is a file; give a folder")
+    if options.export:
+        records.lines_of(options.export / "records.jsonl")  # refused now, not after hours of work
     planner = Planner(
         options.model,
         base,

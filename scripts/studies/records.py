@@ -76,13 +76,13 @@ def read(runs: Path, key: str) -> Record | None:
 
 def write_lines(path: Path, records: Iterable[Record]) -> None:
     """The records in one file, one a line, in order of their keys; those that are there of other studies stay."""
-    lines = {record["key"]: line for line, record in _lines_of(path)}
+    lines = {record["key"]: line for line, record in lines_of(path)}
     lines |= {record["key"]: json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records}
     with atomic(path) as temporary:
         temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
 
 
-def _lines_of(path: Path) -> list[tuple[str, Record]]:
+def lines_of(path: Path) -> list[tuple[str, Record]]:
     """(line, record) of each record in a file, none without one; ValueError where a line is none."""
     if not path.is_file():
         return []

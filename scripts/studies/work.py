@@ -37,9 +37,10 @@ def perform(task: Task, runs: Path) -> list[tuple[records.Record, bytes]]:
     done = {key: found for key in task.needs if (found := records.read(runs, key)) is not None}
     todo = {key: need for key, need in task.needs.items() if key not in done}
     folder = runs / "trained" / task.run
-    set_up = ensure_trained(task, folder) if any(need["step"] for need in todo.values()) else 0.0
+    trains = any(need["step"] for need in todo.values())
+    set_up, diverged = ensure_trained(task, folder) if trains else (0.0, False)
     for key, need in todo.items():
-        if need["step"] and not adapter_of(folder, need["step"]).is_file():
+        if diverged and need["step"] and not adapter_of(folder, need["step"]).is_file():
             record, strip = _diverged(task, key, need), None
         else:
             record, strip = _measured(task, key, need, folder)
@@ -53,8 +54,8 @@ def perform(task: Task, runs: Path) -> list[tuple[records.Record, bytes]]:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def ensure_trained(task: Task, folder: Path) -> float:
-    """Adapters of all the task's steps in `folder`; the seconds spent on everything but the training loop.
+def ensure_trained(task: Task, folder: Path) -> tuple[float, bool]:
+    """Adapters of all the task's steps in `folder`: the seconds spent on everything but the loop, and did it diverge.
 
     A run that diverges leaves the adapters of the steps before.
     """
@@ -63,7 +64,7 @@ def ensure_trained(task: Task, folder: Path) -> float:
 
     wanted = task.steps
     if all(adapter_of(folder, step).is_file() for step in wanted):
-        return 0.0
+        return 0.0, False
     config = make_config(
         {**task.config, "output": str(folder)},
         [f"train.steps={wanted[-1]}", f"train.checkpoint_every={math.gcd(*wanted)}", "train.keep_resume_states=1"],
@@ -76,14 +77,14 @@ def ensure_trained(task: Task, folder: Path) -> float:
     began = time.monotonic()
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            _train(config, bool(goes_on))
+            diverged = _train(config, bool(goes_on))
     with contextlib.suppress(ValueError), claimed(folder):  # another call that trains on in it keeps it
         shutil.rmtree(folder / "resume", ignore_errors=True)  # three times the adapters, and needed no more
-    return max(0.0, time.monotonic() - began - seconds_at(folder, wanted[-1]))
+    return max(0.0, time.monotonic() - began - seconds_at(folder, wanted[-1])), diverged
 
 
-def _train(config: Any, resume: bool) -> None:
-    """To the end, or until it diverges. Begins anew where the state cannot go on, as after its photos have moved."""
+def _train(config: Any, resume: bool) -> bool:
+    """To the end, or True where it diverges. Begins anew where the state cannot go on, as after photos have moved."""
     from diffusekrona_train.train import Diverged, train
 
     try:
@@ -96,6 +97,8 @@ def _train(config: Any, resume: bool) -> None:
             train(config, overwrite=True)
     except Diverged as error:
         print(error)
+        return True
+    return False
 
 
 def adapter_of(folder: Path, step: int) -> Path:
