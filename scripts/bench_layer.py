@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusekrona_train.adapters import KronA, Layer, build_adapter, plan
+from diffusekrona_train.adapters import KronA, build_adapter, plan
+from diffusekrona_train.adapters.kron import kron_delta
+from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.inject import AdaptedLinear
-from diffusekrona_train.kron import kron_delta
+from diffusekrona_train.models.layers import Layer
 
 GOALS = {
     "KronA (4, 64) / frozen layer": (("KronA (4, 64)", "frozen layer"), 1.2),

@@ -15,11 +15,12 @@ import time
 
 import torch
 
+from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.common.device import DTYPES, pick_device
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.families import open_model
-from diffusekrona_train.inject import inject
-from diffusekrona_train.sample import SampleSettings, render
-from diffusekrona_train.studio import DTYPES, encode_texts, pick_device
+from diffusekrona_train.models import open_model
+from diffusekrona_train.sampling.render import SampleSettings, render
+from diffusekrona_train.sampling.session import encode_texts
 
 PROMPT = "a dog on the grass"
 BASE, FUSED, APART = "bare base", "fused adapter", "adapter apart"

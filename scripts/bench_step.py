@@ -30,13 +30,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from diffusekrona_train.cache import Bucket, TrainingSet  # noqa: E402
+from diffusekrona_train.adapters.inject import inject  # noqa: E402
 from diffusekrona_train.config import make_config  # noqa: E402
-from diffusekrona_train.descent import Descent  # noqa: E402
-from diffusekrona_train.diffusion import noise_schedule  # noqa: E402
-from diffusekrona_train.families import family_named  # noqa: E402
-from diffusekrona_train.inject import inject  # noqa: E402
-from diffusekrona_train.objective import Objective  # noqa: E402
+from diffusekrona_train.data.training_set import Bucket, TrainingSet  # noqa: E402
+from diffusekrona_train.models import family_named  # noqa: E402
+from diffusekrona_train.models.noise import noise_schedule  # noqa: E402
+from diffusekrona_train.training.loss import Objective  # noqa: E402
+from diffusekrona_train.training.optimizer import Descent  # noqa: E402
 from tests.tiny import make_unet  # noqa: E402
 
 OneProcess = SimpleNamespace(num_processes=1, scaler=None, backward=lambda loss: loss.backward())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusekrona_train.config import dump_config, make_config, read_yaml
-from diffusekrona_train.evaluate.inputs import Suite, SuiteRow, load_suite
+from diffusekrona_train.evaluation.inputs import Suite, SuiteRow, load_suite
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from diffusekrona_train.checkpoint import State, newest
 from diffusekrona_train.config import RunConfig, make_config
+from diffusekrona_train.training.checkpoint import State, newest
 from tests.tiny import make_pipeline
 
 

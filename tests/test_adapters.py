@@ -9,9 +9,9 @@ import torch
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 
-from diffusekrona_train.adapters import ADAPTERS, Layer, build_adapter, count_parameters, macs, plan, plan_notes
+from diffusekrona_train.adapters import ADAPTERS, build_adapter, count_parameters, macs, plan, plan_notes
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.families.tables import layer_table
+from diffusekrona_train.models.layers import Layer, layer_table
 
 SPECS = {
     "krona": {"a1": 4, "a2": 8},

@@ -9,10 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusekrona_train import cache
-from diffusekrona_train.cache import build_training_set, cache_folder, class_image_folder, prompts_of
 from diffusekrona_train.config import make_config
 from diffusekrona_train.data import collect, crop_pixels, plan_crops
+from diffusekrona_train.data import training_set as cache
+from diffusekrona_train.data.training_set import (
+    build_training_set,
+    cache_folder,
+    class_image_folder,
+    prompts_of,
+)
 
 
 class Family:
@@ -273,7 +278,7 @@ def test_without_class_images_there_are_no_priors(photos):
 
 
 def test_toybox_latents_and_embeddings_are_the_familys_own(photos):
-    from diffusekrona_train.families import open_model
+    from diffusekrona_train.models import open_model
 
     config = run(photos, model="toybox")
     source = open_model("toybox")

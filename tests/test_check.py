@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusekrona_train import check
-from diffusekrona_train.check import check_config, draw_sheet, identifier_lines, photo_lines, prompt_lines
 from diffusekrona_train.config import dump_config, make_config
 from diffusekrona_train.data import collect, plan_crops
+from diffusekrona_train.training import check
+from diffusekrona_train.training.check import (
+    check_config,
+    draw_sheet,
+    identifier_lines,
+    photo_lines,
+    prompt_lines,
+)
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def test_it_never_imports_diffusers_for_a_known_model(photos, tmp_path):
     path.write_text(dump_config(run(photos)))
     code = (
         "import sys; from diffusekrona_train.config import load_config; "
-        "from diffusekrona_train.check import check_config; "
+        "from diffusekrona_train.training.check import check_config; "
         f"check_config(load_config({str(path)!r})); print('diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -112,7 +118,7 @@ class Source:
     """A model on the hub whose vocabulary lies in the package."""
 
     def __init__(self, alias="sdxl"):
-        from diffusekrona_train.families import open_model
+        from diffusekrona_train.models import open_model
 
         self.__dict__.update(vars(open_model(alias)))
         self.family = open_model(alias).family
@@ -151,7 +157,7 @@ def test_a_model_whose_tokenizers_are_elsewhere(photos, monkeypatch):
 
 
 def test_adapter_lines_for_budgets_types_and_all(photos):
-    from diffusekrona_train.families import open_model
+    from diffusekrona_train.models import open_model
 
     source = open_model("toybox")
     trainable, lines = check.adapter_lines(run(photos, adapter={"params": "50k"}), source)
@@ -165,7 +171,7 @@ def test_adapter_lines_for_budgets_types_and_all(photos):
 
 
 def test_a_resolution_the_model_was_not_made_for_and_missing_weights_are_told(photos, monkeypatch):
-    from diffusekrona_train.families import open_model
+    from diffusekrona_train.models import open_model
 
     lines = check.model_lines(run(photos, data={"resolution": 128}), open_model("toybox"))
     assert "the model was made for 64" in lines[1]

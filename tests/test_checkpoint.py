@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusekrona_train import checkpoint, weights
+from diffusekrona_train.adapters import formats as weights
+from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.inject import inject
+from diffusekrona_train.training import checkpoint
 from tests.runs import newest_state
 from tests.tiny import make_unet
 

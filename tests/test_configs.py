@@ -10,8 +10,7 @@ import yaml
 
 from diffusekrona_train.adapters import count_parameters
 from diffusekrona_train.config import dump_config, load_config, make_config, parse_yaml
-from diffusekrona_train.families.tables import layer_table
-from diffusekrona_train.targets import select_layers
+from diffusekrona_train.models.layers import layer_table, select_layers
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 LAUNCHERS = sorted(FOLDER.glob("*.accelerate.yaml"))

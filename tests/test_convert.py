@@ -13,11 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from diffusekrona_train.adapters.formats import (
+    EXPORTERS,
+    import_diffusekrona,
+    load_adapter,
+    read_adapter,
+    unload,
+)
+from diffusekrona_train.adapters.formats.exports import delta
 from diffusekrona_train.cli.convert import app
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.inject import find_layers
-from diffusekrona_train.weights import EXPORTERS, import_diffusekrona, load_adapter, read_adapter, unload
-from diffusekrona_train.weights.exports import delta
+from diffusekrona_train.models.layers import find_layers
 from tests.test_weights import INPUTS, assert_close, predict, saved
 from tests.tiny import make_pipeline, make_unet
 

@@ -18,10 +18,17 @@ from PIL import Image, ImageOps
 
 from diffusekrona_train import data
 from diffusekrona_train.config import DataConfig, make_config
-from diffusekrona_train.data import bucket_sizes, collect, collect_prior, crop_pixels, open_image, plan_crops
-from diffusekrona_train.data.advice import advise
+from diffusekrona_train.data import (
+    bucket_sizes,
+    collect,
+    collect_prior,
+    crop_pixels,
+    open_image,
+    plan_crops,
+)
 from diffusekrona_train.data.images import to_rgb
 from diffusekrona_train.data.pictures import Picture
+from diffusekrona_train.training.check.advice import advise
 
 
 def run(images, **subject):

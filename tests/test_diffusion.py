@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusekrona_train import diffusion
-from diffusekrona_train.diffusion import Shelf, draw
+from diffusekrona_train.models import noise
+from diffusekrona_train.training import loss as losses
+from diffusekrona_train.training.draw import Shelf, draw
+from diffusekrona_train.training.optimizer import learning_rate_factor
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SHELF = Shelf(pictures=5, variants=2, shape=(4, 6, 6))
@@ -29,12 +31,12 @@ def test_noise_schedule_is_diffusers(config):
     from diffusers import DDIMScheduler
 
     theirs = DDIMScheduler(**config).alphas_cumprod
-    torch.testing.assert_close(diffusion.noise_schedule(config), theirs, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(noise.noise_schedule(config), theirs, rtol=2e-5, atol=1e-6)
 
 
 def test_noise_schedule_names_an_unknown_kind():
     with pytest.raises(ValueError, match="'sigmoid'.*scaled_linear"):
-        diffusion.noise_schedule({"beta_schedule": "sigmoid"})
+        noise.noise_schedule({"beta_schedule": "sigmoid"})
 
 
 def test_add_noise_and_targets_are_diffusers():
@@ -43,19 +45,19 @@ def test_add_noise_and_targets_are_diffusers():
     scheduler = DDPMScheduler(**SD)
     x_0, eps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     t = torch.tensor([0, 500, 999])
-    bar = diffusion.noise_schedule(scheduler)
-    torch.testing.assert_close(diffusion.add_noise(x_0, eps, t, bar), scheduler.add_noise(x_0, eps, t))  # type: ignore[arg-type]
+    bar = noise.noise_schedule(scheduler)
+    torch.testing.assert_close(noise.add_noise(x_0, eps, t, bar), scheduler.add_noise(x_0, eps, t))  # type: ignore[arg-type]
     wanted = scheduler.get_velocity(x_0, eps, t)  # type: ignore[arg-type]
-    torch.testing.assert_close(diffusion.target(x_0, eps, t, bar, "v_prediction"), wanted)
-    assert diffusion.target(x_0, eps, t, bar, "epsilon") is eps
-    assert diffusion.target(x_0, eps, t, bar, "sample") is x_0
+    torch.testing.assert_close(noise.target(x_0, eps, t, bar, "v_prediction"), wanted)
+    assert noise.target(x_0, eps, t, bar, "epsilon") is eps
+    assert noise.target(x_0, eps, t, bar, "sample") is x_0
     with pytest.raises(ValueError, match="flow"):
-        diffusion.target(x_0, eps, t, bar, "flow")
+        noise.target(x_0, eps, t, bar, "flow")
 
 
-@pytest.mark.parametrize("name", diffusion.LOSSES)
+@pytest.mark.parametrize("name", losses.LOSSES)
 def test_every_loss_gives_one_value_a_sample(name):
-    loss = diffusion.LOSSES[name]
+    loss = losses.LOSSES[name]
     a, b = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
     together = loss(a, b)
     assert together.shape == (3,)
@@ -68,54 +70,54 @@ def test_losses_are_their_formulas():
     a, b = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 5)).astype(np.float32)
     d2 = (a - b) ** 2
     mean = d2.reshape(3, -1).mean(1)
-    torch.testing.assert_close(diffusion.mse(torch.tensor(a), torch.tensor(b)), torch.tensor(mean))
+    torch.testing.assert_close(losses.mse(torch.tensor(a), torch.tensor(b)), torch.tensor(mean))
     pseudo = (0.2 * (np.sqrt(d2 + 0.01) - 0.1)).reshape(3, -1).mean(1)
-    torch.testing.assert_close(diffusion.huber(torch.tensor(a), torch.tensor(b)), torch.tensor(pseudo))
+    torch.testing.assert_close(losses.huber(torch.tensor(a), torch.tensor(b)), torch.tensor(pseudo))
 
 
-@pytest.mark.parametrize("name", [name for name in diffusion.WEIGHTINGS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in noise.WEIGHTINGS if name != "none"])
 def test_a_weighting_means_the_same_whatever_is_predicted(name):
     """For one guess of x_0, the weighted error is one number, be it expressed as noise, v or sample."""
-    bar = diffusion.noise_schedule(SD).double()
+    bar = noise.noise_schedule(SD).double()
     t = torch.tensor([1, 100, 500, 998])
     x_0, eps, off = torch.randn(3, 4, 4, 8, 8, dtype=torch.float64)
     a = bar[t].view(-1, 1, 1, 1)
-    x_t = diffusion.add_noise(x_0, eps, t, bar)
+    x_t = noise.add_noise(x_0, eps, t, bar)
     x_guess = x_0 + off
     eps_guess = (x_t - a.sqrt() * x_guess) / (1 - a).sqrt()
     errors = {}
     for kind, guess in {"sample": x_guess, "epsilon": eps_guess}.items():
-        wanted = diffusion.target(x_0, eps, t, bar, kind)
-        errors[kind] = diffusion.mse(guess, wanted) * diffusion.weights(name, t, bar, kind)
-    v_guess = diffusion.target(x_guess, eps_guess, t, bar, "v_prediction")
-    v = diffusion.target(x_0, eps, t, bar, "v_prediction")
-    errors["v"] = diffusion.mse(v_guess, v) * diffusion.weights(name, t, bar, "v_prediction")
+        wanted = noise.target(x_0, eps, t, bar, kind)
+        errors[kind] = losses.mse(guess, wanted) * noise.weights(name, t, bar, kind)
+    v_guess = noise.target(x_guess, eps_guess, t, bar, "v_prediction")
+    v = noise.target(x_0, eps, t, bar, "v_prediction")
+    errors["v"] = losses.mse(v_guess, v) * noise.weights(name, t, bar, "v_prediction")
     torch.testing.assert_close(errors["epsilon"], errors["sample"], rtol=1e-5, atol=0)
     torch.testing.assert_close(errors["v"], errors["sample"], rtol=1e-5, atol=0)
 
 
 def test_weightings_are_the_papers_on_the_noise():
-    bar = diffusion.noise_schedule(SD)
+    bar = noise.noise_schedule(SD)
     t = torch.tensor([0, 300, 900])
     snr = (bar[t] / (1 - bar[t])).numpy()
-    got = diffusion.weights("min_snr", t, bar, "epsilon", 5.0).numpy()
+    got = noise.weights("min_snr", t, bar, "epsilon", 5.0).numpy()
     np.testing.assert_allclose(got, np.minimum(snr, 5) / snr, rtol=1e-4)
-    got = diffusion.weights("debiased", t, bar, "epsilon").numpy()
+    got = noise.weights("debiased", t, bar, "epsilon").numpy()
     np.testing.assert_allclose(got, snr**-0.5, rtol=1e-4)
-    assert diffusion.weights("none", t, bar, "epsilon").tolist() == [1, 1, 1]
+    assert noise.weights("none", t, bar, "epsilon").tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("name", diffusion.WEIGHTINGS)
-@pytest.mark.parametrize("kind", diffusion.PREDICTION_TYPES)
+@pytest.mark.parametrize("name", noise.WEIGHTINGS)
+@pytest.mark.parametrize("kind", noise.PREDICTION_TYPES)
 def test_weights_are_finite_at_zero_terminal_snr(name, kind):
-    bar = diffusion.noise_schedule({**SD, "rescale_betas_zero_snr": True})
-    assert diffusion.weights(name, torch.tensor([0, 999]), bar, kind).isfinite().all()
+    bar = noise.noise_schedule({**SD, "rescale_betas_zero_snr": True})
+    assert noise.weights(name, torch.tensor([0, 999]), bar, kind).isfinite().all()
 
 
 def test_learning_rate_schedules():
     from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-    factor = diffusion.learning_rate_factor
+    factor = learning_rate_factor
     assert [factor("constant", step, 10, 0) for step in (0, 5, 9)] == [1, 1, 1]
     assert [factor("constant", step, 10, 3) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     parameter = torch.nn.Parameter(torch.zeros(1))

@@ -14,15 +14,17 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffusekrona_train import evaluate, studio
+from diffusekrona_train import evaluation as evaluate
+from diffusekrona_train.adapters.formats import load_adapter
 from diffusekrona_train.cli.evaluate import app
-from diffusekrona_train.evaluate.adapters import KEPT_CLIP_T, MOST_DRIFT, choose
-from diffusekrona_train.evaluate.inputs import Generated, read_generated, without_words
-from diffusekrona_train.evaluate.measure import Judges, measure
-from diffusekrona_train.families import open_model
-from diffusekrona_train.sample import render
-from diffusekrona_train.train import train
-from diffusekrona_train.weights import load_adapter
+from diffusekrona_train.evaluation.adapters import KEPT_CLIP_T, MOST_DRIFT, choose
+from diffusekrona_train.evaluation.inputs import Generated, read_generated, without_words
+from diffusekrona_train.evaluation.measure import Judges, measure
+from diffusekrona_train.models import open_model
+from diffusekrona_train.sampling import session as studio
+from diffusekrona_train.sampling.render import render
+from diffusekrona_train.training import train
+from diffusekrona_train.training.page import write_run_report
 from scripts.train_suite import command_for, config_of
 from tests.runs import make_run, make_world
 
@@ -76,7 +78,7 @@ def test_best_measures_every_checkpoint_and_the_page_shows_it(measured):
     assert [row["step"] for row in best["checkpoints"]] == [2, 4]
     assert best["chosen_step"] in (2, 4) and (run / best["adapter"]).is_file()
     assert json.loads((run / "evaluation" / "best.json").read_text()) == best
-    assert f"Chosen: step {best['chosen_step']}." in (run / "report.html").read_text()
+    assert f"Chosen: step {best['chosen_step']}." in write_run_report(run).read_text()
     assert set(best["checkpoints"][0]["scores"]) == {"clip_i", "clip_t", "dino", "class_drift", "copy"}
     assert all(row["scores"]["dino"]["n"] == 4 for row in best["checkpoints"])
     assert str(run.parent) not in json.dumps(best)

@@ -7,8 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lycoris.functional.general import factorization as lycoris_factorization
 
-from diffusekrona_train.factors import divisors, factorization, fit_budget, nearest_divisors, pair_cost, pair_count
-from diffusekrona_train.kron import kron_macs
+from diffusekrona_train.adapters.kron import kron_macs
+from diffusekrona_train.config.factors import (
+    divisors,
+    factorization,
+    fit_budget,
+    nearest_divisors,
+    pair_cost,
+    pair_count,
+)
 
 WIDTHS = [(320, 320), (768, 320), (640, 640), (2048, 1280), (1280, 1280), (60, 7)]
 

@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 
-from diffusekrona_train import families
+from diffusekrona_train import models as families
+from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.families import FAMILIES, hub, local, open_model, singlefile, tables
-from diffusekrona_train.inject import find_layers, inject
+from diffusekrona_train.models import FAMILIES, hub, local, open_model, singlefile
+from diffusekrona_train.models import layers as tables
+from diffusekrona_train.models.layers import find_layers
 from tests.original_layout import vae_names, write_checkpoint
 from tests.tiny import make_pipeline
 
@@ -46,7 +48,7 @@ def test_rows_are_families_and_name_themselves():
 
 def test_toybox_opens_without_diffusers():
     code = (
-        "import sys; from diffusekrona_train.families import open_model; m = open_model('toybox');"
+        "import sys; from diffusekrona_train.models import open_model; m = open_model('toybox');"
         "print(m.identity, m.prediction_type, m.default_resolution, m.family.name, 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

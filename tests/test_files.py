@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from diffusekrona_train.files import atomic, remove_abandoned, sha256
+from diffusekrona_train.common.files import atomic, remove_abandoned, sha256
 
 
 def test_a_file_takes_its_name_at_the_end_and_parents_are_made(tmp_path):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from diffusekrona_train.families import open_model
-from diffusekrona_train.identifier import known_words, local_tokenizers, rare_words, token_count
+from diffusekrona_train.models import open_model
+from diffusekrona_train.training.check.identifier import (
+    known_words,
+    local_tokenizers,
+    rare_words,
+    token_count,
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.inject import AdaptedLinear, find_layers, inject, select_layers
+from diffusekrona_train.models.layers import find_layers, select_layers
 from tests.tiny import make_unet
 
 SPECS = {

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from diffusekrona_train.adapters.formats import read_adapter, write_adapter
 from diffusekrona_train.cli.inspect import app
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.inject import find_layers
-from diffusekrona_train.weights import read_adapter, write_adapter
+from diffusekrona_train.models.layers import find_layers
 from tests.test_weights import saved
 from tests.tiny import make_pipeline, make_unet
 

@@ -9,7 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusekrona_train.kron import kron_delta, kron_linear, kron_macs, lora_factors, lora_truncate
+from diffusekrona_train.adapters.kron import (
+    kron_delta,
+    kron_linear,
+    kron_macs,
+    lora_factors,
+    lora_truncate,
+)
 
 width = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, 13])
 shapes = st.tuples(width, width, width, width)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusekrona_train import memory
-from diffusekrona_train.descent import OVERFLOWS_IN_A_ROW, Descent
-from diffusekrona_train.families import open_model
-from diffusekrona_train.objective import Objective
-from diffusekrona_train.train import train
+from diffusekrona_train.common.device import ran_out
+from diffusekrona_train.models import open_model
+from diffusekrona_train.sampling.session import while_drawing
+from diffusekrona_train.training import train
+from diffusekrona_train.training.loss import Objective
+from diffusekrona_train.training.optimizer import OVERFLOWS_IN_A_ROW, Descent
 from tests.runs import factors, make_run, make_world, newest_state
 
 OUT = {
@@ -28,23 +29,23 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("error", OUT.values(), ids=OUT)
 def test_memory_that_ends_is_known_whoever_says_it(error):
-    assert memory.ran_out(error)
+    assert ran_out(error)
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("mat1 and mat2 shapes"), ValueError("CUDA out of memory"), KeyError("x")]
 )
 def test_other_errors_are_not_taken_for_it(error):
-    assert not memory.ran_out(error)
+    assert not ran_out(error)
 
 
 @pytest.mark.parametrize("error", OUT.values(), ids=OUT)
 def test_drawing_without_memory_says_what_to_take(error):
     with pytest.raises(RuntimeError, match="^out of device memory while drawing. Take --quantize nf4"):
-        with memory.while_drawing():
+        with while_drawing():
             raise error
     with pytest.raises(RuntimeError, match="^mat1 and mat2"):
-        with memory.while_drawing():
+        with while_drawing():
             raise RuntimeError("mat1 and mat2 shapes")
 
 
@@ -79,7 +80,7 @@ def test_memory_that_ends_in_the_set_up_names_what_to_change(world, tmp_path, mo
     def short(*args, **kwargs):
         raise OUT["cublas"]
 
-    monkeypatch.setattr("diffusekrona_train.run.build_training_set", short)
+    monkeypatch.setattr("diffusekrona_train.training.setup.build_training_set", short)
     with pytest.raises(RuntimeError, match="while the run was set up.*vae_precision"):
         train(make_run(world, tmp_path / "run"))
 

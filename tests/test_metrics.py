@@ -9,9 +9,23 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusekrona_train.metrics import METRICS, Embeddings, bootstrap, difference, summarise, unit, values_of
-from diffusekrona_train.metrics.encoders import open_clip, open_dino
-from diffusekrona_train.metrics.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from diffusekrona_train.evaluation.metrics import (
+    METRICS,
+    Embeddings,
+    bootstrap,
+    difference,
+    summarise,
+    unit,
+    values_of,
+)
+from diffusekrona_train.evaluation.metrics.encoders import open_clip, open_dino
+from diffusekrona_train.evaluation.metrics.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+)
 from tests.tiny import make_tokenizer
 
 
@@ -139,7 +153,7 @@ def test_scores_equal_numpy_on_toyboxs_encoders(pictures):
     from safetensors.numpy import load_file
     from transformers import AutoTokenizer, CLIPModel
 
-    from diffusekrona_train.metrics.encoders import TOYBOX
+    from diffusekrona_train.evaluation.metrics.encoders import TOYBOX
 
     tensors = {name: value.astype(np.float64) for name, value in load_file(TOYBOX / "identity.safetensors").items()}
     model = CLIPModel.from_pretrained(TOYBOX / "clip", dtype=torch.float32).eval()

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from diffusekrona_train import needs
 from diffusekrona_train.config import make_config
 from diffusekrona_train.data import Collection, Picture
-from diffusekrona_train.families import open_model
+from diffusekrona_train.models import open_model
+from diffusekrona_train.training.check import needs
 
 
 def photos(count, repeats=1):

@@ -330,7 +330,7 @@ def scores_of(runs: Path) -> dict:
 def test_a_run_that_diverges_is_a_result(world, tmp_path, monkeypatch):
     call, *_ = world
     monkeypatch.setitem(spread.RUNNERS, "local", here)
-    module = importlib.import_module("diffusekrona_train.train")
+    module = importlib.import_module("diffusekrona_train.training")
 
     def diverge(config, **_):
         raise module.Diverged("not finite")
@@ -351,7 +351,7 @@ def test_a_state_that_cannot_go_on_is_left_behind(monkeypatch):
         if resume:
             raise ValueError("cannot resume: changed subject.images")
 
-    monkeypatch.setattr(importlib.import_module("diffusekrona_train.train"), "train", refuse_to_resume)
+    monkeypatch.setattr(importlib.import_module("diffusekrona_train.training"), "train", refuse_to_resume)
     assert work._train(None, True) is False
     assert asked == [(True, False), (False, True)]
 
@@ -359,7 +359,7 @@ def test_a_state_that_cannot_go_on_is_left_behind(monkeypatch):
 def test_an_adapter_that_is_missing_for_another_reason_is_no_divergence(world, tmp_path, monkeypatch, capsys):
     call, *_ = world
     monkeypatch.setitem(spread.RUNNERS, "local", here)
-    monkeypatch.setattr(importlib.import_module("diffusekrona_train.train"), "train", lambda *_, **__: None)
+    monkeypatch.setattr(importlib.import_module("diffusekrona_train.training"), "train", lambda *_, **__: None)
     assert paper.main([*call, "--runs", str(tmp_path)]) == 1
     assert "failed: poodle, seed 0" in capsys.readouterr().err
     assert "diverged" not in (tmp_path / "small" / "toybox" / "table.md").read_text()

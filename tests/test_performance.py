@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusekrona_train import memory
-from diffusekrona_train.families import open_model
-from diffusekrona_train.train import train
+from diffusekrona_train.models import open_model
+from diffusekrona_train.training import memory, train
 from scripts.gpu.measure import chosen
 from scripts.gpu.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
 from scripts.gpu.watched import Watch

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from diffusekrona_train.config import dump_config, make_config
-from diffusekrona_train.report import contact_sheet, write_loss_plot, write_run_report
 from diffusekrona_train.report.charts import Line, bar_chart, heat_map, line_chart
+from diffusekrona_train.report.sheet import contact_sheet
+from diffusekrona_train.training.curves import write_loss_plot
+from diffusekrona_train.training.page import write_run_report
 
 EVIL = "A [V] {class} <script>document.title='broken'</script> & \"quotes\" <img src=https://example.org/x.png>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -212,7 +214,7 @@ def test_the_plot_of_a_run_shows_loss_and_rate_and_leaves_matplotlib_alone(run):
     """Its pixels have the colours of the loss, the held-out loss and the rate; pyplot is never imported for it."""
     code = (
         "import sys, matplotlib; before = dict(matplotlib.rcParams);"
-        "from diffusekrona_train.report import write_loss_plot; write_loss_plot(sys.argv[1]);"
+        "from diffusekrona_train.training.curves import write_loss_plot; write_loss_plot(sys.argv[1]);"
         "print(before == dict(matplotlib.rcParams), 'matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)

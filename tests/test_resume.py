@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from diffusekrona_train import checkpoint
-from diffusekrona_train.train import train
+from diffusekrona_train.training import checkpoint, train
 from tests.runs import factors, finish, make_run, make_world, newest_state, same_factors, start
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusekrona_train import pictures, studio
+from diffusekrona_train.adapters.formats import save_adapter
+from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.cli.sample import app
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.families import open_model
-from diffusekrona_train.families.schedulers import SCHEDULERS, build_scheduler, check_scheduler
-from diffusekrona_train.inject import inject
-from diffusekrona_train.sample import SampleSettings, noise_generator, render
-from diffusekrona_train.weights import save_adapter
+from diffusekrona_train.models import open_model
+from diffusekrona_train.models.schedulers import SCHEDULERS, build_scheduler, check_scheduler
+from diffusekrona_train.sampling import plan as pictures
+from diffusekrona_train.sampling import session as studio
+from diffusekrona_train.sampling.render import SampleSettings, noise_generator, render
 from tests.runs import finish, start, world_env
 from tests.tiny import make_pipeline
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusekrona_train import spectra
-from diffusekrona_train.adapters import ADAPTERS, Layer, plan
+from diffusekrona_train.adapters import ADAPTERS, plan, spectra
 from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.models.layers import Layer
+from diffusekrona_train.report import factors
 
 LAYER = Layer("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 24, 36, "q", "self")
 SPECS = [
@@ -79,7 +80,7 @@ def test_pictures_and_json(tmp_path, spec):
     groups = {layer.name: made(spec, layer)[0] for layer in rows}
     base = {layer.name: 10.0 for layer in rows}
     measured = spectra.measure(groups, rows, base)
-    written = spectra.write_pictures(measured, groups, tmp_path / "out")
+    written = factors.write_pictures(measured, groups, tmp_path / "out")
     pictures = [path for path in written if path.suffix == ".png"]
     has_a = all("lokr_w1" in group for group in groups.values())
     assert [path.name for path in pictures] == ["norms.png", "singular_values.png"] + ["factors.png"] * has_a
@@ -101,6 +102,6 @@ def test_without_the_base_norms_are_absolute_and_an_untrained_adapter_is_flat(tm
     rows = layers()
     groups = {layer.name: ADAPTERS["krona"](layer, {"a1": 4, "a2": 6}, spec).file_tensors() for layer in rows}
     measured = spectra.measure(groups, rows)
-    spectra.write_pictures(measured, groups, tmp_path)
-    assert spectra.summary(measured)["norms"] == "absolute"
+    factors.write_pictures(measured, groups, tmp_path)
+    assert factors.summary(measured)["norms"] == "absolute"
     assert all(row.norm == 0 and row.relative is None and row.energy_rank_90 == 0 for row in measured)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusekrona_train import data, starter
+from diffusekrona_train import data
 from diffusekrona_train.config import load_config
-from diffusekrona_train.starter import write_init
+from diffusekrona_train.training.check import starter
+from diffusekrona_train.training.check.starter import write_init
 
 
 def photos(folder, *sizes):

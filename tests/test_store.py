@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from diffusekrona_train.store import Entry, Store, read_entry, write_entry
+from diffusekrona_train.data.cache import Entry, Store, read_entry, write_entry
 
 
 def entries(count):
@@ -125,7 +125,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def stop(phase, step=0):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusekrona_train.store.reach", stop)
+    monkeypatch.setattr("diffusekrona_train.data.cache.reach", stop)
     with pytest.raises(KeyboardInterrupt):
         write_entry(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
     assert list(tmp_path.rglob("*")) == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusekrona_train.families import tables
+from diffusekrona_train.models import layers as tables
 
 ASSETS = tables.FOLDER.parent
 CONFIGS = {
@@ -25,7 +25,7 @@ CONFIGS = {
 def test_a_table_is_what_the_real_class_has(alias):
     from diffusers import UNet2DConditionModel
 
-    from diffusekrona_train.inject import find_layers
+    from diffusekrona_train.models.layers import find_layers
 
     config = json.loads(CONFIGS[alias].read_text())
     with torch.device("meta"):
@@ -93,7 +93,7 @@ def test_unknown_names_are_refused():
 
 def test_the_tables_need_no_diffusers():
     code = (
-        "import sys; from diffusekrona_train.families import tables; tables.layer_table('sdxl'); "
+        "import sys; from diffusekrona_train.models import layers; layers.layer_table('sdxl'); "
         "print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

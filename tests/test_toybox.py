@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from diffusekrona_train.adapters.formats import load_adapter
+from diffusekrona_train.common.files import sha256
 from diffusekrona_train.config import make_config
-from diffusekrona_train.families import open_model
-from diffusekrona_train.files import sha256
-from diffusekrona_train.metrics.encoders import TOYBOX, open_dino
-from diffusekrona_train.sample import SampleSettings, render
-from diffusekrona_train.train import train
-from diffusekrona_train.weights import load_adapter
+from diffusekrona_train.evaluation.metrics.encoders import TOYBOX, open_dino
+from diffusekrona_train.models import open_model
+from diffusekrona_train.sampling.render import SampleSettings, render
+from diffusekrona_train.training import train
 
 RECIPE = Path(__file__).parent.parent / "scripts" / "toybox"
 MB = 2**20

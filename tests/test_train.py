@@ -9,16 +9,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from diffusekrona_train import checkpoint, diffusion, memory, weights
-from diffusekrona_train import train as room
-from diffusekrona_train.cache import Bucket, TrainingSet
+from diffusekrona_train.adapters import formats as weights
+from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.descent import Descent
-from diffusekrona_train.families import open_model
-from diffusekrona_train.inject import inject
-from diffusekrona_train.journal import Stop
-from diffusekrona_train.objective import Objective
-from diffusekrona_train.train import Diverged, train
+from diffusekrona_train.data.training_set import Bucket, TrainingSet
+from diffusekrona_train.models import noise, open_model
+from diffusekrona_train.training import Diverged, checkpoint, memory, train
+from diffusekrona_train.training.draw import Shelf, draw
+from diffusekrona_train.training.journal import Stop
+from diffusekrona_train.training.loss import Objective
+from diffusekrona_train.training.optimizer import Descent
 from tests.runs import draw_photos, factors, make_run, make_world, newest_state, same_factors
 
 
@@ -103,7 +103,7 @@ def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_p
 
     watch = {"every": 2, "loss": True}
     train(make_run(world, tmp_path / "a" / "run", train={"steps": 3}, validation=watch))
-    monkeypatch.setattr("diffusekrona_train.setup.COMPILER", "aot_eager")
+    monkeypatch.setattr("diffusekrona_train.training.setup.COMPILER", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
     config = make_run(world, tmp_path / "b" / "run", train={"steps": 3, "compile": True}, validation=watch)
@@ -122,7 +122,7 @@ def test_a_compiler_that_fails_is_one_line(world, tmp_path, monkeypatch):
         raise OSError("no working C++ compiler found")
 
     torch._dynamo.reset()
-    monkeypatch.setattr("diffusekrona_train.setup.COMPILER", broken)
+    monkeypatch.setattr("diffusekrona_train.training.setup.COMPILER", broken)
     with pytest.raises(RuntimeError, match=r"torch\.compile failed .*C\+\+ compiler.*train\.compile: false"):
         train(make_run(world, tmp_path / "run", train={"compile": True}))
 
@@ -155,7 +155,9 @@ def test_init_from_is_looked_at_before_anything_is_computed(world, world_sd, tmp
     """Unreadable, of another adapter, of another model: each is told before a latent is made, and leaves nothing."""
     first = train(make_run(world, tmp_path / "first", train={"steps": 1}))
     (tmp_path / "cut.safetensors").write_bytes(first.read_bytes()[:300])
-    monkeypatch.setattr("diffusekrona_train.run.build_training_set", lambda *_, **__: pytest.fail("caches are made"))
+    monkeypatch.setattr(
+        "diffusekrona_train.training.setup.build_training_set", lambda *_, **__: pytest.fail("caches are made")
+    )
     cases = [
         (world, "none.safetensors", {}, "no such file"),
         (world, "cut.safetensors", {}, "cut.safetensors"),
@@ -190,7 +192,7 @@ def test_the_export_that_a_run_proposes_works(world, tmp_path, capsys, monkeypat
     import sys
 
     from diffusekrona_train.cli.convert import main
-    from diffusekrona_train.report import write_run_report
+    from diffusekrona_train.training.page import write_run_report
 
     train(make_run(world, tmp_path / "my dog", adapter=adapter, train={"steps": 1}))
     line = next(line for line in capsys.readouterr().out.splitlines() if "krona-convert" in line)
@@ -204,7 +206,7 @@ def test_the_export_that_a_run_proposes_works(world, tmp_path, capsys, monkeypat
 
 
 def test_keep_best_measures_the_checkpoints_and_costs_nothing_where_it_fails(world, tmp_path, monkeypatch, capsys):
-    from diffusekrona_train import evaluate
+    from diffusekrona_train import evaluation as evaluate
 
     measure = evaluate.best_checkpoint
     plan = evaluate.Plan(seeds=(0,), clip="toybox", dino="toybox")
@@ -290,8 +292,8 @@ def test_the_loss_is_the_weighted_sum_over_instances(world, tmp_path, priors):
     streams = [("instance", objective.data.instances[0], 1.0)]
     streams += [("prior", objective.data.priors[0], 0.3)] if priors else []
     for stream, bucket, share in streams:
-        shelf = diffusion.Shelf(len(bucket.latents), 1, tuple(bucket.latents.shape[2:]))
-        drawn = diffusion.draw(0, 3, range(2), 2, [shelf], timesteps=100, stream=stream)
+        shelf = Shelf(len(bucket.latents), 1, tuple(bucket.latents.shape[2:]))
+        drawn = draw(0, 3, range(2), 2, [shelf], timesteps=100, stream=stream)
         for i in range(2):
             a = objective.alphas_cumprod[drawn.t[i]]
             x_t = a.sqrt() * bucket.latents[drawn.picture[i], 0] + (1 - a).sqrt() * drawn.eps[i]
@@ -305,7 +307,7 @@ def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path)
     objective = make_objective(world, tmp_path, prior={"kind": "teacher", "weight": 0.3}, train={"batch_size": 2})
     plain = make_objective(world, tmp_path, train={"batch_size": 2})
     (batch,) = plain.batches(0, 0)
-    x_t = diffusion.add_noise(batch.x_0, batch.eps, batch.t, plain.alphas_cumprod)
+    x_t = noise.add_noise(batch.x_0, batch.eps, batch.t, plain.alphas_cumprod)
     teaching = 0.3 * ((0.5 * x_t - 1.0 * x_t) ** 2).flatten(1).mean(1).sum() / 2
     torch.testing.assert_close(objective.loss(0, 0), plain.loss(0, 0) + teaching)
     assert objective.denoiser.weight.item() == 0.5
@@ -443,9 +445,9 @@ def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monke
 
 def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkeypatch, capsys):
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
-    monkeypatch.setattr("diffusekrona_train.validate.render", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("diffusekrona_train.training.preview.render", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(Objective, "held_out_loss", lambda self: 1 / 0)
-    monkeypatch.setattr("diffusekrona_train.report.write_run_report", lambda folder: 1 / 0)
+    monkeypatch.setattr("diffusekrona_train.training.page.write_run_report", lambda folder: 1 / 0)
     watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
     assert same_factors(factors(train(watched).parent), straight)
     said = "".join(capsys.readouterr())
@@ -458,7 +460,7 @@ def test_validation_does_not_change_the_run_and_loads_no_text_encoder(world, tmp
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
     config = make_run(world, tmp_path / "b" / "run", validation={"every": 3, "loss": True})
     train(config)  # fills the cache with the prompts
-    monkeypatch.setattr("diffusekrona_train.families.source.ModelSource._load_text_encoders", lambda *_: 1 / 0)
+    monkeypatch.setattr("diffusekrona_train.models.source.ModelSource._load_text_encoders", lambda *_: 1 / 0)
     again = make_run(world, tmp_path / "c" / "run", validation={"every": 3, "loss": True})
     assert same_factors(factors(train(again).parent), straight)
     assert len(list((tmp_path / "c" / "run" / "samples").iterdir())) == 3
@@ -481,7 +483,7 @@ def test_a_folder_that_holds_a_run_is_refused(world, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(world, tmp_path):
-    from diffusekrona_train.folder import claimed
+    from diffusekrona_train.common.run_folder import claimed
 
     with claimed(tmp_path / "run"), pytest.raises(ValueError, match="another run .process [0-9]+"):
         train(make_run(world, tmp_path / "run"))
@@ -504,7 +506,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(worl
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
     config = make_run(world, tmp_path / "b" / "run")
     monkeypatch.setenv("KRONA_FAULT", "state:4:full")
-    monkeypatch.setattr("diffusekrona_train.faults._done", False)
+    monkeypatch.setattr("diffusekrona_train.common.faults._done", False)
     with pytest.raises(RuntimeError, match="step 4.*No space left.*step-000002.*--resume"):
         train(config)
     assert same_factors(factors(train(config, resume=True).parent), straight)
@@ -571,12 +573,6 @@ def test_processes_agree_on_a_stop_by_the_averaged_wish():
     assert not stop.agreed(torch.tensor(0.5), 1)
     stop.signum = 2
     assert stop.agreed(torch.tensor(0.0), 1) and stop.status == 130
-
-
-def test_the_loop_fits_on_a_screen():
-    import inspect
-
-    assert len(inspect.getsource(room.loop).splitlines()) <= 40
 
 
 def test_checkpointing_and_strength_leave_the_gradient_alone(world):

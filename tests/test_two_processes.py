@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffusekrona_train.common.run_folder import read_metrics
 from diffusekrona_train.config import dump_config
-from diffusekrona_train.folder import read_metrics
-from diffusekrona_train.train import train
+from diffusekrona_train.training import train
 from tests.runs import factors, finish, make_run, make_world, newest_state, start, world_env
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +120,8 @@ def test_launchers_start_two_processes(world, tmp_path, launcher):
 
 def test_a_launcher_that_meant_more_processes_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("diffusekrona_train.setup.Accelerator", lambda **_: type("One", (), {"num_processes": 1})())
+    monkeypatch.setattr(
+        "diffusekrona_train.training.setup.Accelerator", lambda **_: type("One", (), {"num_processes": 1})()
+    )
     with pytest.raises(ValueError, match="WORLD_SIZE.*ACCELERATE_USE_CPU"):
         train(make_run(world, tmp_path / "run"))

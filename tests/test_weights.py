@@ -12,9 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.inject import find_layers, inject
-from diffusekrona_train.weights import (
+from diffusekrona_train.adapters.formats import (
     identify,
     inject_file,
     load_adapter,
@@ -25,7 +23,10 @@ from diffusekrona_train.weights import (
     unload,
     write_adapter,
 )
-from diffusekrona_train.weights.names import without_paths
+from diffusekrona_train.adapters.formats.names import without_paths
+from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.models.layers import find_layers
 from tests.tiny import make_pipeline, make_unet
 
 SPECS = {

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusekrona_train.families.local import ASSETS, LocalModel
-from diffusekrona_train.families.singlefile import load_tokenizer
-from diffusekrona_train.families.source import quiet
+from diffusekrona_train.models.local import ASSETS, LocalModel
+from diffusekrona_train.models.singlefile import load_tokenizer
+from diffusekrona_train.models.source import quiet
 
 WORDS = ("dog", "cat", "the", "beach", "snow", "photo", "teapot")
 END = "</w>"

@@ -10,11 +10,12 @@ import math
 
 import torch
 
-from diffusekrona_train.adapters.base import Adapter, Fp32Module, Layer, Options, Shapes, check_tensors, to_file
+from diffusekrona_train.adapters.base import Adapter, Fp32Module, Options, Shapes, check_tensors, to_file
 from diffusekrona_train.adapters.baselines import Full, LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.krona import KronA
 from diffusekrona_train.adapters.plan import plan, plan_notes
 from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.models.layers import Layer
 
 __all__ = [
     "ADAPTERS",

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.models.layers import Layer
 
 Options = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer that can be adapted."""
-
-    name: str
-    """Dotted path in the denoiser: down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"""
-    in_features: int
-    out_features: int
-    projection: str
-    """q, k, v, o or ffn"""
-    kind: str
-    """self, cross or ffn"""
 
 
 class Fp32Module(nn.Module):

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusekrona_train.adapters.base import Adapter, Layer, Options, Shapes, kaiming, scaled
+from diffusekrona_train.adapters.base import Adapter, Options, Shapes, kaiming, scaled
+from diffusekrona_train.adapters.kron import kron_delta, kron_linear
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.factors import factorization, pair_cost
-from diffusekrona_train.kron import kron_delta, kron_linear
+from diffusekrona_train.config.factors import factorization, pair_cost
+from diffusekrona_train.models.layers import Layer
 
 
 class LoRA(Adapter):

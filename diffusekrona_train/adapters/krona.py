@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusekrona_train.adapters.base import Adapter, Layer, Options, Shapes, kaiming, scaled
+from diffusekrona_train.adapters.base import Adapter, Options, Shapes, kaiming, scaled
+from diffusekrona_train.adapters.kron import kron_delta, kron_linear
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.factors import pair_cost
-from diffusekrona_train.kron import kron_delta, kron_linear
+from diffusekrona_train.config.factors import pair_cost
+from diffusekrona_train.models.layers import Layer
 
 
 class KronA(Adapter):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from diffusekrona_train.adapters.base import Layer, Options
+from diffusekrona_train.adapters.base import Options
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.factors import factorization, fit_budget, nearest_divisors, pair_count
+from diffusekrona_train.config.factors import factorization, fit_budget, nearest_divisors, pair_count
+from diffusekrona_train.models.layers import Layer
 
 
 def plan(spec: AdapterConfig, layers: list[Layer]) -> dict[str, Options]:

@@ -59,8 +59,8 @@ def convert(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
 ) -> None:
     """Converts an adapter file; what is written is read back and compared before it takes its name."""
-    from diffusekrona_train.families import open_model
-    from diffusekrona_train.weights import EXPORTERS, open_adapter
+    from diffusekrona_train.adapters.formats import EXPORTERS, open_adapter
+    from diffusekrona_train.models import open_model
 
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the input itself; give another name")

@@ -75,7 +75,7 @@ def images(
     """Score a folder of pictures against photos: krona-eval images pictures --photos photos/dog --token sks"""
     if photos is None:
         raise ValueError("--photos is missing: name the folder of the subject's photos")
-    from diffusekrona_train import evaluate
+    from diffusekrona_train import evaluation as evaluate
 
     generated = evaluate.read_generated(folder, prompts.read())
     real = evaluate.photos_of(photos)
@@ -106,7 +106,7 @@ def suite(
     """Score every subject of a suite, by subject and group: krona-eval suite toybox --runs runs/toybox"""
     if (runs is None) == (generated is None):
         raise ValueError("give either --runs (adapters, drawn here) or --generated (pictures)")
-    from diffusekrona_train import evaluate
+    from diffusekrona_train import evaluation as evaluate
 
     chosen = evaluate.load_suite(name)
     plan = _plan(drawing)
@@ -149,8 +149,9 @@ def compare(
     drawing: Drawing,
 ) -> None:
     """Compare adapters on the same prompts and seeds: krona-eval compare runs/dog runs/dog-lora"""
-    from diffusekrona_train import evaluate, studio
-    from diffusekrona_train.metrics import METRICS
+    from diffusekrona_train import evaluation as evaluate
+    from diffusekrona_train.evaluation.metrics import METRICS
+    from diffusekrona_train.sampling import session as studio
 
     if sort not in METRICS:
         raise ValueError(f"--sort {sort!r} is no metric; there are {', '.join(METRICS)}")
@@ -183,12 +184,14 @@ def best(
     drawing: Drawing,
 ) -> None:
     """Measure a run's checkpoints and name the best: krona-eval best runs/dog"""
-    from diffusekrona_train import evaluate
+    from diffusekrona_train import evaluation as evaluate
+    from diffusekrona_train.training.page import write_run_report
 
     plan = _plan(drawing, prompts.read())
     result = evaluate.best_checkpoint(run, plan)
     if result is None:
         return
+    write_run_report(run)
     rows = [(f"step {row['step']}", row["scores"]) for row in result["checkpoints"]]
     _print_rows([*rows, ("base model", result["base"]["scores"])])
     print(f"best: step {result['chosen_step']}, {run / result['adapter']}")
@@ -198,7 +201,7 @@ def best(
 
 def _beyond_chance(gaps: dict[str, Any]) -> str:
     """'better in DINO, worse in CLIP-T': differences whose bootstrap interval leaves out 0."""
-    from diffusekrona_train.metrics import METRICS
+    from diffusekrona_train.evaluation.metrics import METRICS
 
     sure = {name: gap["value"] for name, gap in gaps.items() if gap["larger_than_chance"]}
     better = [METRICS[name].title for name, value in sure.items() if (value > 0) == METRICS[name].higher_is_better]
@@ -209,7 +212,8 @@ def _beyond_chance(gaps: dict[str, Any]) -> str:
 
 def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
     """What the evaluation rooms are asked, with this process' share under `accelerate launch`."""
-    from diffusekrona_train import evaluate, studio
+    from diffusekrona_train import evaluation as evaluate
+    from diffusekrona_train.sampling import session as studio
 
     return evaluate.Plan(
         seeds=list(range(drawing.seed, drawing.seed + drawing.num_images)),
@@ -224,7 +228,7 @@ def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
 
 def _print_rows(rows: list[tuple[str, dict[str, Any]]], extra: list[str] | None = None) -> None:
     """A table of value ± standard deviation over pictures."""
-    from diffusekrona_train.metrics import METRICS
+    from diffusekrona_train.evaluation.metrics import METRICS
 
     shown = [name for name in METRICS if any(name in scores for _, scores in rows)]
     width = max(len(label) for label, _ in rows) + 2

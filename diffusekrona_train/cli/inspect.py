@@ -73,7 +73,7 @@ def params(
     spec = _spec(model, {"type": adapter.value, "targets": list(targets), "attention": attention, **flags, **given})
     layers, base = _layers(model)
     from diffusekrona_train.adapters import plan, plan_notes
-    from diffusekrona_train.targets import select_layers
+    from diffusekrona_train.models.layers import select_layers
 
     layers = select_layers(layers, spec)
     options = plan(spec, layers)
@@ -103,7 +103,7 @@ def params(
 @door
 def grid(model: Model = "sdxl", ffn: Ffn = False, json_: Json = False, debug: Debug = False) -> None:
     """The paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
-    from diffusekrona_train.targets import select_layers
+    from diffusekrona_train.models.layers import select_layers
 
     spec = _spec(model, {"ffn": ffn})
     layers = select_layers(_layers(model)[0], spec)
@@ -133,17 +133,18 @@ def factors(
     debug: Debug = False,
 ) -> None:
     """Picture what an adapter learnt: norms by layer, singular values, the factors A; the same as JSON."""
-    from diffusekrona_train import spectra
-    from diffusekrona_train.weights import open_adapter
+    from diffusekrona_train.adapters import spectra
+    from diffusekrona_train.adapters.formats import open_adapter
+    from diffusekrona_train.report import factors as plots
 
     adapter = open_adapter(file, model)
     if any(layer.kind == "all" for layer in adapter.layers):
         raise ValueError(f"{file}: full fine-tuning of the whole denoiser has no factors to picture")
     norms, remark = _base_norms(adapter, model)
     rows = spectra.measure(adapter.groups, adapter.layers, norms)
-    written = spectra.write_pictures(rows, adapter.groups, output)
+    written = plots.write_pictures(rows, adapter.groups, output)
     if json_:
-        print(json.dumps(spectra.summary(rows)))
+        print(json.dumps(plots.summary(rows)))
         return
     assert adapter.spec is not None
     print(f"{file}: {adapter.spec.type}, {len(rows)} layers, {remark}")
@@ -169,7 +170,8 @@ def _spec(model: str, values: dict[str, Any]):
 
 def _layers(model: str) -> tuple[list, int]:
     """All layers that can be adapted and the denoiser's parameters; a known alias needs no weights and no diffusers."""
-    from diffusekrona_train.families import open_model, tables
+    from diffusekrona_train.models import layers as tables
+    from diffusekrona_train.models import open_model
 
     if model in tables.TABLES:
         return tables.layer_table(model), tables.base_parameters(model)
@@ -242,7 +244,7 @@ def _base_norms(adapter: Any, model: str | None) -> tuple[dict[str, float] | Non
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    from diffusekrona_train.families import open_model
+    from diffusekrona_train.models import open_model
 
     try:
         source = open_model(named)

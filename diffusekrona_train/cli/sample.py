@@ -80,7 +80,7 @@ def sample(
     wanted |= {"negative": negative or None}
     _check_early(wanted, sweep or [])
 
-    from diffusekrona_train import studio
+    from diffusekrona_train.sampling import session as studio
 
     memory = studio.Memory(dtype, quantize, offload, vae_tiling, vae_slicing, not no_fuse)
     if checkpoint is not None and run is None:
@@ -112,15 +112,17 @@ def _draw(
     """Plan, draw this process' share, and let the first process write the manifest and the sheet."""
     from dataclasses import replace
 
-    from diffusekrona_train import pictures, studio
-    from diffusekrona_train.families import open_model
+    from diffusekrona_train.common import device as devices
+    from diffusekrona_train.models import open_model
+    from diffusekrona_train.sampling import plan as pictures
+    from diffusekrona_train.sampling import session as studio
 
     source = open_model(**found)
     studio.check_base(source, subjects)
     settings = studio.default_settings(source, subjects)
     settings = replace(settings, **{name: value for name, value in drawn["wanted"].items() if value is not None})
     crowd = studio.processes()
-    device = studio.pick_device(crowd.local_process_index if crowd else 0)
+    device = devices.pick_device(crowd.local_process_index if crowd else 0)
     rank, world = (crowd.process_index, crowd.num_processes) if crowd else (0, 1)
 
     prompts = list(dict.fromkeys(studio.fill_prompt(text, subjects) for text in drawn["prompts"]))
@@ -136,7 +138,7 @@ def _draw(
         scale=scale if subjects else None,
         sweeps=[pictures.parse_sweep(text) for text in drawn["sweeps"]],
         with_base=base,
-        about=studio.about_models(source, subjects, studio.pick_dtype(memory.dtype, device), memory),
+        about=studio.about_models(source, subjects, devices.pick_dtype(memory.dtype, device), memory),
     )
     missing = [item for item in planned if overwrite or not (folder / item.file).exists()]
     written = 0
@@ -178,9 +180,9 @@ def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Pat
 
 def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
     """Mistakes in numbers and names, before torch is imported for real work."""
-    from diffusekrona_train.families.schedulers import check_scheduler
-    from diffusekrona_train.pictures import parse_sweep
-    from diffusekrona_train.sample import SampleSettings
+    from diffusekrona_train.models.schedulers import check_scheduler
+    from diffusekrona_train.sampling.plan import parse_sweep
+    from diffusekrona_train.sampling.render import SampleSettings
 
     settings = {name: value for name, value in wanted.items() if value is not None}
     SampleSettings(**settings)

@@ -38,11 +38,11 @@ def train(
 
     settings = load_config(config, set_ or [])
     if check:
-        from diffusekrona_train.check import check_config
+        from diffusekrona_train.training.check import check_config
 
         check_config(settings)
         return
-    from diffusekrona_train.train import train as run
+    from diffusekrona_train.training import train as run
 
     run(settings, resume=resume, resume_from=str(resume_from) if resume_from else None, overwrite=overwrite)
 
@@ -64,7 +64,7 @@ def init(
     path: Annotated[Path | None, typer.Option("--config", help="Where to write it (NAME.yaml here).")] = None,
 ) -> None:
     """Write a commented config that fits a folder of photos."""
-    from diffusekrona_train.starter import write_init
+    from diffusekrona_train.training.check.starter import write_init
 
     written = write_init(str(photos), class_noun, path)
     print(f"{written} written; look it over, then: krona-train --config {written} --check")

@@ -19,9 +19,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffusekrona_train.config.base import parse_count
-from diffusekrona_train.config.fit import check_factors
+from diffusekrona_train.config.factors import check_factors
 from diffusekrona_train.config.run import MODEL_ALIASES, MODEL_DEFAULTS, RunConfig
-from diffusekrona_train.config.sections import PROJECTIONS, AdapterConfig, DataConfig, PriorConfig, SubjectConfig
+from diffusekrona_train.config.sections import (
+    PROJECTIONS,
+    AdapterConfig,
+    DataConfig,
+    PriorConfig,
+    SubjectConfig,
+)
 from diffusekrona_train.config.strict_yaml import parse_yaml, read_yaml
 from diffusekrona_train.config.training import TrainConfig, ValidationConfig
 

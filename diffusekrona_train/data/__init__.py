@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from diffusekrona_train.common.files import ASSETS
 from diffusekrona_train.config import RunConfig, SubjectConfig
 from diffusekrona_train.data.crops import Crop, bucket_sizes, crop_pixels, plan_crops
 from diffusekrona_train.data.datasets import HUB_NAME, is_dataset, read_dataset, read_hub
@@ -37,7 +38,7 @@ __all__ = [
     "toybox_subjects",
 ]
 
-TOYBOX_SUBJECTS = Path(__file__).resolve().parents[1] / "assets" / "toybox" / "subjects"
+TOYBOX_SUBJECTS = ASSETS / "toybox" / "subjects"
 
 
 def collect(config: RunConfig) -> Collection:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusekrona_train.files import atomic
+from diffusekrona_train.common.files import ASSETS, atomic
 
-TEMPLATES = Path(__file__).parent.parent / "assets" / "report"
+TEMPLATES = ASSETS / "report"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusekrona_train.files import atomic
+from diffusekrona_train.common.files import atomic
 
 INK, PAPER, PALE = (32, 33, 36), (255, 255, 255), (225, 228, 232)
 

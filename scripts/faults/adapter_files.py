@@ -19,10 +19,10 @@ def native(path: Path, alias: str = "toybox", info: dict[str, Any] | None = None
     import torch
 
     from diffusekrona_train.adapters import build_adapter, plan
+    from diffusekrona_train.adapters.formats import AdapterFile, write_adapter
     from diffusekrona_train.config import AdapterConfig
-    from diffusekrona_train.families import tables
-    from diffusekrona_train.inject import select_layers
-    from diffusekrona_train.weights import AdapterFile, write_adapter
+    from diffusekrona_train.models import layers as tables
+    from diffusekrona_train.models.layers import select_layers
 
     wanted = AdapterConfig(**{"a1": 4, "a2": 64, "blocks": ["mid_block"], **spec})
     layers = select_layers(tables.layer_table(alias), wanted)
@@ -115,7 +115,7 @@ def authors(path: Path, alias: str = "toybox", half: bool = False) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from diffusekrona_train.families import tables
+    from diffusekrona_train.models import layers as tables
 
     tensors = {}
     for layer in [layer for layer in tables.layer_table(alias) if layer.kind != "ffn"][:4]:

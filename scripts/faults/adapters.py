@@ -218,7 +218,7 @@ def _mixed(tensors: dict) -> None:
 
 def fuzz_header(folder: Path, content: bytes) -> str:
     """'' where any bytes as an adapter file either load or are refused in one line; else what went wrong."""
-    from diffusekrona_train.weights import read_adapter
+    from diffusekrona_train.adapters.formats import read_adapter
 
     path = folder / "fuzz.safetensors"
     path.write_bytes(content)

@@ -123,7 +123,7 @@ def preload() -> None:
 
     for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"):
         getattr(transformers, name)
-    import diffusekrona_train.train  # noqa: F401
+    import diffusekrona_train.training  # noqa: F401
 
 
 def _enter(arguments: list[str]) -> int:

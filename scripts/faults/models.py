@@ -23,7 +23,7 @@ def _models() -> list[Case]:
 
     def without(part: str, damage: Callable[[Path, Path], Any] | None = None) -> Callable[[Sandbox], list[str]]:
         def make(box: Sandbox) -> list[str]:
-            from diffusekrona_train.families.local import ASSETS
+            from diffusekrona_train.models.local import ASSETS
 
             arguments = fresh(
                 box, {"model": "model", "data.resolution": 64, "adapter.a1": 4, "adapter.a2": 4}, cache=False

@@ -37,7 +37,7 @@ AREAS = {
 
 def write(path: Path, results: Sequence[Result], fuzzed: Sequence) -> None:
     """The page at `path`, atomically."""
-    from diffusekrona_train.files import atomic
+    from diffusekrona_train.common.files import atomic
 
     tried = sum(outcome.tried for outcome in fuzzed)
     held = sum(not result.problems for result in results)

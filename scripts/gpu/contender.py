@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from diffusekrona_train.cache import Bucket, TrainingSet
+from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import make_config
-from diffusekrona_train.descent import Descent
-from diffusekrona_train.diffusion import noise_schedule
-from diffusekrona_train.families import family_of
-from diffusekrona_train.inject import inject
-from diffusekrona_train.objective import Batch, Objective
+from diffusekrona_train.data.training_set import Bucket, TrainingSet
+from diffusekrona_train.models import family_of
+from diffusekrona_train.models.noise import noise_schedule
+from diffusekrona_train.training.loss import Batch, Objective
+from diffusekrona_train.training.optimizer import Descent
 from scripts.gpu.setting import Setting
 from tests.tiny import make_unet, real_part
 

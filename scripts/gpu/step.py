@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffusekrona_train.setup import compile_blocks
+from diffusekrona_train.training.setup import compile_blocks
 from scripts.gpu.contender import Bench, load
 from scripts.gpu.rows import Values
 from scripts.gpu.setting import Setting, free

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from diffusekrona_train.adapters import Fp32Module
-from diffusekrona_train.objective import Batch
+from diffusekrona_train.training.loss import Batch
 from scripts.gpu.contender import Bench
 from tests.tiny import real_part
 

@@ -92,8 +92,8 @@ def cap_memory(gib: float, blind: bool) -> None:
 
 def watch(room: Any, run: Any, setup: Any, began: float) -> Watch:
     """A Watch with the doors of the training rooms hung."""
-    from diffusekrona_train.families.sd import SD
-    from diffusekrona_train.families.source import ModelSource
+    from diffusekrona_train.models.sd import SD
+    from diffusekrona_train.models.source import ModelSource
 
     made = Watch(began)
     made.around(room, "assemble", "set-up")
@@ -118,9 +118,10 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true")
     given = parser.parse_args()
 
-    from diffusekrona_train import run, setup
-    from diffusekrona_train import train as room
+    from diffusekrona_train import training as room
     from diffusekrona_train.config import load_config
+    from diffusekrona_train.training import setup
+    from diffusekrona_train.training import step as run
 
     config = load_config(given.config, given.set)
     if given.cap:

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from diffusekrona_train.evaluate.inputs import photos_of
-from diffusekrona_train.files import atomic
-from diffusekrona_train.metrics import METRICS
-from diffusekrona_train.report import contact_sheet
+from diffusekrona_train.common.files import atomic
+from diffusekrona_train.evaluation.inputs import photos_of
+from diffusekrona_train.evaluation.metrics import METRICS
+from diffusekrona_train.report.sheet import contact_sheet
 from scripts.studies.records import Record, strip_of
 from scripts.studies.rows import Row
 from scripts.studies.study import Study

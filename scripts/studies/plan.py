@@ -10,8 +10,8 @@ from typing import Any
 
 from diffusekrona_train.config import RunConfig, make_config
 from diffusekrona_train.data import collect
-from diffusekrona_train.evaluate.inputs import Suite, SuiteRow, load_suite
-from diffusekrona_train.families import open_model
+from diffusekrona_train.evaluation.inputs import Suite, SuiteRow, load_suite
+from diffusekrona_train.models import open_model
 from scripts.studies.records import key_of, model_mark, read, run_mark
 from scripts.studies.study import Base, Series, Study, Value
 from scripts.studies.task import Cell, Task

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffusekrona_train.common.files import atomic, sha256
 from diffusekrona_train.config import RunConfig
-from diffusekrona_train.files import atomic, sha256
 
 ASSETS = Path(__file__).resolve().parents[2] / "diffusekrona_train" / "assets"
 METRICS = ("clip_i", "clip_t", "dino")

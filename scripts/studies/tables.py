@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusekrona_train.files import atomic
-from diffusekrona_train.metrics import METRICS
+from diffusekrona_train.common.files import atomic
+from diffusekrona_train.evaluation.metrics import METRICS
 from scripts.studies.compare import Gap, against, pairs_of, reference_of, spread_gap, spreads_of
 from scripts.studies.rows import Row
 from scripts.studies.study import Study

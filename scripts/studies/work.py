@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusekrona_train.folder import claimed
+from diffusekrona_train.common.run_folder import claimed
 from scripts.studies import records
 from scripts.studies.task import Task, filled
 
@@ -59,8 +59,8 @@ def ensure_trained(task: Task, folder: Path) -> tuple[float, bool]:
 
     A run that diverges leaves the adapters of the steps before.
     """
-    from diffusekrona_train import checkpoint
     from diffusekrona_train.config import make_config
+    from diffusekrona_train.training import checkpoint
 
     wanted = task.steps
     if all(adapter_of(folder, step).is_file() for step in wanted):
@@ -85,7 +85,7 @@ def ensure_trained(task: Task, folder: Path) -> tuple[float, bool]:
 
 def _train(config: Any, resume: bool) -> bool:
     """To the end, or True where it diverges. Begins anew where the state cannot go on, as after photos have moved."""
-    from diffusekrona_train.train import Diverged, train
+    from diffusekrona_train.training import Diverged, train
 
     try:
         try:
@@ -107,7 +107,7 @@ def adapter_of(folder: Path, step: int) -> Path:
 
 def seconds_at(folder: Path, step: int) -> float:
     """Seconds that the loop had taken at a step, as metrics.jsonl says."""
-    from diffusekrona_train.folder import read_metrics
+    from diffusekrona_train.common.run_folder import read_metrics
 
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] == step and "time" in line]
     return float(lines[-1]["time"]) if lines else 0.0
@@ -117,9 +117,10 @@ def seconds_at(folder: Path, step: int) -> float:
 
 
 def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple[records.Record, bytes]:
-    from diffusekrona_train.evaluate.measure import Judges, measure
-    from diffusekrona_train.metrics import METRICS
-    from diffusekrona_train.studio import pick_device, pick_dtype, subjects_of
+    from diffusekrona_train.common.device import pick_device, pick_dtype
+    from diffusekrona_train.evaluation.measure import Judges, measure
+    from diffusekrona_train.evaluation.metrics import METRICS
+    from diffusekrona_train.sampling.session import subjects_of
 
     step, token = need["step"], task.config["subject"]["token"]
     wearing = subjects_of([(adapter_of(folder, step), 1.0)]) if step else []
@@ -170,9 +171,9 @@ def _diverged(task: Task, key: str, need: dict[str, Any]) -> records.Record:
 
 def _draw(task: Task, need: dict[str, Any], wearing: list, room: Path) -> tuple[list, bytes]:
     """The pictures of a need as evaluate's Generated, in a temporary folder, and the strip of its first seed."""
-    from diffusekrona_train.evaluate.inputs import Generated
-    from diffusekrona_train.pictures import plan_pictures
-    from diffusekrona_train.sample import SampleSettings
+    from diffusekrona_train.evaluation.inputs import Generated
+    from diffusekrona_train.sampling.plan import plan_pictures
+    from diffusekrona_train.sampling.render import SampleSettings
 
     asked, prompts = need["sampling"], filled(task, need)
     settings = SampleSettings(asked["steps"], asked["guidance"], height=asked["side"], width=asked["side"])
@@ -196,7 +197,7 @@ def _draw(task: Task, need: dict[str, Any], wearing: list, room: Path) -> tuple[
 
 
 def _wear(studio: Any, wearing: list) -> None:
-    from diffusekrona_train.weights import inject_file
+    from diffusekrona_train.adapters.formats import inject_file
 
     studio.subjects = wearing
     studio.injections = [inject_file(studio.pipe.unet, subject.file) for subject in wearing]
@@ -224,8 +225,9 @@ def stays(model: str) -> bool:
 
 def open_studio(task: Task, prompts: list[str]) -> Any:
     """The pipeline with every text that it may be asked for, from this process' last task where that fits."""
-    from diffusekrona_train.families import open_model
-    from diffusekrona_train.studio import Memory, Studio, pick_device
+    from diffusekrona_train.common.device import pick_device
+    from diffusekrona_train.models import open_model
+    from diffusekrona_train.sampling.session import Memory, Studio
 
     names = ("model", "revision", "variant", "vae", "model_config_dir")
     where = {name: task.config[name] for name in names}
@@ -251,13 +253,13 @@ def forget_studio() -> None:
 
 @functools.cache
 def open_judges(kind: Any, toybox: bool) -> Any:
-    from diffusekrona_train.studio import pick_device
+    from diffusekrona_train.common.device import pick_device
 
     return kind.open(None, None, toybox=toybox, device=pick_device(), cache=None)
 
 
 @functools.cache
 def open_photos(images: str) -> list[Image.Image]:
-    from diffusekrona_train.evaluate.inputs import photos_of
+    from diffusekrona_train.evaluation.inputs import photos_of
 
     return photos_of(images)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from world import Label
 
-from diffusekrona_train.metrics.preprocess import CLIP_MEAN, CLIP_STD
+from diffusekrona_train.evaluation.metrics.preprocess import CLIP_MEAN, CLIP_STD
 
 LENGTH, WIDTH, BATCH, HELD = 24, 128, 96, 1000
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from world import Label
 
-from diffusekrona_train.metrics.encoders import IdentityNet
+from diffusekrona_train.evaluation.metrics.encoders import IdentityNet
 
 TEMPERATURE = 12.0
 BATCH, HELD = 64, 1000

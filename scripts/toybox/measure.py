@@ -26,10 +26,10 @@ from scenes import BACKGROUNDS, paint
 from sprites import fetch, load_sprites, small_world
 from world import SMALL, compose, with_article
 
-from diffusekrona_train.families import sdxl
-from diffusekrona_train.metrics.encoders import TOYBOX, open_clip, open_dino
-from diffusekrona_train.report import contact_sheet
-from diffusekrona_train.sample import SampleSettings, render
+from diffusekrona_train.evaluation.metrics.encoders import TOYBOX, open_clip, open_dino
+from diffusekrona_train.models import sdxl
+from diffusekrona_train.report.sheet import contact_sheet
+from diffusekrona_train.sampling.render import SampleSettings, render
 
 Pair = tuple[str, str]
 """(class noun, background)."""

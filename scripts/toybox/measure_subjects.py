@@ -26,13 +26,13 @@ from sprites import Sprite, fetch, load_sprites
 from subjects import NAMES
 from world import compose
 
-from diffusekrona_train.evaluate.inputs import load_suite
-from diffusekrona_train.families import open_model
-from diffusekrona_train.metrics import unit
-from diffusekrona_train.metrics.encoders import TOYBOX, Encoder, open_dino
-from diffusekrona_train.report import contact_sheet
-from diffusekrona_train.sample import SampleSettings, render
-from diffusekrona_train.weights import load_adapter
+from diffusekrona_train.adapters.formats import load_adapter
+from diffusekrona_train.evaluation.inputs import load_suite
+from diffusekrona_train.evaluation.metrics import unit
+from diffusekrona_train.evaluation.metrics.encoders import TOYBOX, Encoder, open_dino
+from diffusekrona_train.models import open_model
+from diffusekrona_train.report.sheet import contact_sheet
+from diffusekrona_train.sampling.render import SampleSettings, render
 
 PLACES = ("on the beach", "in the snow", "at night", "in front of a brick wall", "in the desert")
 

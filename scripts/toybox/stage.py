@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusekrona_train.files import atomic
+from diffusekrona_train.common.files import atomic
 
 
 def pixels(pictures: np.ndarray, device="cpu") -> Tensor:

@@ -1,0 +1,248 @@
+"""How adapter files call things: tensor suffixes, what a group of them is, and the metadata that user interfaces show.
+
+The facts are those of the kohya and LyCORIS formats and of the ModelSpec standard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusekrona_train.adapters.spectra import terms
+from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.models import family_of
+from diffusekrona_train.models.layers import Layer
+
+KEY = "diffusekrona"
+"""The metadata key of our own JSON."""
+
+SAME = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora.down.weight": "lora_down.weight",
+    "lora.up.weight": "lora_up.weight",
+}
+"""Other tools' suffixes -> kohya's."""
+
+NEEDED = {
+    "lora": [["lora_down.weight"], ["lora_up.weight"]],
+    "loha": [["hada_w1_a"], ["hada_w1_b"], ["hada_w2_a"], ["hada_w2_b"]],
+    "lokr": [["lokr_w1", "lokr_w1_a", "lokr_w1_b"], ["lokr_w2", "lokr_w2_a", "lokr_w2_b"]],
+    "rows": [["rows_lokr_w1"], ["rows_lokr_w2"]],
+}
+"""Kind -> its parts; a part is its first suffix, or (LoKr) the two others together. Kind full has `diff`, `diff_b` …"""
+
+SUFFIXES = [suffix for parts in NEEDED.values() for part in parts for suffix in part]
+_SUFFIX = re.compile(
+    "(.+)\\.(" + "|".join(map(re.escape, [*SUFFIXES, *SAME, "alpha", "rows_alpha"])) + r"|diff(?:_\w+)?)$"
+)
+AUTHORS_KEY = re.compile(r"unet\.(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
+
+
+def split_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Keys of an adapter file -> layer's name in the file -> suffix -> tensor, every layer complete and of one kind.
+
+    Raises ValueError naming a tensor that is no adapter's, half a pair, or two kinds in one file.
+    """
+    if any(AUTHORS_KEY.match(key) for key in tensors):
+        raise ValueError(
+            "is a checkpoint of the DiffuseKronA authors; import it with krona-convert --from diffusekrona"
+        )
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _SUFFIX.match(key)
+        if match is None:
+            raise ValueError(f"tensor {key} is extra: no part of a LoKr, LoRA or LoHa adapter")
+        if match[1].startswith(("lora_te", "text_encoder")):
+            raise ValueError(f"tensor {key} adapts a text encoder; only adapters of the denoiser can be read")
+        groups.setdefault(match[1], {})[SAME.get(match[2], match[2])] = tensor
+    kinds = {name: kind_of(name, group) for name, group in groups.items()}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"mixes {' and '.join(sorted(set(kinds.values())))} layers; one kind a file can be read")
+    return groups
+
+
+def kind_of(name: str, group: dict[str, Tensor]) -> str:
+    """lora, loha, lokr, rows or full; ValueError where a part is missing."""
+    for kind, parts in NEEDED.items():
+        if not any(suffix in group for part in parts for suffix in part):
+            continue
+        for whole, *halves in parts:
+            if whole not in group and not (halves and all(half in group for half in halves)):
+                lacking = next((half for half in halves if half not in group), whole) if _any(halves, group) else whole
+                raise ValueError(f"layer {name}: tensor {lacking} is missing")
+        return kind
+    if any(suffix.startswith("diff") for suffix in group):
+        return "full"
+    raise ValueError(f"layer {name} has nothing but {', '.join(sorted(group))}: its tensors are missing")
+
+
+def _any(halves: list[str], group: dict[str, Tensor]) -> bool:
+    return any(half in group for half in halves)
+
+
+def describe_groups(
+    layers: list[Layer], groups: dict[str, dict[str, Tensor]]
+) -> tuple[AdapterConfig, dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """Spec, options and tensors of another tool's file, read from its shapes.
+
+    Its LoKr becomes KronA, thin pairs multiplied out and alpha / rank in w1, which is the same ΔW. Raises ValueError
+    where shapes do not make the layer's.
+    """
+    kind, options, complete = "krona", {}, {}
+    for layer in layers:
+        group = {suffix: tensor.float() for suffix, tensor in groups[layer.name].items()}
+        if any(suffix.startswith("lokr") for suffix in group):
+            complete[layer.name], options[layer.name] = _as_krona(layer, group)
+        elif "diff" in group:
+            kind, complete[layer.name], options[layer.name] = "full", group, {}
+        else:
+            kind, thin = ("lora", "lora_down.weight") if "lora_down.weight" in group else ("loha", "hada_w1_b")
+            alpha = group.get("alpha", torch.tensor(float(group[thin].shape[0])))
+            options[layer.name] = {"rank": group[thin].shape[0], "alpha": float(alpha)}
+            complete[layer.name] = {**group, "alpha": alpha}
+    common = json.loads(Counter(json.dumps(option) for option in options.values()).most_common(1)[0][0])
+    common.pop("row_permutation", None)
+    spec = {"type": kind, **_targets(layers), **common}
+    return AdapterConfig.model_validate(spec), options, complete
+
+
+def _as_krona(layer: Layer, group: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    scale, matrices = terms(group)
+    A, B = (matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1] for matrix in matrices)
+    shape = (A.shape[0] * B.shape[0], A.shape[1] * B.shape[1]) if A.ndim == B.ndim == 2 else ()
+    if shape != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"layer {layer.name}: {tuple(A.shape)} and {tuple(B.shape)} do not make its "
+            f"{layer.out_features} x {layer.in_features}"
+        )
+    tensors = {"lokr_w1": scale * A, "lokr_w2": B, "alpha": torch.tensor(1.0)}
+    return tensors, {"a1": A.shape[1], "a2": A.shape[0]}
+
+
+def _targets(layers: list[Layer]) -> dict[str, Any]:
+    """The spec's fields that choose exactly the kinds and projections of these layers, and these alone."""
+    kinds = {layer.kind for layer in layers}
+    letters = [letter for letter in "qkvo" if any(layer.projection == letter for layer in layers)]
+    attention = "both" if {"self", "cross"} <= kinds else "cross" if "cross" in kinds else "self"
+    return {"targets": letters or list("qkvo"), "attention": attention, "ffn": "ffn" in kinds}
+
+
+# ---- metadata ------------------------------------------------------------------------------------------------------
+
+BASES = {
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    "sd_v1": ("sd_v1", "stable-diffusion-v1/lora"),
+    "sd_v2": ("sd_v2", "stable-diffusion-v2-512/lora"),
+    "sd_v2_v": ("sd_v2_v", "stable-diffusion-v2-768-v/lora"),
+}
+"""Base -> (ss_base_model_version, modelspec.architecture)."""
+
+
+def header(
+    path: str | Path,
+    *,
+    kind: str,
+    family: str,
+    layers: list[Layer],
+    groups: dict[str, dict[str, Tensor]],
+    options: dict[str, dict[str, Any]],
+    info: dict[str, Any],
+) -> dict[str, str]:
+    """The metadata of an adapter file, every value a string: kohya's ss_ keys and the ModelSpec standard's.
+
+    `kind` is the adapter's type, `info` our own JSON (token, prediction_type, resolution are read if there).
+    """
+    predicts = str(info.get("prediction_type") or "epsilon")
+    version, architecture = BASES[_base(family, layers, predicts)] if family in ("sd", "sdxl") else (family, family)
+    title = Path(path).stem
+    resolution = info.get("resolution")
+    network, arguments, dim, alpha = _network(kind, groups, options)
+    about = {
+        "ss_network_module": network,
+        "ss_network_args": json.dumps(arguments),
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_output_name": title,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": (
+            "https://github.com/Stability-AI/generative-models" if family == "sdxl" else "diffusers"
+        ),
+        "modelspec.title": title,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.prediction_type": "v" if predicts == "v_prediction" else "epsilon",
+        "modelspec.resolution": f"{resolution}x{resolution}" if resolution else _usual_resolution(version),
+    }
+    if info.get("token"):
+        about["modelspec.trigger_phrase"] = str(info["token"])
+    return about
+
+
+def _base(family: str, layers: list[Layer], predicts: str) -> str:
+    """SD 2 has text embeddings 1024 wide, SD 1 768."""
+    if family == "sdxl":
+        return "sdxl"
+    cross = {layer.in_features for layer in layers if layer.kind == "cross" and layer.projection in "kv"}
+    second = 1024 in cross or predicts == "v_prediction"
+    return "sd_v1" if not second else "sd_v2_v" if predicts == "v_prediction" else "sd_v2"
+
+
+def _usual_resolution(version: str) -> str:
+    side = {"sdxl_base_v1-0": 1024, "sd_v2_v": 768}.get(version, 512)
+    return f"{side}x{side}"
+
+
+def _network(kind: str, groups: dict, options: dict) -> tuple[str, dict[str, str], str, str]:
+    """ss_network_module, _args, _dim and _alpha as strings (the args a dict)."""
+    largest = max(groups, key=lambda name: options.get(name, {}).get("rank", 0))
+    rank, alpha = options.get(largest, {}).get("rank", 1), options.get(largest, {}).get("alpha", 1)
+    if kind == "lora":
+        return "networks.lora", {}, str(rank), f"{float(alpha):g}"
+    whole = all("lokr_w1" in group and "lokr_w2" in group for group in groups.values())
+    if kind == "krona" or (kind == "lokr" and whole):
+        # LyCORIS takes a full matrix where dim is at least half of it
+        dim = str(max(max(group["lokr_w2"].shape) for group in groups.values()))
+        factor = Counter(group["lokr_w1"].shape[0] for group in groups.values()).most_common(1)[0][0]
+        arguments = {"algo": "lokr", "factor": str(factor), "full_matrix": "True", "preset": "attn-only"}
+        return "lycoris.kohya", arguments, dim, dim
+    arguments = {"algo": kind, "preset": "attn-only"}
+    if kind == "lokr":
+        arguments |= {"factor": str(options[largest]["factor"]), "full_matrix": "False"}
+    return "lycoris.kohya", arguments, str(rank), str(rank if kind != "full" else 1)
+
+
+def without_paths(value: Any) -> Any:
+    """`value` with every string that is a path on this machine cut to its base name, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str | Path):
+        text = str(value)
+        local = text.startswith(("/", "./", "../", "~", "\\")) or text[1:3] == ":\\"
+        if local or isinstance(value, Path) or (os.sep in text and len(text) < 1000 and os.path.exists(text)):
+            return os.path.basename(text.replace("\\", "/").rstrip("/"))
+    return value
+
+
+def family_name(model: nn.Module) -> str:
+    """The family of a loaded denoiser, from its class and config; ValueError where none knows it."""
+    config = {"_class_name": type(model).__name__, **dict(getattr(model, "config", None) or {})}
+    return family_of(config, type(model).__name__).name
+
+
+def layers_per_block(config: Any) -> int:
+    """Layers in each block of a denoiser's config; 2, as in SDXL, where it does not say one number."""
+    value = dict(config or {}).get("layers_per_block", 2)
+    return value if isinstance(value, int) else 2

@@ -1,0 +1,1 @@
+"""What every package may use: atomic files, the run folder, the device, injected faults."""

@@ -1,0 +1,58 @@
+"""The device: which one, in which number type, how its memory is given back, and how running out of it looks."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What else says that memory has ended: cuBLAS, cuDNN and the driver take some past torch's allocator."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that the device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    )
+
+
+def precision(asked: str, device_type: str) -> tuple[str, torch.dtype]:
+    """accelerate's name of the precision and the type of the frozen base; ValueError for fp16 without a GPU."""
+    if asked == "auto":
+        if device_type != "cuda":
+            asked = "no"
+        else:
+            asked = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if asked == "fp16" and device_type != "cuda":
+        raise ValueError("train.mixed_precision: 'fp16' needs a GPU; on a CPU use no or bf16")
+    return asked, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[asked]
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 where the card is fast at it, else fp16; fp32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def free(device: torch.device) -> None:
+    """Gives memory of dropped modules back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

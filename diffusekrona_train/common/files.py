@@ -1,0 +1,94 @@
+"""Files that are either whole or absent: written beside their target, flushed, then renamed. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+"""What lies in the package: the embedded model, configs of known models, layer tables, suites, page templates."""
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a path to write a file or make a folder at, which takes the name `path` when the block ends well.
+
+    On an error, or a kill in the middle, what stood at `path` before is untouched. Missing parent folders are made.
+    The temporary name keeps the suffix, for libraries that choose a format by it. A folder replaces only an absent or
+    an empty folder: OSError otherwise.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        room = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target.parent)) from None
+    try:
+        temporary = room / target.name
+        yield temporary
+        mode = _usual_mode(room)
+        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                file.chmod(mode)
+                _flush(file)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except Exception as error:
+        number = _system_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(target)) from error  # names what the user knows
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def remove_abandoned(folder: str | Path, seconds: float = 3600.0) -> None:
+    """Removes what killed processes were writing under `folder`: temporary folders that nobody touched for so long.
+
+    Other processes may be writing there now; none of them leaves a file of a cache alone for an hour.
+    """
+    for place, folders, _ in os.walk(folder):  # which passes over what others remove meanwhile
+        for room in (Path(place, name) for name in folders if name.startswith(".writing-")):
+            with contextlib.suppress(OSError):
+                touched = max(path.stat().st_mtime for path in (room, *room.iterdir()))
+                if time.time() - touched > seconds:
+                    shutil.rmtree(room, ignore_errors=True)
+
+
+def _usual_mode(room: Path) -> int:
+    """The permissions that a new file gets here: some writers (safetensors) leave theirs to the owner alone."""
+    probe = room / ".mode"
+    probe.touch()
+    return stat.S_IMODE(probe.stat().st_mode)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The errno of an OSError, also of one that a library written in Rust reports as text; None for other errors."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some file systems refuse fsync of a folder; the rename is still atomic
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,116 @@
+"""The run folder: who may write in it, what it holds, and what a resumed or replaced run clears first."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from diffusekrona_train.common.files import atomic
+
+OWN = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "resume", "report.html", "loss.png", "trackers")
+"""What a run writes besides `<name>.safetensors` and `<name>.png`; --overwrite removes these and nothing else."""
+
+
+def own_entries(folder: Path) -> list[Path]:
+    """Files and folders of a run that are there."""
+    names = (*OWN, f"{folder.name}.safetensors", f"{folder.name}.png")
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def refuse_existing(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """ValueError where the folder holds a run that this call would mix with, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: {folder} is a file; give a folder")
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite ask for opposite things; give one")
+    if own_entries(folder) and not (resume or overwrite):
+        raise ValueError(
+            f"output: {folder} already holds a run; continue it with --resume, replace it with --overwrite, "
+            "or choose another output"
+        )
+
+
+@contextmanager
+def claimed(folder: Path, main: bool = True) -> Iterator[None]:
+    """Holds the folder for this run (its main process); ValueError where another writes in it. A kill lets go.
+
+    Folders that it makes and that are still empty at the end, of a run that was refused, go again.
+    """
+    if not main:
+        yield
+        return
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a+") as file:
+        if not _lock(file):
+            file.seek(0)
+            raise ValueError(f"output: {folder} is being written by another run (process {file.read().strip() or '?'})")
+        file.truncate(0)
+        with suppress(OSError):  # the lock holds on a full disk too; only the number is missing in another's message
+            os.write(file.fileno(), str(os.getpid()).encode())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                for place in made:
+                    place.rmdir()
+
+
+def _lock(file) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: there two runs in one folder are the user's care
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
+
+
+def prepare(folder: Path, start: int, config_yaml: str) -> None:
+    """Makes the folder tell of steps up to `start` alone (0: of nothing yet), and writes config.yaml."""
+    if start == 0:
+        for entry in own_entries(folder):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for leftover in folder.rglob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in (folder / "samples").glob("step-*"):
+        if step_of(path) > start:
+            shutil.rmtree(path, ignore_errors=True)
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= start]
+    if lines:
+        with atomic(folder / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with atomic(folder / "config.yaml") as temporary:
+        temporary.write_text(config_yaml)
+
+
+def step_of(path: Path) -> int:
+    """100 of step-000100; -1 for another name."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut by a kill is passed over."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines

@@ -1,0 +1,268 @@
+"""Latents and text embeddings, made once and kept on disk under a key of what they were made from.
+
+The key holds the photo's content, the crop, the model, the precision and the format, so nothing stale is ever read. An
+entry that is damaged is made again; VAE and text encoders are loaded only where an entry is missing, and leave memory
+before training starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusekrona_train.common.device import DTYPES
+from diffusekrona_train.common.faults import reach
+from diffusekrona_train.common.files import atomic
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.data import (
+    Collection,
+    Crop,
+    Picture,
+    collect,
+    collect_prior,
+    crop_pixels,
+    is_image,
+    open_image,
+    plan_crops,
+    printable,
+)
+from diffusekrona_train.data.cache import Entry, Store
+
+
+@dataclass
+class Bucket:
+    """Pictures of one size. N pictures (one that a pass shows r times has r rows), V variants of each."""
+
+    latents: Tensor
+    """(N, V, C, h, w) fp32."""
+    size_ids: Tensor
+    """(N, V, 6), SDXL's numbers of the real crop; (N, V, 0) for families without them."""
+    caption_index: Tensor
+    """(N,) rows of TrainingSet.conditioning."""
+    names: list[str]
+
+
+@dataclass
+class TrainingSet:
+    """All that training reads: on the CPU, whatever device made it."""
+
+    instances: list[Bucket]
+    priors: list[Bucket]
+    captions: list[str]
+    conditioning: dict[str, Tensor]
+    """prompt_embeds (P, T, D) and, for SDXL, pooled (P, D'), one row a caption."""
+    vae_was_loaded: bool = False
+    text_encoders_were_loaded: bool = False
+
+    def conditioning_of(self, text: str) -> dict[str, Tensor]:
+        """The tensors of one caption or prompt, leading dimension 1; ValueError for a text that was not prepared."""
+        if text not in self.captions:
+            raise ValueError(f"the prompt {text!r} was not encoded before training")
+        index = self.captions.index(text)
+        return {name: rows[index : index + 1] for name, rows in self.conditioning.items()}
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where entries lie: `data.cache_dir`, or a folder `cache` beside the run's, shared by the runs there."""
+    return Path(config.data.cache_dir or Path(config.output).parent / "cache").expanduser()
+
+
+def build_training_set(
+    config: RunConfig,
+    source: Any,
+    *,
+    device: Any,
+    log: Callable[[str], Any] = print,
+    extra_prompts: Sequence[str] = (),
+    accelerator: Any = None,
+    render: Callable[[str, int], Any] | None = None,
+) -> TrainingSet:
+    """Latents and embeddings of all that training, validation and sampling read, from the cache or made now.
+
+    `render(prompt, seed)` gives a PIL image of the base model and is called only where class images are missing. Under
+    an `accelerator` the work is shared over its processes, and a failure of one is raised in all. ValueError names the
+    photo whose latents are not finite.
+    """
+    store = Store(cache_folder(config), accelerator, log)
+    collection, priors = collect(config), Collection([])
+    if config.prior.kind == "images":
+        priors = _class_images(config, source, store, render)
+    captions = prompts_of(config, collection.pictures + priors.pictures, extra_prompts)
+
+    crops = [plan_crops(group.pictures, config.data, config.train.seed) for group in (collection, priors)]
+    images = _image_entries(config, source, [crop for group in crops for row in group for crop in row])
+    texts = _text_entries(config, source, captions)
+    latents, vae_was_loaded = store.get(images, lambda: _image_maker(config, source, device))
+    embeddings, encoders_were_loaded = store.get(texts, lambda: _text_maker(source, device))
+
+    found = dict(zip([entry.what for entry in images], (tensors["latents"] for tensors in latents), strict=True))
+    names = sorted(embeddings[0])
+    return TrainingSet(
+        *(_buckets(group, found, captions, source.family) for group in crops),
+        captions=captions,
+        conditioning={name: torch.stack([tensors[name] for tensors in embeddings]) for name in names},
+        vae_was_loaded=vae_was_loaded,
+        text_encoders_were_loaded=encoders_were_loaded,
+    )
+
+
+def prompts_of(config: RunConfig, pictures: Iterable[Picture], extra: Sequence[str] = ()) -> list[str]:
+    """Every text that a run needs embedded, each once: nothing, class prompt, negative, validation, captions, extra."""
+    fill = config.subject.fill
+    fixed = [
+        "",
+        config.prior.prompt,
+        config.validation.negative,
+        config.subject.prompt,
+        *config.validation.prompts,
+        *extra,
+    ]
+    return list(dict.fromkeys([*map(fill, fixed), *(picture.caption for picture in pictures)]))
+
+
+def _image_entries(config: RunConfig, source: Any, crops: Sequence[Crop]) -> list[Entry]:
+    precision = config.data.vae_precision
+    vae = {"model": source.identity, "parts": _fingerprint(source, "vae"), "revision": config.revision}
+    vae |= {"variant": config.variant, "vae": _vae_identity(config.vae), "precision": precision}
+    advice = (
+        "is the VAE whole?" if precision == "fp32" else f"it overflows in {precision}: set data.vae_precision: fp32"
+    )
+    entries = []
+    for crop in crops:
+        where = {"scaled": crop.scaled_hw, "top_left": crop.top_left, "size": crop.size_hw, "flipped": crop.flipped}
+        problem = f"{printable(crop.picture.name)}: the VAE gives latents that are not finite; {advice}"
+        entries.append(Entry("latents", vae | where | {"photo": crop.picture.sha256}, crop, problem))
+    return entries
+
+
+def _text_entries(config: RunConfig, source: Any, captions: Sequence[str]) -> list[Entry]:
+    parts = _fingerprint(source, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant}
+    problem = "{!r}: the text encoders give embeddings that are not finite; is the model whole?"
+    return [
+        Entry("text", model | {"precision": "fp32", "text": text}, text, problem.format(printable(text)))
+        for text in captions
+    ]
+
+
+def _image_maker(config: RunConfig, source: Any, device: Any) -> Callable[[Crop], dict[str, Tensor]]:
+    vae = source.load("vae", dtype=DTYPES[config.data.vae_precision], device=device)["vae"]
+
+    @torch.no_grad()
+    def make(crop: Crop) -> dict[str, Tensor]:
+        pixels = torch.from_numpy(crop_pixels(crop)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return {"latents": source.family.encode_image(vae, pixels.to(device, DTYPES[config.data.vae_precision]))[0]}
+
+    return make
+
+
+def _text_maker(source: Any, device: Any) -> Callable[[str], dict[str, Tensor]]:
+    parts = source.load("tokenizers", "text_encoders", dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def make(text: str) -> dict[str, Tensor]:
+        rows = source.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], [text])
+        return {name: tensor[0] for name, tensor in rows.items()}
+
+    return make
+
+
+def _fingerprint(source: Any, *parts: str) -> list[str]:
+    """What tells two local folders with the same denoiser apart: name, size and both ends of each file of `parts`."""
+    root = getattr(getattr(source, "place", None), "path", None)
+    if root is None or not Path(root).is_dir():
+        return []
+    marks = []
+    for part in parts:
+        for path in sorted(Path(root, part).glob("*")):
+            if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
+                marks.append(f"{part}/{path.name} {_ends(path)}")
+    return marks
+
+
+def _vae_identity(vae: str | None) -> str | None:
+    """A hub name as it is; a file or folder by its content, so that the cache outlives its moving."""
+    if vae is None or not Path(vae).expanduser().exists():
+        return vae
+    path = Path(vae).expanduser()
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("config.json"))
+    return " ".join(_ends(file) for file in files)
+
+
+def _ends(path: Path, length: int = 1 << 20) -> str:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        digest = hashlib.sha256(file.read(length))
+        file.seek(max(0, size - length))
+        digest.update(file.read(length))
+    return f"{size}:{digest.hexdigest()[:16]}"
+
+
+def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list[str], family: Any) -> list[Bucket]:
+    """One bucket for each size of crop, smallest first."""
+    shelves: dict[tuple[int, int], list[list[Crop]]] = {}
+    for row in rows:
+        shelves.setdefault(row[0].size_hw, []).extend([row] * row[0].picture.repeats)
+    return [
+        Bucket(
+            latents=torch.stack([torch.stack([latents[crop] for crop in row]) for row in shelf]),
+            size_ids=torch.stack(
+                [
+                    torch.stack([family.size_ids(crop.original_hw, crop.top_left, crop.size_hw) for crop in row])
+                    for row in shelf
+                ]
+            ),
+            caption_index=torch.tensor([captions.index(row[0].picture.caption) for row in shelf]),
+            names=[row[0].picture.name for row in shelf],
+        )
+        for _, shelf in sorted(shelves.items())
+    ]
+
+
+def class_image_folder(config: RunConfig, source: Any) -> Path:
+    """Where class images lie: `prior.images`, or a folder of the cache for this model, prompt and size."""
+    if config.prior.images is not None:
+        return Path(config.prior.images).expanduser()
+    prompt = config.subject.fill(config.prior.prompt)
+    text = json.dumps([source.identity, config.revision, prompt, config.data.resolution])
+    return cache_folder(config) / "class-images" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _class_images(config: RunConfig, source: Any, store: Store, render: Callable[[str, int], Any] | None) -> Collection:
+    """The class images, after the missing ones were rendered: number i from seed i, each process its share."""
+    folder = class_image_folder(config, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"class-{index:05d}.png" for index in range(config.prior.count)]
+    others = sum(is_image(path) and path.name not in names for path in folder.iterdir())
+    wanted = [folder / name for name in names[: max(0, config.prior.count - others)]]
+    mine = [(index, path) for index, path in enumerate(wanted) if index % store.world == store.rank]
+    mine = [(index, path) for index, path in mine if not _is_whole(path)]
+
+    def make() -> None:
+        if mine and render is None:
+            raise ValueError(f"prior.images: {printable(str(folder))} lacks {len(mine)} of {config.prior.count} images")
+        for index, path in mine:
+            image = render(config.subject.fill(config.prior.prompt), index)  # type: ignore[misc]
+            with atomic(path) as temporary:
+                image.save(temporary)
+                reach("cache", index)
+            store.log(f"class images: {index + 1} of {config.prior.count}")
+
+    store.together(make)
+    return collect_prior(config, folder)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.exists() and open_image(path, path.name) is not None
+    except ValueError:
+        return False

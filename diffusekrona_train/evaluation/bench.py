@@ -1,0 +1,83 @@
+"""Draws what is to be measured: one base model, adapters put in and out in turn, pictures kept by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusekrona_train.adapters.formats import inject_file
+from diffusekrona_train.common.device import pick_dtype
+from diffusekrona_train.evaluation.inputs import Generated
+from diffusekrona_train.sampling.plan import draw, plan_pictures, settle_manifest
+from diffusekrona_train.sampling.render import SampleSettings
+from diffusekrona_train.sampling.session import Memory, Studio, Subject, about_models
+
+
+class Bench:
+    """The base model of an evaluation. It is loaded when the first picture is missing; pictures that are there stay.
+
+    texts: every prompt that will be drawn, identifiers filled in (they are encoded once, before the denoiser comes).
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        texts: Sequence[str],
+        settings: SampleSettings,
+        folder: Path,
+        *,
+        device: Any,
+        memory: Memory | None = None,
+        batch_size: int = 1,
+        share: tuple[int, int] = (0, 1),
+        log: Callable[[str], Any] = print,
+    ):
+        self.source, self.settings, self.folder = source, settings, folder
+        self.device, self.memory, self.batch_size, self.log = device, memory or Memory(), batch_size, log
+        self.share = share
+        self._texts = [*dict.fromkeys(texts), settings.negative]
+        self._studio: Studio | None = None
+
+    def pictures(
+        self, subject: Subject | None, prompts: Sequence[str], seeds: Sequence[int], class_prompt: str
+    ) -> tuple[list[Generated], list[Generated]]:
+        """prompts x seeds, and class prompt x seeds, by the base model with `subject`'s adapter (None: without).
+
+        Drawn where missing. With a share (rank, processes) only this process' part is drawn, but all are named.
+        """
+        subjects = [subject] if subject else []
+        dtype = pick_dtype(self.memory.dtype, self.device)
+        planned = plan_pictures(
+            list(dict.fromkeys([*prompts, class_prompt])),
+            seeds,
+            self.settings,
+            scale=1.0 if subject else None,
+            about=about_models(self.source, subjects, dtype, self.memory),
+        )
+        missing = [item for item in planned if not (self.folder / item.file).exists()]
+        if missing:
+            name = "/".join(Path(subject.file.path).parts[-2:]) if subject else "the base model"
+            self.log(f"drawing {len(missing)} of {len(planned)} pictures with {name}")
+            paint = self._wear(subject)
+            rank, world = self.share
+            draw(planned, self.folder, paint, batch_size=self.batch_size, rank=rank, world=world, log=lambda _: None)
+            if world == 1:
+                settle_manifest(planned, self.folder)
+        found = [Generated(self.folder / item.file, item.prompt, item.seed) for item in planned]
+        return [one for one in found if one.prompt in prompts], [one for one in found if one.prompt == class_prompt]
+
+    def _wear(self, subject: Subject | None) -> Callable[[list], list]:
+        """The studio's painter with this adapter alone in the denoiser."""
+        if self._studio is None:
+            self._studio = Studio(self.source, [], self._texts, self.memory, self.device)
+        studio = self._studio
+        while studio.injections:
+            injection = studio.injections.pop()
+            if injection.fused:
+                injection.unfuse()
+            injection.eject()
+        studio.subjects = [subject] if subject else []
+        studio.injections = [inject_file(studio.pipe.unet, one.file) for one in studio.subjects]
+        studio.set_scale(1.0 if subject else None, self.memory.fuses)
+        return studio.painter([1.0 if subject else None])

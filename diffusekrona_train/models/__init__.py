@@ -1,0 +1,115 @@
+"""Model families: where a model comes from and which family describes it.
+
+`open_model` finds a model (alias, hub name, folder or single file) and its family from the model's own config, without
+loading a weight and without importing diffusers. A new family is one file here and one row in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+
+from diffusekrona_train.config import MODEL_ALIASES, RunConfig
+from diffusekrona_train.models.hub import HubModel
+from diffusekrona_train.models.local import ASSETS, LocalModel, check_toybox
+from diffusekrona_train.models.source import ModelSource
+
+FAMILIES: dict[str, str] = {
+    "sd": "diffusekrona_train.models.sd",
+    "sdxl": "diffusekrona_train.models.sdxl",
+}
+"""Family name -> module that holds its FAMILY object."""
+
+PACKAGED = {MODEL_ALIASES[alias]: alias for alias in ("sdxl", "sd15", "sd14", "sd21")} | {
+    "stabilityai/stable-diffusion-2-1": "sd21",  # withdrawn from the hub in November 2025, in caches still
+}
+"""Hub names whose configs the package carries: these open without a network."""
+
+
+def family_named(name: str):
+    """The family object of a row in FAMILIES; ValueError for another name."""
+    if name not in FAMILIES:
+        raise ValueError(f"family {name!r} is unknown; this version knows {', '.join(FAMILIES)}")
+    return importlib.import_module(FAMILIES[name]).FAMILY
+
+
+def family_of(denoiser_config: dict, model: str):
+    """The family that recognises a denoiser's config; ValueError naming the model when none does."""
+    for name in FAMILIES:
+        family = family_named(name)
+        if family.matches(denoiser_config):
+            return family
+    kind = denoiser_config.get("_class_name", "an unknown class")
+    raise ValueError(f"model {model!r}: its denoiser ({kind}) belongs to none of the families {', '.join(FAMILIES)}")
+
+
+def open_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+    model_config_dir: str | None = None,
+) -> ModelSource:
+    """Find a model by alias, hub name, diffusers folder or single .safetensors file.
+
+    Reads configs and file headers only; weights come with `ModelSource.load`. Raises a one-line ValueError that names
+    what was given and what would be right: an unknown alias, a missing folder or part, a gated or missing hub model.
+    """
+    if not model:
+        raise ValueError(f"model is empty; give a hub name, a folder, a .safetensors file or one of {_aliases()}")
+    resolved = MODEL_ALIASES.get(model, model)
+    path = Path(resolved).expanduser()
+    if resolved == "toybox":
+        check_toybox()
+        place = LocalModel(ASSETS / "toybox" / "pipe", name="toybox", alias="toybox")
+    elif path.is_dir():
+        place = LocalModel(path, variant=variant)
+    elif path.is_file():
+        from diffusekrona_train.models.singlefile import SingleFile
+
+        place = SingleFile(path, config_folder=model_config_dir)
+    elif _looks_local(resolved):
+        raise ValueError(f"model {model!r}: no such file or folder{near_miss(path)}")
+    elif "/" in resolved:
+        alias = PACKAGED.get(resolved)
+        place = HubModel(resolved, revision=revision, variant=variant, alias=alias)
+    else:
+        close = difflib.get_close_matches(model.lower(), MODEL_ALIASES, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"model {model!r} is not known: {hint}give an alias ({_aliases()}), a hub name like owner/name, "
+            "a diffusers folder or a .safetensors file"
+        )
+    family = family_of(place.config("unet"), model)
+    return ModelSource(model=model, place=place, family=family, vae=vae)
+
+
+def configured_model(config: RunConfig) -> ModelSource:
+    """The base model that a run's config names; ValueError as `open_model`."""
+    return open_model(
+        config.model,
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.vae,
+        model_config_dir=config.model_config_dir,
+    )
+
+
+def near_miss(path: Path) -> str:
+    """'; did you mean …?' when the parent folder holds a similar name, else ''."""
+    if not path.parent.is_dir():
+        return f" ({str(path.parent)!r} does not exist either)"
+    names = [entry.name for entry in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
+
+
+def _looks_local(name: str) -> bool:
+    suffixes = (".safetensors", ".ckpt", ".bin", ".pt")
+    return name.startswith((".", "/", "~")) or name.endswith(suffixes) or name.count("/") > 1 or "\\" in name
+
+
+def _aliases() -> str:
+    return ", ".join(MODEL_ALIASES)

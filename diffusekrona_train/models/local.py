@@ -1,0 +1,97 @@
+"""A model in a folder of diffusers' layout, as the embedded one is; and what all places of models share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusekrona_train.common.files import ASSETS, sha256
+
+WEIGHTS = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
+CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+def config_name(part: str) -> str:
+    """File name of a part's config inside its subfolder."""
+    return CONFIG_NAMES.get(part.removesuffix("_2"), "config.json")
+
+
+@functools.cache
+def check_toybox() -> None:
+    """Hold the embedded model against its SHA256SUMS, once a process; ValueError names a damaged file."""
+    folder = ASSETS / "toybox"
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        expected, name = line.split(maxsplit=1)
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"model 'toybox': its file {name} is missing from the package; install it again")
+        if sha256(path) != expected:
+            raise ValueError(f"model 'toybox': its file {name} is damaged (SHA-256 differs); install it again")
+
+
+@dataclass
+class LocalModel:
+    """A folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/ …"""
+
+    path: Path
+    variant: str | None = None
+    name: str | None = None
+    alias: str | None = None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        if self.name:
+            return self.name
+        digest = hashlib.sha256()
+        for file in self._weight_files("unet"):
+            digest.update(sha256(file).encode())
+        return f"{self.path.resolve().name} sha256:{digest.hexdigest()[:16]}"
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The part's config; ValueError when the folder has no such part or its config cannot be read."""
+        file = self.path / part / config_name(part)
+        if part == "model_index":
+            file = self.path / "model_index.json"
+            if not file.is_file():
+                return {}
+        if not file.is_file():
+            raise ValueError(f"model folder {str(self.path)!r} has no {part}/{file.name}; a diffusers folder needs it")
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"model folder {str(self.path)!r}: {part}/{file.name} is not JSON ({error.msg})") from None
+
+    def load_part(self, part: str, cls: type, **options: Any) -> Any:
+        self.config(part)
+        if "torch_dtype" in options or "dtype" in options:
+            files = self._weight_files(part)
+            if not files:
+                raise ValueError(f"model folder {str(self.path)!r} has no .safetensors weights in {part}/")
+            plain = [file for file in files if file.name.count(".") == 1 or ".safetensors.index" in file.name]
+            options["variant"] = self.variant or (None if plain else _variant_of(files[0].name))
+        with one_line_errors(f"model folder {str(self.path)!r}, part {part}"):
+            return cls.from_pretrained(str(self.path / part), local_files_only=True, **options)
+
+    def _weight_files(self, part: str) -> list[Path]:
+        return sorted(file for pattern in WEIGHTS for file in (self.path / part).glob(pattern))
+
+
+def _variant_of(file_name: str) -> str | None:
+    """'fp16' from model.fp16.safetensors or model.fp16-00001-of-00002.safetensors."""
+    middle = file_name.removesuffix(".safetensors").split(".", 1)[1]
+    return middle.split("-")[0] or None
+
+
+@contextlib.contextmanager
+def one_line_errors(what: str):
+    """A broken folder's OSError or shape error as one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{what} cannot be loaded: {first[:200]}") from None

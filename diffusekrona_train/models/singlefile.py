@@ -1,0 +1,179 @@
+"""A model in one .safetensors file, in the layout of the original releases; nothing is fetched.
+
+The file holds weights only. Configs come from package data, chosen by key shapes, or from the user's `model_config_dir`
+(a folder in diffusers' layout, weights not needed); the CLIP tokenizer from its byte-pair merges in package data.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusekrona_train.common.files import sha256
+from diffusekrona_train.models.hub import HubModel
+from diffusekrona_train.models.local import ASSETS, LocalModel, one_line_errors
+
+CONFIGS = ASSETS / "configs"
+DENOISER = "model.diffusion_model."
+CROSS_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+"""Width of the text embedding -> packaged configs."""
+
+
+@dataclass
+class SingleFile:
+    """One checkpoint file; `config_folder` replaces the packaged configs."""
+
+    path: Path
+    config_folder: str | None = None
+    alias: str | None = None
+
+    def __post_init__(self) -> None:
+        self.shapes, self.metadata = read_header(self.path)
+        check_checkpoint(self.path, self.shapes)
+        if self.config_folder is not None and not Path(self.config_folder).is_dir():
+            raise ValueError(f"model_config_dir {self.config_folder!r} is no folder")
+        name = packaged_configs(self.path, self.shapes, self.metadata) if self.config_folder is None else ""
+        self.configs = LocalModel(Path(self.config_folder) if self.config_folder else CONFIGS / name)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return f"{self.path.name} sha256:{sha256(self.path)[:16]}"
+
+    def config(self, part: str) -> dict[str, Any]:
+        found = self.configs.config(part)
+        if part == "scheduler" and self.config_folder is None:
+            if "v_pred" in self.shapes or self.metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
+                found["prediction_type"] = "v_prediction"
+            if "ztsnr" in self.shapes:
+                found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return found
+
+    def load_part(self, part: str, cls: type, **options: Any) -> Any:
+        folder = str(self.configs.path)
+        with one_line_errors(f"model file {self.path.name!r}, part {part}"):
+            if part.startswith("tokenizer"):
+                return load_tokenizer(self.configs.path / part, cls)
+            if part.startswith("text_encoder"):
+                return self._load_text_encoder(part, cls, folder, options["dtype"])
+            return cls.from_single_file(str(self.path), config=folder, subfolder=part, local_files_only=True, **options)
+
+    def _load_text_encoder(self, part: str, cls: type, folder: str, dtype: Any) -> Any:
+        from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+        from safetensors.torch import load_file
+
+        second = part == "text_encoder_2"
+        prefix = "conditioner.embedders.1." if second else ("cond_stage_model.", "conditioner.embedders.0.")
+        weights = {key: value for key, value in load_file(self.path).items() if key.startswith(prefix)}
+        return create_diffusers_clip_model_from_ldm(
+            cls, weights, subfolder=part, config=folder, torch_dtype=dtype, local_files_only=True
+        )
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(tensor name -> shape, metadata) of a .safetensors file without reading a tensor; else ValueError."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"model file {path.name!r} is no .safetensors file; convert it (pickles can run code)")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            return shapes, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"model file {path.name!r} is damaged or no safetensors file ({error})") from None
+
+
+def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless the keys are a whole text-to-image checkpoint in the original layout."""
+    what = f"model file {path.name!r}"
+    if any("lora_" in key or ".lokr_" in key or ".hada_" in key for key in shapes):
+        raise ValueError(f"{what} is an adapter, not a model; give its base model here")
+    entry = shapes.get(f"{DENOISER}input_blocks.0.0.weight")
+    if entry is None:
+        alone = "conv_in.weight" in shapes
+        near = "only a denoiser in diffusers' layout" if alone else f"no {DENOISER}input_blocks keys"
+        raise ValueError(f"{what} has {near}; a whole Stable Diffusion checkpoint is needed")
+    if entry[1] != shapes.get(f"{DENOISER}out.2.weight", entry)[0]:
+        raise ValueError(f"{what} takes {entry[1]} input channels (inpainting or editing); text-to-image is needed")
+    parts = {"first_stage_model.": "VAE", ("cond_stage_model.", "conditioner."): "text encoder"}
+    for prefix, part in parts.items():
+        if not any(key.startswith(prefix) for key in shapes):
+            raise ValueError(f"{what} holds no {part}; a checkpoint with all parts is needed")
+
+
+def packaged_configs(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> str:
+    """Folder in assets/configs that fits the shapes; SD 2 counts as the 768-pixel v-prediction model unless told."""
+    width = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
+    if width not in CROSS_WIDTH:
+        raise ValueError(
+            f"model file {path.name!r} has text width {width}; known are {', '.join(map(str, CROSS_WIDTH))}: "
+            "give model_config_dir with its configs"
+        )
+    name = CROSS_WIDTH[width]
+    said = f"{metadata.get('modelspec.architecture', '')} {metadata.get('modelspec.prediction_type', '')}"
+    return "sd21-base" if name == "sd21" and ("v2-512" in said or "epsilon" in said) else name
+
+
+def load_tokenizer(folder: Path, cls: type) -> Any:
+    """The tokenizer of a config folder: its own vocabulary where it has one, else CLIP's from package data."""
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        return cls.from_pretrained(str(folder), local_files_only=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("tokenizer_class", None)
+    vocabulary, merges = clip_vocabulary()
+    return cls(vocab=dict(vocabulary), merges=list(merges), **settings)
+
+
+@functools.cache
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's 49,408 tokens and 48,894 merges, in the order of the original tokenizer (OpenAI's simple_tokenizer.py)."""
+    text = gzip.decompress((CONFIGS / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    lines = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def load_other_vae(name: str, model_config: dict[str, Any], dtype: Any) -> Any:
+    """An AutoencoderKL by hub name, folder or file in place of a model's own, whose `model_config` it must match.
+
+    ValueError where nothing is found or its latents have another shape than the model's.
+    """
+    from diffusers import AutoencoderKL
+
+    path = Path(name).expanduser()
+    with one_line_errors(f"vae {name!r}"):
+        if path.is_dir():
+            place = path / "vae" if (path / "vae").is_dir() else path
+            vae = AutoencoderKL.from_pretrained(str(place), local_files_only=True, torch_dtype=dtype)
+        elif path.is_file():
+            vae = _vae_from_file(path, model_config, dtype)
+        elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            vae = HubModel(name).load_part("", AutoencoderKL, torch_dtype=dtype)
+        else:
+            raise ValueError("no such file or folder; give a hub name, a folder or a .safetensors file")
+    for key in ("latent_channels", "block_out_channels"):
+        ours, theirs = vae.config[key], model_config[key]
+        if (len(ours) != len(theirs)) if key == "block_out_channels" else (ours != theirs):
+            raise ValueError(f"vae {name!r} has {key} {ours}, the model's own {theirs}: their latents do not fit")
+    return vae
+
+
+def _vae_from_file(path: Path, config: dict[str, Any], dtype: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    read_header(path)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vae").mkdir()
+        (Path(folder) / "vae" / "config.json").write_text(json.dumps(config))
+        return AutoencoderKL.from_single_file(
+            str(path), config=folder, subfolder="vae", torch_dtype=dtype, local_files_only=True
+        )

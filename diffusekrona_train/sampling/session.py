@@ -1,0 +1,316 @@
+"""A base model with its adapters, ready to draw: which file, which base, which numbers, and how it fits in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
+from diffusekrona_train.common.device import DTYPES, pick_dtype, ran_out
+from diffusekrona_train.common.files import sha256
+from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
+from diffusekrona_train.models import near_miss
+from diffusekrona_train.sampling.plan import Planned
+from diffusekrona_train.sampling.render import SampleSettings, render
+
+OFFLOADS = ("none", "model", "sequential")
+
+
+DRAWING = (
+    "out of device memory while drawing. Take --quantize nf4 and --vae-tiling, a smaller --batch-size or smaller "
+    "pictures, and end other programs on the device"
+)
+
+
+@contextlib.contextmanager
+def while_drawing() -> Iterator[None]:
+    """A device without memory as a RuntimeError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out(error):
+            raise RuntimeError(DRAWING) from error
+        raise
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter file as it is used: how strongly, and which word its [V] stands for."""
+
+    file: AdapterFile
+    strength: float = 1.0
+    token: str | None = None
+    noun: str | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.file.path).name
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the model is held. dtype: auto, fp32, bf16, fp16; offload: a row of OFFLOADS; quantize: none, nf4, int8."""
+
+    dtype: str = "auto"
+    quantize: str = "none"
+    offload: str = "none"
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    fuse: bool = True
+
+    @property
+    def fuses(self) -> bool:
+        """Whether adapters go into the weights: 4 and 8 bits cannot take them."""
+        return self.fuse and self.quantize == "none"
+
+    def __post_init__(self) -> None:
+        choices = {"dtype": ("auto", *DTYPES), "quantize": ("none", "nf4", "int8"), "offload": OFFLOADS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)!r}: there are {', '.join(known)}")
+        if self.offload == "sequential" and self.quantize != "none":
+            raise ValueError("--offload sequential cannot move a quantised base; use --offload model or no --quantize")
+
+
+def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
+    """The adapter file of a run folder (the checkpoint asked for, else the final one, else the newest), or the file."""
+    if not source.exists():
+        raise ValueError(f"{str(source)!r}: no such run folder or adapter file{near_miss(source)}")
+    if source.is_file():
+        if checkpoint is not None:
+            raise ValueError(f"--checkpoint {checkpoint} needs a run folder; {str(source)!r} is a file")
+        return source
+    steps = {
+        int(path.parent.name.removeprefix("step-")): path
+        for path in sorted((source / "checkpoints").glob("step-*/adapter.safetensors"))
+    }
+    if checkpoint is not None:
+        if checkpoint not in steps:
+            known = ", ".join(map(str, sorted(steps))) or "none"
+            raise ValueError(f"--checkpoint {checkpoint}: {str(source)!r} has checkpoints at steps {known}")
+        return steps[checkpoint]
+    finals = [path for path in (source / f"{source.resolve().name}.safetensors",) if path.is_file()]
+    finals = finals or sorted(source.glob("*.safetensors"))
+    if len(finals) > 1:
+        raise ValueError(f"{str(source)!r} holds {len(finals)} adapter files; name one of them")
+    if not finals and not steps:
+        raise ValueError(f"{str(source)!r} holds neither an adapter file nor checkpoints; is it a run folder?")
+    return finals[0] if finals else steps[max(steps)]
+
+
+def parse_use(text: str) -> tuple[Path, float]:
+    """'dog.safetensors:0.7' -> (path, 0.7); without a number the strength is 1."""
+    match = re.fullmatch(r"(.+?):([-+]?[0-9]*\.?[0-9]+)", text)
+    if match and not Path(text).exists():
+        return find_adapter(Path(match[1]).expanduser()), float(match[2])
+    return find_adapter(Path(text).expanduser()), 1.0
+
+
+def subjects_of(
+    uses: Sequence[tuple[Path, float]], tokens: Sequence[str] = (), noun: str | None = None
+) -> list[Subject]:
+    """Adapter files read and checked, in their order; `tokens` and `noun` win over what the files say."""
+    found = []
+    for i, (path, strength) in enumerate(uses):
+        file = read_adapter(path)
+        token = tokens[i] if i < len(tokens) else file.info.get("token")
+        found.append(Subject(file, strength, token, noun or file.info.get("class")))
+    families = {subject.file.family for subject in found if subject.file.family}
+    if len(families) > 1:
+        raise ValueError(f"the adapters are for different families ({', '.join(sorted(families))}); draw them apart")
+    return found
+
+
+def fill_prompt(prompt: str, subjects: Sequence[Subject]) -> str:
+    """[V], [V1], [V2] … and {class} replaced; ValueError where a file does not say what they stand for."""
+    for marker in sorted(set(re.findall(r"\[V[0-9]*\]", prompt))):
+        number = int(marker[2:-1] or 1)
+        if not 1 <= number <= len(subjects):
+            raise ValueError(f"prompt {prompt!r}: {marker} has no adapter; there are {len(subjects)}")
+        token = subjects[number - 1].token
+        if token is None:
+            raise ValueError(f"{subjects[number - 1].name} does not say what {marker} stands for; give --token")
+        prompt = prompt.replace(marker, token)
+    if "{class}" in prompt:
+        if not subjects or subjects[0].noun is None:
+            raise ValueError(f"prompt {prompt!r}: nothing says what {{class}} stands for; give --class")
+        prompt = prompt.replace("{class}", subjects[0].noun)
+    return prompt
+
+
+def missing_identifiers(prompt: str, subjects: Sequence[Subject]) -> list[str]:
+    """One warning for each adapter whose identifier does not occur in a filled prompt."""
+    words = set(re.findall(r"\w+", prompt.lower()))
+    warnings = []
+    for i, subject in enumerate(subjects, start=1):
+        if subject.token and not set(re.findall(r"\w+", subject.token.lower())) <= words:
+            marker = "[V]" if len(subjects) == 1 else f"[V{i}]"
+            warnings.append(f"prompt {prompt!r} does not name the subject of {subject.name}: write {marker}")
+    return warnings
+
+
+def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
+    """One warning for each identifier that several adapters have: their markers are then the same word."""
+    owners: dict[str, list[int]] = {}
+    for i, subject in enumerate(subjects, start=1):
+        if subject.token:
+            owners.setdefault(subject.token.lower(), []).append(i)
+    return [
+        f"{' and '.join(f'[V{i}]' for i in own)} are the same word, {token!r}: train each with its own subject.token"
+        for token, own in owners.items()
+        if len(own) > 1
+    ]
+
+
+def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Path | None = None) -> dict[str, Any]:
+    """Arguments for open_model: what the user says, else the run's config, else what the adapter file says."""
+    if model is not None:
+        return {"model": model}
+    config_file = run_folder / "config.yaml" if run_folder else None
+    if config_file is not None and config_file.is_file():
+        config = load_config(config_file)
+        names = ("model", "revision", "variant", "vae", "model_config_dir")
+        return {name: getattr(config, name) for name in names}
+    named = [subject.file.info["model"] for subject in subjects if subject.file.info.get("model")]
+    if not named:
+        raise ValueError(f"{subjects[0].name} does not say its base model; give --model")
+    if " sha256:" in named[0]:
+        raise ValueError(f"{subjects[0].name} was trained on the local model {named[0]!r}; give its path with --model")
+    return {"model": named[0]}
+
+
+def check_base(source: Any, subjects: Sequence[Subject]) -> None:
+    """ValueError where an adapter is for another family than the base; its layers are checked when it is put in."""
+    for subject in subjects:
+        if subject.file.family not in (None, source.family.name):
+            made_for = subject.file.info.get("model", "an unknown model")
+            raise ValueError(
+                f"{subject.name} is for {made_for} (family {subject.file.family}); "
+                f"{source.model!r} is of family {source.family.name}"
+            )
+
+
+def processes() -> Any:
+    """accelerate's view of the processes under `accelerate launch` or torchrun, None for a lone one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def default_settings(source: Any, subjects: Sequence[Subject]) -> SampleSettings:
+    """The paper's 50 steps and guidance 7.5, or the model's own; the side that the adapter was trained at."""
+    names = {target: alias for alias, target in MODEL_ALIASES.items()}
+    own = MODEL_DEFAULTS.get(names.get(source.identity, ""), {}).get("validation", {})
+    said = [subject.file.info.get("resolution") for subject in subjects]
+    side = int(next((value for value in said if value), source.default_resolution))
+    return SampleSettings(own.get("steps", 50), own.get("guidance", 7.5), height=side, width=side)
+
+
+def about_models(source: Any, subjects: Sequence[Subject], dtype: torch.dtype, memory: Memory) -> dict[str, Any]:
+    """What a picture's record says of its models: names and hashes, no path."""
+    adapters = [
+        {"file": subject.name, "sha256": sha256(subject.file.path)[:16], "strength": subject.strength}
+        for subject in subjects
+    ]
+    short = {value: name for name, value in DTYPES.items()}[dtype]
+    return {"model": source.identity, "adapters": adapters, "dtype": short, "quantize": memory.quantize} | {
+        "fused": memory.fuses
+    }
+
+
+class Studio:
+    """The loaded pipeline. Texts are encoded first, in fp32 as training does, and the encoders leave before the
+    denoiser comes, so that both never share the card."""
+
+    @while_drawing()
+    def __init__(
+        self, source: Any, subjects: Sequence[Subject], texts: Sequence[str], memory: Memory, device: torch.device
+    ):
+        self.source, self.family, self.memory = source, source.family, memory
+        self._conditioning = encode_texts(source, texts, device)
+        self._scale: Any = "not set"
+        dtype = pick_dtype(memory.dtype, device)
+        place = device if memory.offload == "none" else torch.device("cpu")
+        denoiser = source.load_denoiser(dtype, place, memory.quantize)
+        self.subjects, self.injections = list(subjects), [inject_file(denoiser, subject.file) for subject in subjects]
+        parts = source.load("vae", "scheduler", dtype=torch.float32, device=place)
+        self.pipe = self.family.pipeline({"denoiser": denoiser, **parts})
+        if memory.vae_tiling:
+            self.pipe.vae.enable_tiling()
+        if memory.vae_slicing:
+            self.pipe.vae.enable_slicing()
+        self._device = device
+        self._offloaded = False
+
+    def set_scale(self, scale: float | None, fuse: bool, keep: bool = True) -> None:
+        """Let the adapters act with `scale` times their strength (None: not at all); fused they cost nothing.
+
+        `keep` False fuses one adapter for good: the scale can then not be set again, and no second copy of the weights
+        is held.
+        """
+        for subject, injection in zip(self.subjects, self.injections, strict=True):
+            if injection.fused:
+                injection.unfuse()
+            injection.set_strength(0.0 if scale is None else scale * subject.strength)
+        if fuse and scale is not None:
+            for injection in self.injections:
+                injection.fuse(keep=keep or len(self.injections) > 1)  # several are to be rounded together
+        self._scale = scale
+
+    def offload(self) -> None:
+        """Hand the modules to accelerate's hooks; after fusing, which needs the weights themselves."""
+        if self.memory.offload == "none" or self._offloaded:
+            return
+        if self._device.type != "cuda":
+            raise ValueError(f"--offload {self.memory.offload} moves parts to a GPU, and there is none")
+        if self.memory.offload == "model":
+            self.pipe.enable_model_cpu_offload(device=self._device)
+        else:
+            self.pipe.enable_sequential_cpu_offload(device=self._device)
+        self._offloaded = True
+
+    def painter(self, scales: Sequence[float | None], keep: bool = True) -> Callable[[list[Planned]], list[Any]]:
+        """A function that draws one batch of a plan whose pictures have these `scales`.
+
+        Adapters are fused where the base can take it (not 4 or 8 bits); with offload, only if the scale never changes.
+        `keep` False: nothing else will be drawn, so that fused weights need no copy where there is one scale.
+        """
+        fuse = self.memory.fuses and (self.memory.offload == "none" or len(set(scales)) == 1)
+        keep = keep or len(set(scales)) > 1
+
+        @while_drawing()
+        def paint(batch: list[Planned]) -> list[Any]:
+            if batch[0].scale != self._scale:
+                self.set_scale(batch[0].scale, fuse, keep)
+            self.offload()
+            jobs = [(item.prompt, item.seed) for item in batch]
+            return render(
+                self.pipe,
+                self.family,
+                jobs,
+                batch[0].settings,
+                batch_size=len(jobs),
+                conditioning_of=self._conditioning.__getitem__,
+            )
+
+        return paint
+
+
+def encode_texts(source: Any, texts: Sequence[str], device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
+    """Text -> the family's conditioning, one row each, on the CPU; the text encoders are freed again."""
+    parts = source.load("tokenizers", "text_encoders", dtype=torch.float32, device=device)
+    encode = source.family.encode_prompt
+    rows = {text: encode(parts["tokenizers"], parts["text_encoders"], [text]) for text in dict.fromkeys(texts)}
+    del parts
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {text: {name: value.cpu() for name, value in row.items()} for text, row in rows.items()}

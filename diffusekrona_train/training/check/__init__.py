@@ -1,0 +1,230 @@
+"""What a config would do, before it does it: photos, prompts, identifier, layers, steps, memory, disk.
+
+Loads no weights. Every section is a function that gives lines; `check_config` prints them and draws the contact sheet.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.data import (
+    Collection,
+    Crop,
+    collect,
+    collect_prior,
+    crop_pixels,
+    plan_crops,
+    printable,
+)
+from diffusekrona_train.report.sheet import contact_sheet
+from diffusekrona_train.training.check.advice import advise
+from diffusekrona_train.training.check.identifier import (
+    known_words,
+    local_tokenizers,
+    rare_words,
+    token_count,
+)
+from diffusekrona_train.training.check.needs import (
+    base_parameters,
+    device_lines,
+    disk_lines,
+    layers_of,
+    memory_lines,
+    step_lines,
+)
+from diffusekrona_train.training.check.starter import write_init
+
+__all__ = ["check_config", "draw_sheet", "write_init"]
+
+MOST_DRAWN = 40
+"""Photos on the contact sheet."""
+COLOURS = ("#e8710a", "#1a73e8", "#188038", "#a142f4")
+
+
+def check_config(config: RunConfig) -> None:
+    """Print what training would do and draw the contact sheet; ValueError where it could not start."""
+    from diffusekrona_train.models import configured_model
+    from diffusekrona_train.training.setup import check_start
+
+    source = configured_model(config)
+    check_start(config, source)
+    collection = collect(config)
+    crops = plan_crops(collection.pictures, config.data, config.train.seed)
+    _print("photos", photo_lines(config, collection))
+    _print("advice", advise(crops))
+    sheet = draw_sheet(config, crops, Path(config.output).expanduser() / "check.png")
+    _print("sheet", [f"{sheet}: the crop drawn on each photo, and the crop"])
+    _print("model", model_lines(config, source))
+    _print("prompts", prompt_lines(config, collection))
+    _print("identifier", identifier_lines(config, source, collection))
+    trainable, lines = adapter_lines(config, source)
+    _print("adapter", lines)
+    _print("steps", step_lines(config, collection))
+    _print("memory", memory_lines(config, source))
+    _print("disk", disk_lines(config, source, collection, trainable))
+    _print("device", device_lines())
+    print("nothing was trained: run it without --check")
+
+
+def _print(title: str, lines: Iterable[str]) -> None:
+    for index, line in enumerate(lines):
+        print(f"{title if index == 0 else '':<11} {line}")
+
+
+def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
+    """How many images, in which sizes, with whose captions, and everything that was left out."""
+    sizes = Counter(f"{picture.width} x {picture.height}" for picture in collection.pictures).most_common(4)
+    where = config.subject.images or "subject.files"
+    lines = [f"{len(collection.pictures)} from {printable(where)} ({', '.join(f'{n} of {s}' for s, n in sizes)}, …)"]
+    lines[0] = lines[0].replace(", …)", ")" if len(sizes) < 4 else ", …)")
+    lines += [f"captions: {count} from {source}" for source, count in collection.caption_source.most_common()]
+    repeats = Counter(picture.repeats for picture in collection.pictures)
+    if set(repeats) != {1}:
+        lines.append("repeats: " + ", ".join(f"{times} photos x {count}" for count, times in sorted(repeats.items())))
+    lines += [f"skipped {name}: {why}" for name, why in collection.skipped[:10]]
+    if len(collection.skipped) > 10:
+        lines.append(f"skipped {len(collection.skipped) - 10} more")
+    lines += [f"{name}: {remark}" for name, remark in collection.remarks[:10]]
+    if config.prior.kind == "images" and config.prior.images:
+        there = len(collect_prior(config, Path(config.prior.images).expanduser()).pictures)
+        lines.append(f"class images: {there} of {config.prior.count} in {printable(config.prior.images)}")
+    elif config.prior.kind == "images":
+        lines.append(f"class images: {config.prior.count}, those missing are made by the base model first")
+    return lines
+
+
+def draw_sheet(config: RunConfig, crops: list[list[Crop]], path: Path) -> Path:
+    """A PNG with each photo, its crops drawn on it, beside the crops themselves."""
+    rows = []
+    for row in crops[:MOST_DRAWN]:
+        first = row[0]
+        label = f"{printable(first.picture.name, limit=40)}  {first.picture.width} x {first.picture.height}"
+        label += f", {first.share:.0%} kept, {first.size_hw[1]} x {first.size_hw[0]}"
+        label += f", enlarged {first.upscaling:.2f}x" if first.upscaling > 1 else ""
+        rows.append((label, [_with_boxes(row[:4]), *(Image.fromarray(crop_pixels(crop)) for crop in row[:4])]))
+    left_out = f" (the first {MOST_DRAWN} of {len(crops)})" if len(crops) > MOST_DRAWN else ""
+    return contact_sheet(rows, path, cell=256, title=f"{config.name}: photos and crops{left_out}")
+
+
+def _with_boxes(crops: list[Crop]) -> Image.Image:
+    """The photo, small, what no crop shows pale, a frame around each crop."""
+    photo = crops[0].picture.open()
+    factor = min(1.0, 512 / max(photo.size))
+    size = max(1, round(photo.width * factor)), max(1, round(photo.height * factor))
+    photo = photo.resize(size, Image.Resampling.LANCZOS)
+    shown = Image.new("L", size, 90)
+    boxes = []
+    for crop in crops:
+        left, top, right, bottom = (edge * factor for edge in crop.box())
+        boxes.append((left, top, max(left + 1, right - 1), max(top + 1, bottom - 1)))
+        ImageDraw.Draw(shown).rectangle(boxes[-1], fill=255)
+    photo = Image.composite(photo, Image.new("RGB", size, "white"), shown)
+    draw = ImageDraw.Draw(photo)
+    width = max(1, max(size) // 100)
+    for colour, box in reversed(list(zip(COLOURS, boxes, strict=False))):
+        draw.rectangle(box, outline=colour, width=width)
+    return photo
+
+
+def model_lines(config: RunConfig, source: Any) -> list[str]:
+    """What the model is, and a warning where the resolution is not the one it was made for."""
+    parameters = base_parameters(source)
+    lines = [f"{source.identity}: family {source.family.name}, {parameters:,} parameters, {source.prediction_type}"]
+    if source.default_resolution != config.data.resolution:
+        lines.append(
+            f"data.resolution: {config.data.resolution}, and the model was made for {source.default_resolution}; "
+            "it draws worse at other sizes"
+        )
+    if type(source.place).__name__ == "HubModel" and not _is_cached(source.place):
+        lines.append(f"its weights are not on this machine: about {parameters * 2.6 / 1e9:.1f} GB are fetched first")
+    return lines
+
+
+def _is_cached(place: Any) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(place.name, "model_index.json", revision=place.revision)
+    return isinstance(found, str)
+
+
+def prompt_lines(config: RunConfig, collection: Collection) -> list[str]:
+    """Captions and prompts as the text encoder reads them."""
+    captions = Counter(picture.caption for picture in collection.pictures).most_common()
+    lines = [f"caption of {count}: {_quoted(text)}" for text, count in captions[:5]]
+    if len(captions) > 5:
+        lines.append(f"and {len(captions) - 5} more captions")
+    fill = config.subject.fill
+    if config.prior.kind != "none":
+        lines.append(f"class: {_quoted(fill(config.prior.prompt))}")
+    if config.validation.every:
+        lines += [f"validation: {_quoted(fill(prompt))}" for prompt in config.validation.prompts[:10]]
+    token = config.subject.token.lower()
+    without = sum(count for text, count in captions if token not in text.lower())
+    if without:
+        lines.append(
+            f"{without} captions do not hold the identifier {config.subject.token!r}: nothing would be tied to it; "
+            "write [V] into them, or set subject.captions: false"
+        )
+    return lines
+
+
+def _quoted(text: str) -> str:
+    return f"{text[:110]!r}{'…' if len(text) > 110 else ''}"
+
+
+def identifier_lines(config: RunConfig, source: Any, collection: Collection) -> list[str]:
+    """Tokens of the identifier in each encoder, whether it means something already, and captions that are too long."""
+    token = config.subject.token
+    if token.lower() == config.subject.class_noun.lower():
+        return [f"{token!r} is the class noun itself: the subject would overwrite the whole class; take a rare word"]
+    tokenizers = local_tokenizers(source)
+    if not tokenizers:
+        return [f"{token!r}: the tokenizers are not on this machine yet, so its tokens were not counted"]
+    counts = [token_count(tokenizer, token) for tokenizer in tokenizers]
+    where = "the text encoder" if len(counts) == 1 else "each text encoder"
+    lines = [f"{token!r}: {counts[0]} {'token' if counts[0] == 1 else 'tokens'} in {where}"]
+    if len(set(counts)) > 1:
+        lines = [f"{token!r}: {' and '.join(map(str, counts))} tokens in the text encoders"]
+    known = list(dict.fromkeys(word for tokenizer in tokenizers for word in known_words(tokenizer, token)))
+    if known:
+        others = ", ".join(rare_words(tokenizers[0], token))
+        lines.append(f"{', '.join(known)} means something to the model already; rare words it has: {others}")
+    elif max(counts) > 4:
+        lines.append("many tokens for one identifier are learnt slowly; a word of one or two is better")
+    room = tokenizers[0].model_max_length - 2
+    captions = {picture.caption for picture in collection.pictures}
+    captions |= {config.subject.fill(prompt) for prompt in config.validation.prompts}
+    longest = max(captions, key=lambda text: token_count(tokenizers[0], text))
+    if token_count(tokenizers[0], longest) > room:
+        long = sum(token_count(tokenizers[0], text) > room for text in captions)
+        lines.append(f"{long} captions or prompts have more than {room} tokens: what comes after is not read")
+    return lines
+
+
+def adapter_lines(config: RunConfig, source: Any) -> tuple[int, list[str]]:
+    """(trainable parameters, lines on layers and factors)."""
+    from diffusekrona_train.adapters import count_parameters, plan, plan_notes
+    from diffusekrona_train.models.layers import select_layers
+
+    spec = config.adapter
+    base = base_parameters(source)
+    if spec.targets == "all":
+        return base, [f"full: all {base:,} parameters of the denoiser"]
+    layers = select_layers(layers_of(source), spec)
+    options = plan(spec, layers)
+    trainable = count_parameters(spec, layers)
+    kinds = Counter(layer.kind for layer in layers)
+    what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    lines = [
+        f"{spec.type}: {len(layers)} layers ({what}), {trainable:,} parameters, {trainable / base:.3%} of the denoiser"
+    ]
+    if spec.type == "krona" and not (spec.params or spec.match_lora_rank):
+        pairs = Counter((option["a1"], option["a2"]) for option in options.values())
+        lines.append("(a1, a2): " + ", ".join(f"{pair} in {count} layers" for pair, count in pairs.most_common()))
+    return trainable, lines + plan_notes(spec, layers, options)

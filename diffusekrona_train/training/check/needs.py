@@ -1,0 +1,156 @@
+"""What a run needs before it starts: steps and passes, memory, disk, device. Lines for `--check`; loads no weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.data import Collection
+from diffusekrona_train.data.training_set import cache_folder
+
+
+def base_parameters(source: Any) -> int:
+    """Parameters of the denoiser: from its layer table where there is one, which needs no diffusers."""
+    from diffusekrona_train.models import layers as tables
+
+    return tables.base_parameters(source.alias) if source.alias in tables.TABLES else source.base_parameters()
+
+
+def layers_of(source: Any) -> list[Any]:
+    """All linears of the denoiser as adapters.Layer rows, from its layer table where there is one."""
+    from diffusekrona_train.models import layers as tables
+
+    return tables.layer_table(source.alias) if source.alias in tables.TABLES else source.layers()
+
+
+def processes() -> int:
+    """How many processes the launcher started."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(world)) if world.isdigit() else 1
+
+
+def step_lines(config: RunConfig, collection: Collection) -> list[str]:
+    """Steps, passes over the photos, and the same in kohya's way of counting."""
+    train = config.train
+    photos, pass_views = len(collection.pictures), sum(picture.repeats for picture in collection.pictures)
+    batch = train.batch_size * train.gradient_accumulation * processes()
+    views = train.steps * batch
+    parts = f"{train.batch_size} a process x {train.gradient_accumulation} accumulated x {processes()} processes"
+    lines = [
+        f"{train.steps} optimiser steps x batch {batch} ({parts}) = {views:,} views, "
+        f"each of {photos} photos about {views / photos:.0f} times"
+    ]
+    repeats = max(1, round(views / photos / 10))
+    per_epoch = math.ceil(photos * repeats / batch)
+    lines.append(
+        f"passes: {views / pass_views:.1f}; in kohya's counting {repeats} repeats x {photos} photos / batch {batch} = "
+        f"{per_epoch} steps an epoch, {train.steps / per_epoch:.1f} epochs"
+    )
+    if config.prior.kind != "none":
+        lines.append(f"prior: one class sample beside each ({config.prior.kind}), so each step does twice the work")
+    if config.adapter.type == "krona" and train.learning_rate >= 1e-3:
+        lines.append(
+            f"learning rate {train.learning_rate:g}: from 1e-3 on the paper saw it overfit and drop the prompt"
+        )
+    if config.adapter.type == "krona" and train.learning_rate < 1e-4:
+        lines.append(f"learning rate {train.learning_rate:g}: below 1e-4 the paper saw it ignore the photos")
+    return lines
+
+
+def memory_lines(config: RunConfig, source: Any) -> list[str]:
+    """Estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
+    import torch
+
+    from diffusekrona_train.training.memory import GIB, choose, estimate, levels
+
+    cuda = torch.cuda.is_available()
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(config.train.mixed_precision)
+    dtype = dtype or (torch.bfloat16 if cuda or source.identity != "toybox" else torch.float32)
+    base = base_parameters(source)
+    samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
+    megapixels = samples * (config.data.resolution / 1024) ** 2
+    needs = {level.name: estimate(level, base, megapixels, dtype) for level in levels(config)}
+    lines = [
+        "about " + ", ".join(f"{need:.1f} GiB {name}" for name, need in needs.items()) + f" ({samples} images at once)"
+    ]
+    if cuda:
+        lines.append(choose(config, base, samples, dtype, torch.device("cuda"))[1].removeprefix("memory: "))
+        free = torch.cuda.mem_get_info()[0] / GIB
+        if min(needs.values()) > free:
+            lines.append(f"{free:.1f} GiB are free: lower data.resolution or train.batch_size, or close other programs")
+    else:
+        lines.append("no GPU in reach of torch: training would run on the CPU")
+    if config.train.batch_size > 1:
+        lines.append(
+            "less: train.batch_size: 1 with train.gradient_accumulation, train.memory: nf4, a lower data.resolution"
+        )
+    else:
+        lines.append("less: train.memory: nf4, or a lower data.resolution")
+    return lines
+
+
+def disk_lines(config: RunConfig, source: Any, collection: Collection, trainable: int) -> list[str]:
+    """What cache and run folder will hold, against what is free."""
+    channels = source.place.config("unet").get("in_channels", 4)
+    side = 2 ** (len(source.place.config("vae")["block_out_channels"]) - 1)
+    pictures = len(collection.pictures) + (config.prior.count if config.prior.kind == "images" else 0)
+    latents = pictures * config.data.variants * channels * (config.data.resolution / side) ** 2 * 4
+    class_images = config.prior.count * config.data.resolution**2 * 1.5 if config.prior.kind == "images" else 0
+    checkpoints = math.ceil(config.train.steps / config.train.checkpoint_every)
+    states = min(checkpoints, config.train.keep_resume_states) * trainable * 12
+    rendered = config.train.steps // config.validation.every if config.validation.every else 0
+    samples = rendered * len(config.validation.prompts) * len(config.validation.seeds) * config.data.resolution**2 * 1.5
+    run = (checkpoints + 1) * trainable * 4 + states + samples
+    folder = cache_folder(config)
+    lines = [f"cache {_megabytes(latents + class_images)} in {folder}, run {_megabytes(run)} in {config.output}"]
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < 1.2 * (latents + class_images + run):
+        lines.append(f"only {_megabytes(free)} are free there")
+    return lines
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def device_lines() -> list[str]:
+    """The device that training would take; where a GPU is there and torch cannot use it, how to mend that."""
+    import torch
+
+    if torch.cuda.is_available():
+        return [f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"]
+    lines = [f"CPU, torch {torch.__version__}"]
+    if has_nvidia_gpu() and torch.version.cuda is None:
+        lines.append(
+            "there is an NVIDIA GPU, and this torch was built without CUDA: pip install --force-reinstall torch"
+            + (
+                " (with the index URL that pytorch.org/get-started names for Windows)"
+                if sys.platform == "win32"
+                else ""
+            )
+        )
+    elif has_nvidia_gpu():
+        lines.append(
+            f"there is an NVIDIA GPU that torch cannot reach: is its driver older than CUDA {torch.version.cuda}?"
+        )
+    return lines
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system shows an NVIDIA GPU, whatever torch thinks."""
+    if Path("/proc/driver/nvidia/version").exists() or any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    import subprocess
+
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False).stdout
+    return bool(re.search(r"^GPU 0", listed, re.MULTILINE))

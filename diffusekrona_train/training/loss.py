@@ -1,0 +1,202 @@
+"""From what a step draws to its loss: batches gathered on the device, class images, the teacher, held-out noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffusekrona_train.models import noise
+from diffusekrona_train.training.draw import Draw, Shelf, draw, generator_of
+
+ON_DEVICE_LIMIT = 2 * 2**30
+"""Bytes of cached latents that are kept on the device; more stay in host memory."""
+HELD_OUT_PICTURES = 4
+HELD_OUT_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one latent shape, on the device. The last `teacher` of them are held to the frozen model's answer."""
+
+    x_0: torch.Tensor
+    eps: torch.Tensor
+    t: torch.Tensor
+    caption: torch.Tensor
+    size_ids: torch.Tensor
+    share: torch.Tensor
+    """(B,): 1 for an instance, the prior weight for a class sample."""
+    teacher: int = 0
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+@dataclass
+class Objective:
+    """The loss of a run as a function of the step: the model, what it is shown and how it is judged."""
+
+    config: Any
+    family: Any
+    denoiser: Any
+    injection: Any
+    data: Any
+    alphas_cumprod: torch.Tensor
+    prediction_type: str
+    dtype: torch.dtype
+    device: torch.device
+    processes: int = 1
+    rank: int = 0
+    captions: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Size ids stay fp32: bf16 would round 1365 pixels to 1368.
+        self.captions = {name: value.to(self.device, self.dtype) for name, value in self.data.conditioning.items()}
+        buckets = [*self.data.instances, *self.data.priors]
+        if sum(bucket.latents.nbytes for bucket in buckets) <= ON_DEVICE_LIMIT:
+            for bucket in buckets:
+                bucket.latents = bucket.latents.to(self.device)
+        self.alphas_cumprod = self.alphas_cumprod.to(self.device)
+
+    # ---- what a step sees ----
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.train.batch_size * self.config.train.gradient_accumulation * self.processes
+
+    def batches(self, step: int, micro: int) -> list[Batch]:
+        """This process's samples of micro-batch `micro`, one batch for each latent shape (mostly one)."""
+        size = self.config.train.batch_size
+        first = (micro * self.processes + self.rank) * size
+        instances = self._drawn(self.data.instances, step, range(first, first + size), "instance")
+        if self.config.prior.kind == "teacher":
+            return [_joined(instances, self._taught(instances))]
+        if not self.data.priors:
+            return [instances]
+        priors = self._drawn(self.data.priors, step, range(first, first + size), "prior")
+        same = instances.x_0.shape[1:] == priors.x_0.shape[1:]
+        return [_joined(instances, priors)] if same else [instances, priors]
+
+    def _drawn(self, buckets: Sequence[Any], step: int, indices: range, stream: str) -> Batch:
+        train = self.config.train
+        drawn = draw(
+            train.seed,
+            step,
+            indices,
+            self.global_batch,
+            [shelf_of(bucket) for bucket in buckets],
+            timesteps=len(self.alphas_cumprod),
+            noise_offset=train.noise_offset,
+            stream=stream,
+        )
+        share = self.config.prior.weight if stream == "prior" else 1.0
+        return self._gathered(buckets[drawn.shelf], drawn, share, train.caption_dropout)
+
+    def _gathered(self, bucket: Any, drawn: Draw, share: float, dropout: float) -> Batch:
+        caption = bucket.caption_index[drawn.picture]
+        if dropout:
+            caption = torch.where(drawn.dropout < dropout, self.data.captions.index(""), caption)
+        home = bucket.latents.device
+        latents = bucket.latents[self._sent(drawn.picture, home), self._sent(drawn.variant, home)]
+        return Batch(
+            self._sent(latents, self.device).float(),
+            self._sent(drawn.eps, self.device),
+            self._sent(drawn.t, self.device),
+            self._sent(caption, self.device),
+            self._sent(bucket.size_ids[drawn.picture, drawn.variant], self.device),
+            torch.full((len(caption),), share, device=self.device),
+        )
+
+    def _sent(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """On `device`, without waiting for it: from pinned memory, so that the copy queues behind the last step."""
+        if tensor.device.type == device.type:
+            return tensor
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+    def _taught(self, instances: Batch) -> Batch:
+        """The same noisy pictures under the class prompt, where the adapted model should answer as the frozen one."""
+        prompt = self.config.subject.fill(self.config.prior.prompt)
+        caption = torch.full_like(instances.caption, self.data.captions.index(prompt))
+        share = torch.full_like(instances.share, self.config.prior.weight)
+        count = len(instances)
+        return Batch(instances.x_0, instances.eps, instances.t, caption, instances.size_ids, share, teacher=count)
+
+    # ---- how it is judged ----
+
+    def loss(self, step: int, micro: int) -> torch.Tensor:
+        """Loss of each sample times its weight, summed, divided by the number of instance images."""
+        total = sum(self.per_sample(batch).sum() for batch in self.batches(step, micro))
+        return total / self.config.train.batch_size
+
+    def per_sample(self, batch: Batch, *, weighted: bool = True) -> torch.Tensor:
+        """(B,) fp32."""
+        train = self.config.train
+        x_t = noise.add_noise(batch.x_0, batch.eps, batch.t, self.alphas_cumprod)
+        wanted = noise.target(batch.x_0, batch.eps, batch.t, self.alphas_cumprod, self.prediction_type)
+        if batch.teacher:
+            with torch.no_grad(), self.injection.disabled():
+                answer = self._predicted(x_t, batch, slice(-batch.teacher, None))
+            wanted = torch.cat([wanted[: -batch.teacher], answer])
+        loss = LOSSES[train.loss](self._predicted(x_t, batch), wanted)
+        if not weighted:
+            return loss
+        by_time = noise.weights(train.weighting, batch.t, self.alphas_cumprod, self.prediction_type, train.snr_gamma)
+        return loss * by_time * batch.share
+
+    def _predicted(self, x_t: torch.Tensor, batch: Batch, part: slice = slice(None)) -> torch.Tensor:
+        conditioning = {name: value[batch.caption[part]] for name, value in self.captions.items()}
+        conditioning["size_ids"] = batch.size_ids[part]
+        return self.family.predict(self.denoiser, x_t[part].to(self.dtype), batch.t[part], conditioning).float()
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss on noise that no step draws, at fixed timestep quantiles: comparable between steps and runs."""
+        losses = [self.per_sample(batch, weighted=False) for batch in self._held_out()]
+        return torch.cat(losses).mean().item()
+
+    def _held_out(self) -> Iterator[Batch]:
+        last = len(self.alphas_cumprod) - 1
+        left = HELD_OUT_PICTURES
+        for number, bucket in enumerate(self.data.instances):
+            pictures = list(range(min(left, len(bucket.latents))))
+            left -= len(pictures)
+            samples = [(picture, quantile) for picture in pictures for quantile in HELD_OUT_QUANTILES]
+            for start in range(0, len(samples), self.config.train.batch_size):
+                part = samples[start : start + self.config.train.batch_size]
+                shape = tuple(bucket.latents.shape[2:])
+                noise = [torch.randn(shape, generator=generator_of("held out", number, *s)) for s in part]
+                picture = torch.tensor([picture for picture, _ in part])
+                t = torch.tensor([round(quantile * last) for _, quantile in part])
+                none = torch.zeros_like(picture)
+                drawn = Draw(number, picture, none, t, torch.stack(noise), torch.ones(len(part)))
+                yield self._gathered(bucket, drawn, 1.0, 0.0)
+
+
+def shelf_of(bucket: Any) -> Shelf:
+    count, variants, *shape = bucket.latents.shape
+    return Shelf(count, variants, tuple(shape))  # type: ignore[arg-type]
+
+
+def _joined(a: Batch, b: Batch) -> Batch:
+    fields = ("x_0", "eps", "t", "caption", "size_ids", "share")
+    return Batch(*(torch.cat([getattr(a, name), getattr(b, name)]) for name in fields), teacher=b.teacher)
+
+
+HUBER_C = 0.1
+"""Where the pseudo-Huber loss turns from square to linear."""
+
+
+def mse(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample, (B,)."""
+    return (prediction - wanted).square().flatten(1).mean(1)
+
+
+def huber(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Pseudo-Huber loss of each sample, (B,): 2c (sqrt(d^2 + c^2) - c), near d^2 for small d."""
+    distance = (prediction - wanted).square()
+    return (2 * HUBER_C * ((distance + HUBER_C**2).sqrt() - HUBER_C)).flatten(1).mean(1)
+
+
+LOSSES = {"mse": mse, "huber": huber}

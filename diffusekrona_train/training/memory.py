@@ -1,0 +1,83 @@
+"""Precision, and how a run is made to fit: plain, gradient checkpointing, or NF4 with checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GIB = 2**30
+ACTIVATIONS_PLAIN = 8.0
+"""GiB that a 16-bit UNet of the SD kinds needs beside its weights, for a sample of one megapixel. Counted for SDXL
+(scripts/gpu/trace.py): 5.3, without the workspaces of cuDNN and fragmentation; stepping down corrects what is left."""
+ACTIVATIONS_CHECKPOINTING = 2.5
+"""The same with gradient checkpointing; counted: 0.6."""
+RESERVE = 1.0
+"""GiB for the context, fragmentation and the factors."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to fit: how the frozen base is kept, and whether activations are computed again in the backward pass."""
+
+    name: str
+    quantize: str
+    checkpointing: bool
+
+
+def levels(config: Any) -> list[Level]:
+    """The levels that a config allows, the fastest first."""
+    kept = config.train.quantize
+    ladder = [Level("plain", kept, False), Level("checkpointing", kept, True), Level("nf4", "nf4", True)]
+    if config.adapter.type == "full" or kept != "none":
+        ladder.pop()  # a trained base cannot be quantised, a quantised one is what was asked for
+    if config.train.memory == "nf4" and kept == "nf4":
+        return [Level("nf4", "nf4", True)]
+    return ladder
+
+
+def choose(
+    config: Any, base_parameters: int, samples: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Level, str]:
+    """The level to start with and a line that says why. `samples`: pictures in a forward pass, class images too."""
+    ladder = levels(config)
+    if config.train.memory != "auto":
+        return next(level for level in ladder if level.name == config.train.memory), f"memory: {config.train.memory}"
+    if device.type != "cuda":
+        return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
+    free = torch.cuda.mem_get_info(device)[0] / GIB
+    for level in ladder:
+        need = estimate(level, base_parameters, samples * (config.data.resolution / 1024) ** 2, dtype)
+        if need <= free:
+            break
+    return level, f"memory: {level.name} (about {need:.1f} GiB needed, {free:.1f} GiB free)"
+
+
+def estimate(level: Level, base_parameters: int, megapixels: float, dtype: torch.dtype) -> float:
+    """GiB that a step needs at `level`."""
+    width = torch.finfo(dtype).bits / 8
+    # Three quarters of an SD UNet are linears of transformer blocks: those are quantised.
+    bytes_each = {"none": width, "int8": 0.25 * width + 0.78, "nf4": 0.25 * width + 0.42}[level.quantize]
+    activations = ACTIVATIONS_CHECKPOINTING if level.checkpointing else ACTIVATIONS_PLAIN
+    return base_parameters * bytes_each / GIB + activations * width / 2 * megapixels + RESERVE
+
+
+def below(level: Level, config: Any) -> Level | None:
+    """The next level down, None at the bottom or where the config names its level."""
+    ladder = levels(config)
+    place = next(i for i, other in enumerate(ladder) if other.name == level.name)
+    return ladder[place + 1] if config.train.memory == "auto" and place + 1 < len(ladder) else None
+
+
+def out_of_memory(level: Level | None = None) -> str:
+    """What to tell a user when nothing is left to try; without a level, before the first step."""
+    if level is None:
+        return (
+            "out of device memory while the run was set up. Lower data.resolution, set data.vae_precision: bf16 or "
+            "train.memory: nf4, and end other programs on the device"
+        )
+    return (
+        f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise "
+        "train.gradient_accumulation), lower data.resolution, or set train.memory: nf4"
+    )

@@ -1,0 +1,139 @@
+"""One optimiser step: gradients in one flat buffer, averaged over processes, clipped, and applied only where finite.
+
+All gradients are views into one buffer, so that clearing, averaging and clipping thousands of small factors are one
+operation each. There is no DDP wrapper: what processes have to agree on is this buffer alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+BAD_IN_A_ROW = 3
+"""Non-finite steps in a row that end a run."""
+OVERFLOWS_IN_A_ROW = 20
+"""fp16: gradients that overflow while the loss is finite halve the loss scale; only this many in a row mean trouble."""
+LOSS, STOP = -2, -1
+"""Places at the end of the buffer that travel with the gradients: this process's loss, and its wish to stop."""
+
+
+class Descent:
+    """The optimiser of a run and what it counts.
+
+    `meters` (on the device): sum of finite losses and their number since the last log, skipped steps, non-finite steps
+    in a row now and at most, the last gradient norm.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], train: Any, accelerator: Any):
+        assert all(parameter.dtype == torch.float32 for parameter in parameters), "trained parameters are fp32 masters"
+        self.train = train
+        self.accelerator = accelerator
+        self.eight_bit = train.optimizer == "adamw8bit"
+        self.optimizer = _optimizer(parameters, train)
+        device = parameters[0].device
+        # 16-byte boundaries keep the fused kernels on their fast path.
+        sizes = [-(-parameter.numel() // 4) * 4 for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes) + 2, device=device)
+        for parameter, place in zip(parameters, self.flat[:LOSS].split(sizes), strict=True):
+            parameter.grad = place[: parameter.numel()].view_as(parameter)
+        self.meters = torch.zeros(6, dtype=torch.float64, device=device)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds one micro-batch to the gradients of this step."""
+        loss = loss / self.train.gradient_accumulation
+        self.accelerator.backward(loss)
+        self.flat[LOSS] += loss.detach()
+
+    def step(self, learning_rate: float, stop: bool = False) -> torch.Tensor:
+        """Applies the gradients; returns a copy of the buffer's stop place (above 0 where any process wants to stop).
+
+        A step whose loss or gradient is not finite leaves factors and optimiser state as they were. That is decided on
+        the device; only 8-bit AdamW, which knows no such switch, waits for the answer.
+        """
+        if stop:
+            self.flat[STOP] = 1.0
+        if self.accelerator.num_processes > 1:
+            self.flat.copy_(self.accelerator.reduce(self.flat, "mean"))
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        gradients = self.flat[:LOSS]
+        norm = torch.linalg.vector_norm(gradients)
+        loss = self.flat[LOSS].clone()
+        bad = ~(norm.isfinite() & loss.isfinite())
+        if self.train.max_grad_norm is not None:
+            gradients.mul_((self.train.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._apply(learning_rate, bad)
+        if scaler is not None:
+            scaler.update()
+        self._count(loss, norm, bad)
+        wish = self.flat[STOP].clone()
+        self.flat.zero_()
+        return wish
+
+    def _apply(self, learning_rate: float, bad: torch.Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.eight_bit:
+            if bad:
+                return
+        else:
+            # What GradScaler sets for a fused optimiser: its kernel moves nothing where found_inf is 1.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def _count(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:
+        weight = torch.ones_like(loss)
+        if self.accelerator.scaler is not None:
+            weight = torch.where(loss.isfinite(), BAD_IN_A_ROW / OVERFLOWS_IN_A_ROW, weight)
+        total, number, skipped, streak, worst, _ = self.meters
+        good = ~bad
+        streak = torch.where(bad, streak + weight, 0.0)
+        new = [
+            total + torch.where(good, loss, 0.0),
+            number + good,
+            skipped + bad,
+            streak,
+            torch.maximum(worst, streak),
+            norm,
+        ]
+        self.meters = torch.stack([value.double() for value in new])
+
+    def read(self) -> dict[str, float | None]:
+        """What was counted, read from the device; the mean loss starts anew."""
+        total, number, skipped, _, worst, norm = self.meters.tolist()
+        self.meters[:2] = 0
+        finite = norm if abs(norm) < float("inf") else None
+        return {"loss": total / number if number else None, "grad_norm": finite, "skipped": skipped, "worst": worst}
+
+    def clear(self) -> None:
+        """Forgets the gradients of a step that was not completed."""
+        self.flat.zero_()
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], train: Any) -> torch.optim.Optimizer:
+    settings = {
+        "lr": train.learning_rate,
+        "betas": tuple(train.betas),
+        "weight_decay": train.weight_decay,
+        "eps": train.eps,
+    }
+    if train.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise ValueError("train.optimizer: adamw8bit needs bitsandbytes; install it or use adamw") from None
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the learning rate at optimiser step `step` of `steps`; knows nothing of processes or accumulation."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    if schedule == "constant":
+        return 1.0
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,285 @@
+"""Assemble a run from its config: processes, data, model, factors, memory level, and the state it resumes from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from diffusekrona_train import __version__
+from diffusekrona_train.adapters import formats, plan_notes
+from diffusekrona_train.adapters.inject import Injection, inject
+from diffusekrona_train.common import run_folder
+from diffusekrona_train.common.device import free, precision
+from diffusekrona_train.config import RunConfig, dump_config
+from diffusekrona_train.data.training_set import build_training_set
+from diffusekrona_train.models import configured_model
+from diffusekrona_train.models.noise import noise_schedule
+from diffusekrona_train.sampling.render import SampleSettings, render
+from diffusekrona_train.training import checkpoint, memory
+from diffusekrona_train.training.journal import Journal, Stop
+from diffusekrona_train.training.loss import Objective
+from diffusekrona_train.training.optimizer import Descent
+from diffusekrona_train.training.preview import Gallery
+
+COMPILER = "inductor"
+"""torch.compile's backend."""
+SET_UP_TIMEOUT = timedelta(hours=2)
+"""How long a process waits for another that still makes latents or class images."""
+
+
+@dataclass
+class Run:
+    """A run after set-up."""
+
+    config: RunConfig
+    folder: Path
+    source: Any
+    accelerator: Accelerator
+    level: memory.Level
+    objective: Objective
+    descent: Descent
+    gallery: Gallery
+    journal: Journal
+    stop: Stop
+    start: int
+    about: dict[str, Any]
+    """What every resume state of this run says: config, number of processes, mark of the data."""
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+def assemble(
+    config: RunConfig,
+    place: Path,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    state: checkpoint.State | None,
+    stop: Stop,
+) -> Run:
+    """Everything that the loop needs, at the step where `state` left off."""
+    tell = print if accelerator.is_main_process else lambda *_: None
+    device = accelerator.device
+    source = configured_model(config)
+    check_start(config, source)
+    draw, forget = class_image_maker(config, source, dtype, device)
+    data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
+    forget()
+    level, why = choose_level(config, source, accelerator, dtype)
+    denoiser = load_denoiser(config, source, level, dtype, device)
+    injection = inject_factors(config, denoiser)
+    descent = Descent(injection.parameters(), config.train, accelerator)
+    alphas = noise_schedule(source.load("scheduler")["scheduler"])
+    objective = Objective(
+        config, source.family, denoiser, injection, data, alphas, source.prediction_type, dtype, device,
+        accelerator.num_processes, accelerator.process_index,
+    )  # fmt: skip
+    about = {
+        "version": __version__,
+        "config": config.model_dump(mode="json", by_alias=True),
+        "processes": accelerator.num_processes,
+        "data": data_mark(data),
+    }
+    if state is not None:
+        take_up(state, about, injection, descent, accelerator)
+    start = state.step if state else 0
+    seconds = state.about.get("seconds", 0.0) if state else 0.0
+    tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
+    for line in plan_lines(injection):
+        tell(line)
+    if state is not None:
+        tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
+    if config.train.compile:
+        tell("train.compile: the first step compiles the transformer blocks, which takes minutes")
+    if start > config.train.steps:
+        raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
+    gallery = Gallery(config, source, objective, place)
+    if accelerator.is_main_process:
+        run_folder.prepare(place, start, dump_config(config))
+    accelerator.wait_for_everyone()
+    journal = Journal(place, accelerator, start, config.train.steps, about["config"], seconds)
+    return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
+
+
+def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
+    """Puts a resume state back; ValueError where the pictures or captions are others."""
+    if state.about["data"] != about["data"]:
+        raise ValueError(
+            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
+        )
+    checkpoint.restore(state, injection, descent.optimizer)
+    descent.meters.copy_(state.tensors["extra/meters"])
+    if accelerator.scaler is not None and "scaler" in state.about:
+        accelerator.scaler.load_state_dict(state.about["scaler"])
+    injection.assert_fp32()
+
+
+def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
+    """accelerate's state and the type of the frozen base. ValueError where the launcher meant other processes."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    name, dtype = precision(config.train.mixed_precision, "cuda" if on_gpu else "cpu")
+    accelerator = Accelerator(
+        # The base itself has this type and inputs are cast to it: accelerate only brings fp16's loss scaler.
+        mixed_precision="fp16" if name == "fp16" else "no",
+        cpu=not on_gpu,
+        log_with=list(config.train.trackers) or None,
+        project_dir=str(folder / "trackers"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=SET_UP_TIMEOUT)],
+    )
+    asked = os.environ.get("WORLD_SIZE")
+    if asked and asked.isdigit() and int(asked) != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher asked for {asked} processes (WORLD_SIZE), accelerate started {accelerator.num_processes}; "
+            "without a GPU use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …"
+        )
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+    return accelerator, dtype
+
+
+def choose_level(
+    config: RunConfig, source: Any, accelerator: Accelerator, dtype: torch.dtype
+) -> tuple[memory.Level, str]:
+    """The memory level of all processes: what the main one finds room for."""
+    samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
+    level, why = memory.choose(config, source.base_parameters(), samples, dtype, accelerator.device)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        level, why = broadcast_object_list([level, why])
+    return level, why
+
+
+def load_denoiser(config: RunConfig, source: Any, level: memory.Level, dtype: torch.dtype, device: Any) -> Any:
+    """The frozen denoiser on the device, at a memory level."""
+    train = config.train
+    denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
+    if level.checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if train.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    return denoiser
+
+
+def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
+    """The adapter of the config in the denoiser, from the seed or from `init_from`. The same on every process."""
+    if config.train.init_from is None:
+        injection = inject(denoiser, config.adapter, seed=config.train.seed)
+    else:
+        injection = formats.inject_file(denoiser, formats.read_adapter(Path(config.train.init_from).expanduser()))
+        injection.spec = config.adapter
+    injection.assert_fp32()
+    if config.train.compile:
+        compile_blocks(denoiser)
+    return injection
+
+
+def compile_blocks(denoiser: Any) -> None:
+    """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
+
+    The whole denoiser as one graph would be compiled for many minutes to be hardly faster. Shapes are static: a graph
+    for each width of the model and size of the photos, and where a teacher is asked, one more without the adapter.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # beyond it: silently eager
+    denoiser.compile_repeated_blocks(backend=COMPILER, dynamic=False)
+
+
+def eagerly(config: RunConfig) -> Any:
+    """Within, nothing is compiled anew: pictures and held-out loss have shapes of their own, and are few."""
+    return torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
+
+
+def check_start(config: RunConfig, source: Any) -> None:
+    """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no formats."""
+    if config.train.init_from is None:
+        return
+    try:
+        file = formats.read_adapter(Path(config.train.init_from).expanduser())
+        formats.identify(file, source.layers(), source.family.name)
+        _refuse_other_adapter(config, file)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("train.init_from: ") else f"train.init_from: {text}") from None
+
+
+def plan_lines(injection: Injection) -> list[str]:
+    """What a budget chose and which divisors were taken instead, as --check says it."""
+    layers: list[Any] = [adapter.layer for adapter in injection.adapters.values() if hasattr(adapter, "layer")]
+    return plan_notes(injection.spec, layers, injection.options)
+
+
+def _refuse_other_adapter(config: RunConfig, file: Any) -> None:
+    """ValueError where an adapter to continue from is not what the config would train."""
+    if file.spec is None:
+        raise ValueError(
+            f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
+        )
+    there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
+    starts = ("init_a", "init_b")  # how factors begin says nothing about factors that have been trained
+    other = [
+        f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
+    ]
+    if other:
+        raise ValueError(
+            f"train.init_from: {config.train.init_from} was trained with {', '.join(other)}; set the same here"
+        )
+
+
+def class_image_maker(config: RunConfig, source: Any, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
+    """(render, forget): `render(prompt, seed)` draws a picture with the base model, loaded at the first call."""
+    held: dict[str, Any] = {}
+
+    def draw(prompt: str, seed: int) -> Any:
+        if not held:
+            parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
+            parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
+            parts["denoiser"] = source.load_denoiser(dtype, device)
+            held["pipe"] = source.family.pipeline(parts)
+        wanted, side = config.validation, config.data.resolution
+        settings = SampleSettings(wanted.steps, wanted.guidance, config.subject.fill(wanted.negative), side, side)
+        return render(held["pipe"], source.family, [(prompt, seed)], settings)[0]
+
+    def forget() -> None:
+        held.clear()
+        free(torch.device(device))
+
+    return draw, forget
+
+
+def data_mark(data: Any) -> str:
+    """A short hash of what is trained on: names and captions, in order."""
+    digest = hashlib.sha256()
+    for bucket in [*data.instances, *data.priors]:
+        for name, caption in zip(bucket.names, bucket.caption_index.tolist(), strict=True):
+            digest.update(f"{name}\0{data.captions[caption]}\0".encode())
+        digest.update(repr(tuple(bucket.latents.shape)).encode())
+    return digest.hexdigest()[:16]
+
+
+def adapter_info(config: RunConfig, source: Any, step: int) -> dict[str, Any]:
+    """What an adapter file says about its training; formats.py takes out local paths and adds the layers."""
+    return {
+        "family": source.family.name,
+        "model": source.identity,
+        "prediction_type": source.prediction_type,
+        "token": config.subject.token,
+        "class": config.subject.class_noun,
+        "prompt": config.subject.prompt,
+        "resolution": config.data.resolution,
+        "name": config.name,
+        "step": step,
+        "training": {**config.model_dump(mode="json", by_alias=True), "model": source.identity, "output": config.name},
+    }

@@ -1,0 +1,86 @@
+"""One training step: gradients of the global batch, made to fit in memory, then one optimiser step."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from diffusekrona_train.common import faults
+from diffusekrona_train.common.device import free, ran_out
+from diffusekrona_train.training import memory, setup
+from diffusekrona_train.training.optimizer import Descent, learning_rate_factor
+from diffusekrona_train.training.setup import Run
+
+FIRST_STEPS = 3
+"""Out of memory in this many steps goes a level down; later it is a fault."""
+
+
+def gradients(run: Run, step: int) -> None:
+    """Forward and backward of this process's share of the global batch."""
+    for micro in range(run.config.train.gradient_accumulation):
+        run.descent.backward(run.objective.loss(step, micro))
+    faults.reach("step", step)
+
+
+def fit_gradients(run: Run, step: int) -> None:
+    """`gradients`, going down a memory level and starting the step again where it does not fit."""
+    began = time.monotonic()
+    while True:
+        short = False
+        try:
+            gradients(run, step)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            short = True
+        if run.accelerator.num_processes > 1:  # nobody may wait for gradients that another could not make
+            short = run.accelerator.reduce(torch.tensor([float(short)], device=run.accelerator.device)).item() > 0
+        if not short:
+            break
+        go_down(run)
+    if run.config.train.compile and step == run.start:
+        run.journal.say(f"train.compile: the first step took {time.monotonic() - began:.0f} s; the next ones are fast")
+
+
+def go_down(run: Run) -> None:
+    """Takes the next memory level; RuntimeError at the lowest."""
+    run.descent.clear()
+    lower = memory.below(run.level, run.config)
+    if lower is None:
+        raise RuntimeError(memory.out_of_memory(run.level))
+    run.journal.say(f"out of memory with memory: {run.level.name}; going on with {lower.name}")
+    if lower.quantize == run.level.quantize:
+        run.objective.denoiser.enable_gradient_checkpointing()
+    else:
+        injection, device = run.objective.injection, run.accelerator.device
+        factors = {name: value.detach().cpu().clone() for name, value in injection.state_dict().items()}
+        moments = run.descent.optimizer.state_dict()
+        run.objective.denoiser = run.objective.injection = None
+        free(device)
+        denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
+        run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
+        run.objective.injection.load_state_dict(factors)
+        meters = run.descent.meters
+        run.descent = Descent(run.objective.injection.parameters(), run.config.train, run.accelerator)
+        run.descent.optimizer.load_state_dict(moments)
+        run.descent.meters = meters
+    run.level = lower
+    free(run.accelerator.device)
+
+
+def training_step(run: Run, step: int) -> torch.Tensor:
+    """Gradients of the global batch, then one optimiser step; nothing here waits for the device.
+
+    Returns the processes' averaged wish to stop, on the device.
+    """
+    if step < run.start + FIRST_STEPS:
+        fit_gradients(run, step)
+    else:
+        gradients(run, step)
+    return run.descent.step(learning_rate(run, step), run.stop.signum is not None)
+
+
+def learning_rate(run: Run, step: int) -> float:
+    train = run.config.train
+    return train.learning_rate * learning_rate_factor(train.schedule, step, train.steps, train.warmup_steps)
