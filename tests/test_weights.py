@@ -316,6 +316,7 @@ def test_three_lines_on_every_pipeline(tmp_path, kind):
 
     folder = make_pipeline(kind, tmp_path / kind)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.unet.requires_grad_(False)  # some CPUs round a linear layer otherwise where its weight wants a gradient
     path = tmp_path / "dog.safetensors"
     strong = AdapterConfig(a1=4, a2=8, scale=20.0)
     saved(pipe.unet, strong, path)
