@@ -30,6 +30,14 @@ class SubjectConfig(Strict):
     """Caption of a photo that has none of its own."""
     captions: bool = True
     """Use captions found beside the images; false gives every image `prompt`."""
+    caption_key: Annotated[str, Field(min_length=1)] | None = None
+    """Key of metadata.jsonl, or column of metadata.csv, with the captions (default: text, caption or prompt)."""
+    image_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of a data set with the photos (default: image, or the only column of images)."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of a data set with the captions (default: text, caption or prompt)."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Split of a data set (default: train, or the only one)."""
 
     @model_validator(mode="after")
     def _no_conflicts(self) -> SubjectConfig:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from diffusekrona_train.data.crops import Crop
-from diffusekrona_train.data.images import printable
+from diffusekrona_train.data.names import printable
 
 ENLARGED = 1.25
 """Enlargement from which invented detail shows."""
