@@ -83,7 +83,7 @@ def test_the_sheet_shows_the_crop_on_the_photo(photos, tmp_path):
     config = run(photos)
     crops = plan_crops(collect(config).pictures, config.data, 0)
     wide = crops[2]
-    marked = np.asarray(check._with_boxes(wide)).astype(int)
+    marked = np.asarray(check._with_boxes(wide, wide[0].picture.open())).astype(int)
     photo = np.asarray(wide[0].picture.open()).astype(int)
     left, _, right, _ = (round(edge) for edge in wide[0].box())
     assert np.array_equal(marked[20:70, left + 6 : right - 6], photo[20:70, left + 6 : right - 6])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusekrona_train.data.names import loose, plain, printable
-from diffusekrona_train.files import read_text
+from diffusekrona_train.common.files import read_text
 
 SUFFIXES = (".txt", ".caption")
 KEYS = ("text", "caption", "prompt")

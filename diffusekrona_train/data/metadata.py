@@ -13,7 +13,7 @@ from typing import Any
 from diffusekrona_train.data.captions import KEYS, Captions, as_captions, looks_like_text, pick
 from diffusekrona_train.data.images import HEIC_SUFFIXES, SUFFIXES
 from diffusekrona_train.data.names import find_below, loose, printable
-from diffusekrona_train.files import read_text
+from diffusekrona_train.common.files import read_text
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 """The first that is there is read."""

@@ -20,7 +20,8 @@ from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import free, precision
 from diffusekrona_train.config import RunConfig, dump_config
-from diffusekrona_train.data.training_set import build_training_set
+from diffusekrona_train.data import order
+from diffusekrona_train.data.training_set import TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.noise import noise_schedule
 from diffusekrona_train.sampling.render import SampleSettings, render
@@ -52,7 +53,7 @@ class Run:
     stop: Stop
     start: int
     about: dict[str, Any]
-    """What every resume state of this run says: config, number of processes, mark of the data."""
+    """What every resume state of this run says: config, number of processes, pictures in their order."""
 
     @property
     def main(self) -> bool:
@@ -75,6 +76,8 @@ def assemble(
     draw, forget = class_image_maker(config, source, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
+    if state is not None:
+        arrange_as_before(data, state.about, state.path.parent)
     level, why = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
@@ -88,10 +91,10 @@ def assemble(
         "version": __version__,
         "config": config.model_dump(mode="json", by_alias=True),
         "processes": accelerator.num_processes,
-        "data": data_mark(data),
+        "pictures": pictures_told(data),
     }
     if state is not None:
-        take_up(state, about, injection, descent, accelerator)
+        take_up(state, injection, descent, accelerator)
     start = state.step if state else 0
     seconds = state.about.get("seconds", 0.0) if state else 0.0
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
@@ -111,12 +114,8 @@ def assemble(
     return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
 
 
-def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
-    """Puts a resume state back; ValueError where the pictures or captions are others."""
-    if state.about["data"] != about["data"]:
-        raise ValueError(
-            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
-        )
+def take_up(state: checkpoint.State, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
+    """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if accelerator.scaler is not None and "scaler" in state.about:
@@ -259,8 +258,25 @@ def class_image_maker(config: RunConfig, source: Any, dtype: torch.dtype, device
     return draw, forget
 
 
-def data_mark(data: Any) -> str:
-    """A short hash of what is trained on: names and captions, in order."""
+def pictures_told(data: TrainingSet) -> list:
+    """What a resume state says of the pictures: contents, captions and names, in the run's own order."""
+    return [[order.written(rows) for rows in group] for group in data.rows()]
+
+
+def arrange_as_before(data: TrainingSet, about: dict[str, Any], place: Path) -> None:
+    """Put the pictures into the order of the run that wrote the state `about`; ValueError where they are others."""
+    if "pictures" not in about:  # of version 0.1, which compared names and their order
+        if about.get("data") != data_mark(data):
+            raise ValueError(f"cannot resume {place}: the pictures or captions are not those that it was trained on")
+        return
+    try:
+        data.arrange([[order.read(rows) for rows in group] for group in about["pictures"]])
+    except ValueError as error:
+        raise ValueError(f"cannot resume {place}: {error}") from None
+
+
+def data_mark(data: TrainingSet) -> str:
+    """A short hash of what is trained on, as version 0.1 told it: names and captions, in order."""
     digest = hashlib.sha256()
     for bucket in [*data.instances, *data.priors]:
         for name, caption in zip(bucket.names, bucket.caption_index.tolist(), strict=True):
