@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from diffusekrona_train.training import checkpoint, train
 from diffusekrona_train.data.order import Row, order_as_before, read, refuse_changes, written
+from diffusekrona_train.training import checkpoint, train
 from tests.runs import draw_photos, factors, make_run, make_world, same_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -110,4 +110,4 @@ def decode_text(content: bytes, name: str, advice: str = "save it as UTF-8") -> 
     try:
         return content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: byte {error.start} is not UTF-{16 if is_utf16 else 8}; {advice}") from None
+        raise ValueError(f"{name}: byte {error.start} is not UTF-8; {advice}") from None

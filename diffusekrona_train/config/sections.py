@@ -16,6 +16,7 @@ FactorPair = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, ma
 
 
 class SubjectConfig(Strict):
+    PATHS = ("images", "files")
     images: str | None = None
     """Folder of photos (with .txt captions or metadata.jsonl or neither), a hub or Arrow data set, or toybox:NAME."""
     files: list[str] | None = None
@@ -129,6 +130,7 @@ class AdapterConfig(Strict):
 
 
 class DataConfig(Strict):
+    PATHS = ("cache_dir",)
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 1024
     """Side of the square training crop in pixels (with buckets: the area is resolution squared)."""
     crop: Literal["center", "random"] = "center"
@@ -156,6 +158,7 @@ class DataConfig(Strict):
 
 
 class PriorConfig(Strict):
+    PATHS = ("images",)
     kind: Literal["none", "images", "teacher"] = "none"
     """Prior preservation: none, class images, or the frozen model as a teacher (no images)."""
     weight: Annotated[float, Field(ge=0)] = 1.0

@@ -48,7 +48,9 @@ def collect(config: RunConfig) -> Collection:
     subject = config.subject
     found = _find(subject)
     if subject.limit is not None:
-        found.skipped += [(item.name, f"beyond subject.limit: {subject.limit}") for item in found.candidates[subject.limit :]]
+        found.skipped += [
+            (item.name, f"beyond subject.limit: {subject.limit}") for item in found.candidates[subject.limit :]
+        ]
         found.candidates = found.candidates[: subject.limit]
     if not found.candidates:
         skipped = found.skipped

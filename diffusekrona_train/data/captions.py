@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diffusekrona_train.data.names import loose, plain, printable
 from diffusekrona_train.common.files import read_text
+from diffusekrona_train.data.names import loose, plain, printable
 
 SUFFIXES = (".txt", ".caption")
 KEYS = ("text", "caption", "prompt")

@@ -12,8 +12,7 @@ from PIL import Image
 
 from diffusekrona_train.config import SubjectConfig
 from diffusekrona_train.data.captions import KEYS, as_captions, looks_like_text
-from diffusekrona_train.data.names import printable
-from diffusekrona_train.data.names import loose
+from diffusekrona_train.data.names import loose, printable
 from diffusekrona_train.data.pictures import Candidate, Found
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

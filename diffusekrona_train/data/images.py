@@ -53,7 +53,7 @@ def open_image(content: bytes | Path, name: str) -> Image.Image:
 
 
 def inspect_image(content: bytes | Path, name: str) -> Opened:
-    """Decode an image to RGB with remarks on what was done (first frame, transparency, colours); ValueError as above."""
+    """Decode an image to RGB, with remarks on what was done (first frame, transparency, colours); errors as above."""
     shown = printable(name)
     if Path(name).suffix.lower() in HEIC_SUFFIXES:
         _register_heic(shown)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusekrona_train.common.files import read_text
 from diffusekrona_train.data.captions import KEYS, Captions, as_captions, looks_like_text, pick
 from diffusekrona_train.data.images import HEIC_SUFFIXES, SUFFIXES
 from diffusekrona_train.data.names import find_below, loose, printable
-from diffusekrona_train.common.files import read_text
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 """The first that is there is read."""
@@ -60,7 +60,9 @@ def read_metadata(folder: Path, entries: list[Path], key: str | None, use: bool 
             bare += bool(others)
     if use and key is not None and not keyed:
         known = ", ".join(map(printable, seen)) or "none besides file_name"
-        raise ValueError(f"subject.caption_key: no line of {metadata.name} has {printable(key)!r}; its keys are {known}")
+        raise ValueError(
+            f"subject.caption_key: no line of {metadata.name} has {printable(key)!r}; its keys are {known}"
+        )
     if unused:
         wanted = f"{', '.join(KEYS[:-1])} or {KEYS[-1]}" if key is None else printable(key)
         names = ", ".join(map(printable, unused))

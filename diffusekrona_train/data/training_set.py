@@ -56,7 +56,7 @@ class Bucket:
     """For each row the rows of TrainingSet.conditioning that take turns, where a picture has several captions."""
 
     def captions_of(self, pictures: Tensor, turn: Tensor | None) -> Tensor:
-        """(B,) rows of TrainingSet.conditioning for rows `pictures` (B,) of this bucket, seen `turn` (B,) times before."""
+        """Rows (B,) of TrainingSet.conditioning for `pictures` (B,) of this bucket that were seen `turn` (B,) times."""
         if self.turns is None or turn is None:
             return self.caption_index[pictures]
         own = [self.turns[picture] for picture in pictures.tolist()]
@@ -97,7 +97,7 @@ class TrainingSet:
         return [Row(*row) for row in zip(bucket.contents, texts, bucket.names, strict=True)]
 
     def arrange(self, before: list[list[list[Row]]]) -> None:
-        """Put the pictures into the order of `before`, the `rows()` of an earlier set-up; ValueError where they differ."""
+        """Put the pictures into the order of `before`, an earlier set-up's rows(); ValueError where they differ."""
         now = self.rows()
         refuse_changes(*(list(itertools.chain(*itertools.chain(*groups))) for groups in (before, now)))
         for group, old, today in zip((self.instances, self.priors), before, now, strict=True):

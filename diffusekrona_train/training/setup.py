@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,8 @@ from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import free, precision
 from diffusekrona_train.config import RunConfig, dump_config
+from diffusekrona_train.config.prompts import prompt_warnings
+from diffusekrona_train.config.training import Tracker
 from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model
@@ -31,6 +34,8 @@ from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import Descent
 from diffusekrona_train.training.preview import Gallery
 
+TRACKERS = {name: (name, name.replace("_", "-")) for name in get_args(Tracker)}
+"""Tracker -> (its module, its package on PyPI)."""
 COMPILER = "inductor"
 """torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
@@ -106,6 +111,8 @@ def assemble(
         tell("train.compile: the first step compiles the transformer blocks, which takes minutes")
     if start > config.train.steps:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
+    for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
+        tell(f"warning: {line}")
     gallery = Gallery(config, source, objective, place)
     if accelerator.is_main_process:
         run_folder.prepare(place, start, dump_config(config))
@@ -125,6 +132,7 @@ def take_up(state: checkpoint.State, injection: Any, descent: Descent, accelerat
 
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
     """accelerate's state and the type of the frozen base. ValueError where the launcher meant other processes."""
+    refuse_missing_trackers(config)
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     name, dtype = precision(config.train.mixed_precision, "cuda" if on_gpu else "cpu")
     accelerator = Accelerator(
@@ -203,6 +211,8 @@ def eagerly(config: RunConfig) -> Any:
 
 def check_start(config: RunConfig, source: Any) -> None:
     """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no formats."""
+from diffusekrona_train.config.prompts import prompt_warnings
+from diffusekrona_train.config.training import Tracker
     if config.train.init_from is None:
         return
     try:
@@ -212,6 +222,22 @@ def check_start(config: RunConfig, source: Any) -> None:
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("train.init_from: ") else f"train.init_from: {text}") from None
+
+
+def refuse_missing_trackers(config: RunConfig) -> None:
+    """ValueError with the pip line where `train.trackers` names one that is not installed."""
+    missing = [TRACKERS[name] for name in config.train.trackers if not _is_installed(TRACKERS[name][0])]
+    if missing:
+        names = " and ".join(module for module, _ in missing)
+        raise ValueError(
+            f"train.trackers: {names} is not installed; pip install {' '.join(package for _, package in missing)}, "
+            "or take it out"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None  # a folder `wandb` of logs is a namespace without origin
 
 
 def plan_lines(injection: Injection) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.prompts import prompt_warnings, unread
 from diffusekrona_train.data import (
     Collection,
     Crop,
@@ -181,6 +182,8 @@ def prompt_lines(config: RunConfig, collection: Collection) -> list[str]:
         lines.append(f"class: {_quoted(fill(config.prior.prompt))}")
     if config.validation.every:
         lines += [f"validation: {_quoted(fill(prompt))}" for prompt in config.validation.prompts[:10]]
+        lines += prompt_warnings(map(fill, config.validation.prompts), kind="validation prompt")
+    lines += prompt_warnings((text for text, _ in captions), kind="caption")
     token = config.subject.token.lower()
     without = sum(count for text, count in captions if token not in text.lower())
     if without:
@@ -216,12 +219,14 @@ def identifier_lines(config: RunConfig, source: Any, collection: Collection) -> 
         lines.append("many tokens for one identifier are learnt slowly; a word of one or two is better")
     room = tokenizers[0].model_max_length - 2
     captions = {text for picture in collection.pictures for text in picture.captions}
-    captions |= {config.subject.fill(prompt) for prompt in config.validation.prompts}
+    prompts = list(map(config.subject.fill, config.validation.prompts)) if config.validation.every else []
+    captions |= set(prompts)
     longest = max(captions, key=lambda text: token_count(tokenizers[0], text))
     if token_count(tokenizers[0], longest) > room:
         long = sum(token_count(tokenizers[0], text) > room for text in captions)
         lines.append(f"{long} captions or prompts have more than {room} tokens: what comes after is not read")
-    return lines
+    told = [f"prompt {_quoted(text)}: {line}" for text in prompts if (line := unread(text, tokenizers))]
+    return lines + told[:5]
 
 
 def adapter_lines(config: RunConfig, source: Any) -> tuple[int, list[str]]:
