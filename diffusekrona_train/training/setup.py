@@ -210,9 +210,8 @@ def eagerly(config: RunConfig) -> Any:
 
 
 def check_start(config: RunConfig, source: Any) -> None:
-    """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no formats."""
-from diffusekrona_train.config.prompts import prompt_warnings
-from diffusekrona_train.config.training import Tracker
+    """ValueError for a tracker that is not installed, or an `init_from` that does not fit. Loads no weights."""
+    refuse_missing_trackers(config)
     if config.train.init_from is None:
         return
     try:
