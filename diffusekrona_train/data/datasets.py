@@ -46,7 +46,7 @@ def read_dataset(path: Path, subject: SubjectConfig) -> Found:
             # pyarrow and datasets have errors of their own for every kind of damage, some of them ValueErrors
             raise ValueError(f"{shown}: is no data set that can be read ({_first_line(error)})") from None
         if isinstance(table, datasets.DatasetDict):
-            table = table[_split_of(list(table), subject.split, shown)]
+            table = table[_split_of(list(map(str, table)), subject.split, shown)]
         elif saved and subject.split is not None:
             raise ValueError(f"subject.split: {shown} has no splits; take it out")
         return _rows(table, subject, shown)

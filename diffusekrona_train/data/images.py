@@ -80,7 +80,8 @@ def _decode(content: bytes | Path, shown: str) -> tuple[Opened, bool]:
                 file.seek(0)
                 file.load()
                 image, converted = colour.to_srgb(_eight_bits(file), file.info.get("icc_profile"), remarks)
-                see_through = colour.has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+                alpha = image.convert("RGBA").getchannel("A") if colour.has_alpha(image) else None
+                see_through = alpha is not None and any(alpha.histogram()[:255])
                 image = to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(f"{shown}: is no image that can be read, whatever its suffix says") from None
@@ -94,7 +95,8 @@ def _decode(content: bytes | Path, shown: str) -> tuple[Opened, bool]:
         raise ValueError(f"{shown}: is damaged or truncated ({what[:120]})") from None
     if see_through:
         remarks.append("transparent, laid over white")
-    nothing_left = see_through and all(low >= NOTHING_LEFT for low, _ in image.getextrema())
+    seen = sum(count for level, count in enumerate(image.histogram()) if level % 256 < NOTHING_LEFT)
+    nothing_left = see_through and not seen
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
     return Opened(image, remarks, converted), nothing_left

@@ -16,7 +16,7 @@ from diffusekrona_train.common.files import ASSETS, read_text
 from diffusekrona_train.config import make_config, one_line, read_yaml
 from diffusekrona_train.config.base import Strict
 from diffusekrona_train.data import collect, is_image, open_image, printable
-from diffusekrona_train.data.names import plain
+from diffusekrona_train.data.names import find_below, plain
 
 SUITES = ASSETS / "suites"
 
@@ -63,10 +63,10 @@ def read_generated(folder: Path, prompts: Sequence[str] = ()) -> list[Generated]
 
 def _generated(path: Path, index: int, row: dict[str, Any] | None, prompts: Sequence[str]) -> Generated:
     row = row or _own_record(path) or {}
-    sidecar = path.with_suffix(".txt")
+    sidecar = find_below(path.parent, f"{path.stem}.txt")
     number = re.match(r"\d+", path.stem)
     prompt = row.get("prompt")
-    if prompt is None and sidecar.is_file():
+    if prompt is None and sidecar is not None and sidecar.is_file():
         prompt = read_text(sidecar).strip()
     if prompt is None and len(prompts) == 1:
         prompt = prompts[0]
@@ -103,6 +103,7 @@ def _own_record(path: Path) -> dict[str, Any] | None:
 
 
 class SuiteRow(Strict):
+    PATHS = ("images",)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the subject: of its run, and of its folder of photos."""
     group: str = "all"

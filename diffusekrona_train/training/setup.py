@@ -34,8 +34,9 @@ from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import Descent
 from diffusekrona_train.training.preview import Gallery
 
-TRACKERS = {name: (name, name.replace("_", "-")) for name in get_args(Tracker)}
-"""Tracker -> (its module, its package on PyPI)."""
+TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
+TRACKERS["tensorboard"] = ("tensorboard", "tensorboardX")
+"""Tracker -> its module, or several of which one is enough."""
 COMPILER = "inductor"
 """torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
@@ -225,12 +226,12 @@ def check_start(config: RunConfig, source: Any) -> None:
 
 def refuse_missing_trackers(config: RunConfig) -> None:
     """ValueError with the pip line where `train.trackers` names one that is not installed."""
-    missing = [TRACKERS[name] for name in config.train.trackers if not _is_installed(TRACKERS[name][0])]
+    missing = [name for name in config.train.trackers if not any(map(_is_installed, TRACKERS[name]))]
     if missing:
-        names = " and ".join(module for module, _ in missing)
+        packages = " ".join(name.replace("_", "-") for name in missing)
         raise ValueError(
-            f"train.trackers: {names} is not installed; pip install {' '.join(package for _, package in missing)}, "
-            "or take it out"
+            f"train.trackers: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {packages}, or take it out"
         )
 
 
