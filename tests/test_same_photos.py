@@ -95,3 +95,11 @@ def test_a_state_of_version_0_1_is_still_taken_up(world, tmp_path, monkeypatch):
         train(short)
     resumed = make_run(world, tmp_path / "part" / "run")
     assert same_factors(factors(train(resumed, resume=True).parent), whole)
+
+
+def test_training_tells_of_prompts_that_are_not_read(world, tmp_path, capsys):
+    validation = {"prompts": ["a ([V] dog:1.4)", "[V] dog " + "and " * 90], "every": 0}
+    train(make_run(world, tmp_path / "run", train={"steps": 1}, validation=validation))
+    said = capsys.readouterr().out
+    assert "warning: prompt 'a (sks dog:1.4)': '(sks dog:1.4)' means something" in said
+    assert "and the text encoder reads 75" in said
