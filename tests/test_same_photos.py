@@ -25,6 +25,8 @@ def test_rows_find_their_order_again_and_equal_ones_are_told_apart_by_number():
     [
         ([Row("1", ("x",), "a"), Row("3", ("x",), "b")], "b is another picture now"),
         ([Row("1", ("x",), "a")], "b is not there any more"),
+        ([Row("1", ("x",), "a"), Row("1", ("x",), "b")], "b is another picture now"),
+        ([Row("1", ("x",), "a"), Row("1", ("x",), "a"), Row("2", ("x",), "b")], "a is there more often"),
         ([Row("1", ("x",), "a"), Row("2", ("x",), "b"), Row("2", ("x",), "c")], "c is new"),
         ([Row("1", ("x",), "a"), Row("2", ("y",), "b")], "the caption of b was 'x' and is 'y'"),
         ([Row("1", ("x",), "a"), Row("2", ("x", "y"), "b")], "the caption of b was 'x' and is 'x / y'"),

@@ -35,6 +35,7 @@ def read_dataset(path: Path, subject: SubjectConfig) -> Found:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says it
+    datasets.disable_progress_bars()
     shown = printable(str(path))
     with tempfile.TemporaryDirectory() as scratch:
         saved = path.is_dir() and any((path / name).is_file() for name in _SAVED)

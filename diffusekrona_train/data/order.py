@@ -48,12 +48,15 @@ def refuse_changes(before: Sequence[Row], now: Sequence[Row]) -> None:
     """ValueError naming the photos that are gone, new or other, or whose captions are other; names alone may differ."""
     gone, new = _without(before, now, by_content=True), _without(now, before, by_content=True)
     if gone or new:
-        other = {row.name for row in gone} & {row.name for row in new}
-        told = [f"{_names(row for row in gone if row.name in other)} is another picture now"] if other else []
-        for what, rows in (("is not there any more", gone), ("is new", new)):
-            if left := [row for row in rows if row.name not in other]:
-                told.append(f"{_names(left)} {what}")
-        raise ValueError(f"the pictures are not those that it was trained on: {'; '.join(told)}")
+        before_names, now_names = {row.name for row in before}, {row.name for row in now}
+        told = {
+            "is another picture now": [row for row in gone if row.name in now_names],
+            "is not there any more": [row for row in gone if row.name not in now_names],
+            "is new": [row for row in new if row.name not in before_names],
+        }
+        lines = [f"{_names(rows)} {what}" for what, rows in told.items() if rows]
+        lines = lines or [f"{_names(new)} is there more often"]
+        raise ValueError(f"the pictures are not those that it was trained on: {'; '.join(lines)}")
     old, today = _without(before, now), _without(now, before)
     if old:
         row = old[0]
