@@ -314,13 +314,21 @@ def test_class_images_take_turns_too(tmp_path):
 
 
 def test_masks_are_left_out_and_named(tmp_path):
-    for index, name in enumerate(("0", "1", "0-masklabel", "1-CONDLABEL", "0_mask", "1-masks", "masked ball", "mask")):
+    for index, name in enumerate(
+        ("0", "1", "0-masklabel", "1-CONDLABEL", "0_mask", "1-masks", "mask_0", "mask_7", "masked ball", "mask")
+    ):
         photo(tmp_path / f"{name}.png", index)
     photo(tmp_path / "masks" / "0.png", 9)
     collection = collect(run(tmp_path))
-    assert [picture.name for picture in collection.pictures] == ["0.png", "1.png", "mask.png", "masked ball.png"]
+    assert [picture.name for picture in collection.pictures] == [
+        "0.png",
+        "1.png",
+        "mask.png",
+        "mask_7.png",
+        "masked ball.png",
+    ]
     told = dict(collection.skipped)
-    for name in ("0-masklabel", "1-CONDLABEL", "0_mask", "1-masks"):
+    for name in ("0-masklabel", "1-CONDLABEL", "0_mask", "1-masks", "mask_0"):
         assert told[f"{name}.png"] == "a mask, by its name"
     assert "a folder of masks" in told["masks"]
     (line,) = [line for line in photo_lines(run(tmp_path), collection) if line.endswith(": a mask, by its name")]

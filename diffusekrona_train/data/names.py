@@ -66,20 +66,26 @@ def _entry(folder: Path, part: str) -> Path | None:
 # ---- what is not a photo of the subject ----
 
 _ALWAYS = re.compile(r".+[-_](masklabel|condlabel)", re.IGNORECASE)
-_MASK = re.compile(r"(.+?)[-_. ]masks?", re.IGNORECASE)
+_MASK = re.compile(r"(.+?)([-_. ])masks?", re.IGNORECASE)
+_MASK_FIRST = re.compile(r"masks?[-_. ](.+)", re.IGNORECASE)
 _MASK_FOLDER = re.compile(r"(.*[-_. ])?(masks?|masklabels?|condlabels?|conditioning)", re.IGNORECASE)
 
 
 def is_mask(stem: str, stems: set[str], subject: str = "") -> bool:
-    """Whether an image is a mask by its name: `0-masklabel`, `0-condlabel`, `0_mask`.
+    """Whether an image is a mask by its name: `0-masklabel`, `0-condlabel`, `0_mask`, or `mask_0` beside `0`.
 
     `stems` are the loose stems of all images beside it, `subject` the class noun: of a subject that is itself a mask,
     `front_mask` is left out only where `front` is there too.
     """
     if _ALWAYS.fullmatch(stem):
         return True
+    first = _MASK_FIRST.fullmatch(stem)
+    if first and loose(first[1]) in stems:
+        return True
     match = _MASK.fullmatch(stem)
-    return bool(match) and (loose(match[1]) in stems or "mask" not in subject.casefold())
+    if match is None or loose(match[1]) in stems:
+        return match is not None
+    return match[2] != " " and "mask" not in subject.casefold()  # `pug with mask` is a photo
 
 
 def is_mask_folder(name: str) -> bool:
