@@ -56,8 +56,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
-def free(device: torch.device) -> None:
-    """Gives memory of dropped modules back."""
+def free() -> None:
+    """Give back the memory of dropped modules: Python's cycles, then torch's cached blocks."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
