@@ -1,7 +1,7 @@
 """What a run reports while it works, how its caller asks it to stop, and how it ends.
 
     def watch(event, fields):
-        if event == "loss" and fields["step"] >= 100:
+        if event == "step" and fields["step"] == 100:
             progress.stop()
 
     progress = Progress(watch)
