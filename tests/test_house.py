@@ -196,3 +196,16 @@ def test_only_commands_print_exit_and_handle_signals(path):
     if room_of(path) in ("cli", "__main__"):
         return
     assert speaks(TREES[path]) == set(), "a library reports to a Progress and raises; the commands print and exit"
+
+
+def test_the_old_names_of_0_1_still_work_and_say_what_to_write():
+    code = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "try:\n    import diffusekrona_train.weights\n"
+        "except DeprecationWarning as warned:\n    print(warned)\n"
+        "warnings.simplefilter('ignore')\n"
+        "from diffusekrona_train.weights import load_adapter, read_adapter, set_scale, unload\n"
+        "import diffusekrona_train; print(load_adapter is diffusekrona_train.load_adapter)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "from diffusekrona_train import load_adapter" in done.stdout and done.stdout.endswith("True\n"), done.stderr

@@ -267,7 +267,7 @@ def _commands(folder: Path, config: RunConfig, best: dict | None) -> Section:
             *_export(folder / adapter.removeprefix(f"{here}/"), Path(adapter), config.model),
             (
                 "In Python",
-                f"from diffusekrona_train.adapters.formats import load_adapter\nload_adapter(pipe, {adapter!r})",
+                f"from diffusekrona_train import load_adapter\nload_adapter(pipe, {adapter!r})",
             ),
         ],
     )
