@@ -10,66 +10,23 @@ made in the cheaper order, and the intermediate never leaves the chip:
   factors transposed.
 
 Products take 16-bit (or fp32) operands and sum in fp32; the intermediate is rounded to the type of x in between, as
-`kron_linear` does. No atomics: each program writes its sums to its own row of a buffer and `_reduce` adds the rows in a
-fixed order, so that two runs on one card agree bit for bit. Block sizes follow from the shapes alone: tuning by the
-clock could choose another order of summation in the next run.
+`kron_linear` does. No atomics: each program writes its sums to its own row of a buffer, and `_reduce` adds the rows in
+a fixed order, so that two runs on one card agree bit for bit.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# What the kernels take, in the orientation B first: a1, b2 and a2. They bound the registers of a program.
-LARGEST_SHARED, LARGEST_SMALL, LARGEST_LONG = 32, 64, 128
-LEAST_DOT = 16  # the shortest side that tl.dot takes for 16-bit operands
+from diffusekrona_train.adapters import blocks
+from diffusekrona_train.adapters.blocks import Launch, Sizes
+
 # numpy knows no bf16, and the interpreter multiplies the bits as if they were whole numbers: there, fp32 operands that
 # were rounded to bf16 give what the hardware gives
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-SUM_ROWS, SUM_COLUMNS = 32, 64
-FACTOR_PROGRAMS = (64, 1024)
-MANY_TOKENS = 4096
-
-
-class Sizes(NamedTuple):
-    """The four factor sizes, A (a2, a1) and B (b2, b1)."""
-
-    a1: int
-    a2: int
-    b1: int
-    b2: int
-
-    @property
-    def transposed(self) -> Sizes:
-        return Sizes(self.a2, self.a1, self.b2, self.b1)
-
-    @property
-    def b_first(self) -> bool:
-        """True where contracting B first takes no more multiplications (see `kron.kron_macs`)."""
-        a1, a2, b1, b2 = self
-        return a1 * b1 * b2 + a1 * a2 * b2 <= a1 * a2 * b1 + a2 * b1 * b2
-
-
-class Launch(NamedTuple):
-    """A kernel with all its constants: what `scripts/bench/triton_compile.py` compiles is what runs."""
-
-    kernel: triton.JITFunction
-    constants: dict[str, int]
-    num_warps: int
-    num_stages: int
-
-    def run(self, grid: tuple[int, ...], *arguments: Tensor | float) -> None:
-        self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
-
-
-def supported(sizes: Sizes) -> bool:
-    """Return whether the kernels take these factors: two small sides and one of at most 128, in the cheaper order."""
-    a1, a2, _, b2 = sizes if sizes.b_first else sizes.transposed
-    return a1 <= LARGEST_SHARED and b2 <= LARGEST_SMALL and a2 <= LARGEST_LONG
 
 
 def add_product(out: Tensor, base: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
@@ -81,11 +38,10 @@ def add_product(out: Tensor, base: Tensor | None, x: Tensor, A: Tensor, B: Tenso
     sizes, n = sizes_of(A, B), x.shape[0]
     if n == 0:
         return
-    launch = plan_product(sizes, n, base is not None)
     before = out if base is None else base
     strides = (out.stride(0), before.stride(0), x.stride(0), *A.stride(), *B.stride())
     with torch.cuda.device_of(x):
-        launch.run((triton.cdiv(n, launch.constants["TOKENS"]),), out, before, x, A, B, scale, n, *strides)
+        _run(blocks.product(sizes, n, base is not None), out, before, x, A, B, scale, n, *strides)
 
 
 def factor_gradients(
@@ -98,78 +54,26 @@ def factor_gradients(
     sizes, n = sizes_of(A, B), x.shape[0]
     to_A, to_B = (sizes.a1, 1), (sizes.b1, 1)  # row and column strides in the buffers
     if not sizes.b_first:
-        x, grad, A, B, sizes = grad, x, A.mT, B.mT, sizes.transposed
+        x, grad, A, B = grad, x, A.mT, B.mT
         to_A, to_B = to_A[::-1], to_B[::-1]
-    launch, grid = plan_factor_gradients(sizes, n)
-    rows_A, rows_B = grid[0] * grid[2], grid[1] * grid[2]
-    sums_A = torch.empty(rows_A, A.numel(), dtype=torch.float32, device=x.device)
-    sums_B = torch.empty(rows_B, B.numel(), dtype=torch.float32, device=x.device)
+    launch = blocks.factor_gradients(sizes.oriented, n)
+    in_b1, in_a2, chunks = launch.grid
+    sums_A = torch.empty(in_b1 * chunks, A.numel(), dtype=torch.float32, device=x.device)
+    sums_B = torch.empty(in_a2 * chunks, B.numel(), dtype=torch.float32, device=x.device)
     strides = (x.stride(0), grad.stride(0), *A.stride(), *B.stride(), *to_A, *to_B)
-    blocks_A, blocks_B = (triton.cdiv(factor.numel(), SUM_COLUMNS) for factor in (A, B))
-    total = plan_sum(sizes, max(rows_A, rows_B), accumulate)
+    total = blocks.total(sizes, max(len(sums_A), len(sums_B)), accumulate)
     with torch.cuda.device_of(x):
-        launch.run(grid, sums_A, sums_B, x, grad, A, B, n, *strides)
-        counts = (rows_A, rows_B, blocks_A)
-        total.run((blocks_A + blocks_B,), grad_A, grad_B, sums_A, sums_B, scale, *counts)
+        _run(launch, sums_A, sums_B, x, grad, A, B, n, *strides)
+        _run(total, grad_A, grad_B, sums_A, sums_B, scale, len(sums_A), len(sums_B))
 
 
 def sizes_of(A: Tensor, B: Tensor) -> Sizes:
     return Sizes(A.shape[1], A.shape[0], B.shape[1], B.shape[0])
 
 
-def plan_product(sizes: Sizes, n: int, has_base: bool = True) -> Launch:
-    """Choose the kernel and its blocks for n tokens."""
-    a1, a2, b1, b2 = sizes
-    shared, small = (a1, b2) if sizes.b_first else (a2, b1)
-    P, T = power(shared), _block(small, LARGEST_SMALL)
-    # each program reads both factors, so with many tokens to share out it takes twice as many
-    rows, num_warps = (512, 8) if n >= MANY_TOKENS else (256, 4)
-    constants = _named(sizes) | {"P": P, "T": T, "COPIES": max(LEAST_DOT // P, 1), "HAS_BASE": has_base}
-    tokens = constants["TOKENS"] = max(LEAST_DOT // P, rows // T)
-    if sizes.b_first:
-        constants |= {"INNER": _block(b1, 64), "OUTER": LEAST_DOT}
-        return Launch(_b_first, constants, num_warps, num_stages=2)
-    constants |= {"INNER": _block(a1, 32), "OUTER": _block(b2, min(64, 2048 * num_warps // (tokens * P)))}
-    return Launch(_a_first, constants, num_warps, num_stages=2)
-
-
-def plan_factor_gradients(sizes: Sizes, n: int) -> tuple[Launch, tuple[int, int, int]]:
-    """Choose blocks for the orientation B first, and the grid: blocks of b1, blocks of a2, chunks of tokens.
-
-    More chunks fill a card better, but each writes its sums: they may come to 1.5 times the bytes of a 16-bit x.
-    """
-    a1, a2, b1, b2 = sizes
-    P, T, inner, outer = power(a1), _block(b2, LARGEST_SMALL), _block(b1, 128), _block(a2, 64)
-    tokens = max(LEAST_DOT // P, 4096 // (T * outer))
-    in_b1, in_a2, all_steps = triton.cdiv(b1, inner), triton.cdiv(a2, outer), max(1, triton.cdiv(n, tokens))
-    sums = in_a2 * b1 * b2 + in_b1 * a1 * a2
-    least, most = (max(1, programs // (in_b1 * in_a2)) for programs in FACTOR_PROGRAMS)
-    chunks = max(least, min(most, 3 * n * a1 * b1 // (8 * sums)))
-    steps = power(triton.cdiv(all_steps, chunks))  # a power of two: runs over many image sizes compile few kernels
-    constants = _named(sizes) | {"TOKENS": tokens, "P": P, "T": T, "COPIES": max(LEAST_DOT // P, 1)}
-    constants |= {"INNER": inner, "OUTER": outer, "STEPS": steps}
-    grid = (in_b1, in_a2, triton.cdiv(all_steps, steps))
-    return Launch(_factor_gradients, constants, num_warps=4, num_stages=1), grid
-
-
-def plan_sum(sizes: Sizes, rows: int, accumulate: bool = False) -> Launch:
-    """Choose the blocks that add up the rows of both buffers, at most so many."""
-    a1, a2, b1, b2 = sizes
-    constants = {"SIZE_A": a1 * a2, "SIZE_B": b1 * b2, "ACCUMULATE": accumulate}
-    constants |= {"ROUNDS": power(triton.cdiv(rows, SUM_ROWS)), "ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
-    return Launch(_reduce, constants, num_warps=4, num_stages=2)
-
-
-def _named(sizes: Sizes) -> dict[str, int]:
-    return {name.upper(): size for name, size in sizes._asdict().items()}
-
-
-def _block(length: int, most: int) -> int:
-    return min(most, max(LEAST_DOT, power(length)))
-
-
-def power(n: int) -> int:
-    return triton.next_power_of_2(n)
+def _run(launch: Launch, *arguments: Tensor | float) -> None:
+    kernel = KERNELS[launch.kernel]
+    kernel[launch.grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
 # In the kernels `P` pads the side that the intermediate shares with the tokens (a1, or a2 with A first), `T` its other
@@ -302,18 +206,18 @@ def _factor_gradients(
     tl.store(sums_B + t[:, None] * to_b_row + q[None, :] * to_b_col, sum_B, in_right)
 
 
-@triton.jit(do_not_specialize=["count_A", "count_B", "blocks_A"])
+@triton.jit(do_not_specialize=["count_A", "count_B"])
 def _reduce(
-    grad_A, grad_B, sums_A, sums_B, scale, count_A, count_B, blocks_A,
-    SIZE_A: tl.constexpr, SIZE_B: tl.constexpr, ACCUMULATE: tl.constexpr,
+    grad_A, grad_B, sums_A, sums_B, scale, count_A, count_B,
+    SIZE_A: tl.constexpr, SIZE_B: tl.constexpr, BLOCKS_A: tl.constexpr, ACCUMULATE: tl.constexpr,
     ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The rows of both buffers added up from the first to the last, ROWS at once; blocks of A's come before B's."""
     block = tl.program_id(0)
-    if block < blocks_A:
+    if block < BLOCKS_A:
         _reduce_one(grad_A, sums_A, scale, count_A, block, SIZE_A, ACCUMULATE, ROUNDS, ROWS, COLUMNS)
     else:
-        _reduce_one(grad_B, sums_B, scale, count_B, block - blocks_A, SIZE_B, ACCUMULATE, ROUNDS, ROWS, COLUMNS)
+        _reduce_one(grad_B, sums_B, scale, count_B, block - BLOCKS_A, SIZE_B, ACCUMULATE, ROUNDS, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -353,3 +257,6 @@ def _merged(w, TOKENS: tl.constexpr, P: tl.constexpr, T: tl.constexpr, COPIES: t
     """(TOKENS * T, P * COPIES) -> (TOKENS * P, T), the copies added: all but one are zero."""
     w = tl.sum(tl.reshape(w, (TOKENS, T, P, COPIES)), axis=3)
     return tl.reshape(tl.permute(w, (0, 2, 1)), (TOKENS * P, T))
+
+
+KERNELS = {"b_first": _b_first, "a_first": _a_first, "factor_gradients": _factor_gradients, "reduce": _reduce}

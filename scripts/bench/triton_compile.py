@@ -4,34 +4,29 @@
     python -m scripts.bench.triton_compile --archs 86 --models sdxl --factors 8x64,64x8 --type fp16
     python -m scripts.bench.triton_compile --json
 
-Each kernel is compiled with the blocks that it is launched with (`triton_kernels.plan_product` and
-`plan_factor_gradients`); registers and spills are what triton's own `ptxas -v` says of its PTX. Exit status 1 where a
-kernel spills or needs more shared memory than the card has.
+Each kernel is compiled with the blocks that it is launched with (`adapters/blocks.py`); registers and spills are what
+`ptxas -v` says when triton runs it. Exit status 1 where a kernel spills or needs more shared memory than the card has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns that it leaves the choice to the reader
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from diffusekrona_train.adapters.triton_kernels import (
-    Launch,
-    Sizes,
-    plan_factor_gradients,
-    plan_product,
-    plan_sum,
-    supported,
-)
+from diffusekrona_train.adapters import blocks
+from diffusekrona_train.adapters.blocks import Launch, Sizes
+from diffusekrona_train.adapters.triton_kernels import KERNELS
 
 # (in, out, tokens) of the layers that are adapted, and the factors (a1, a2) that the project's configs use on them
 LAYERS = {
@@ -53,23 +48,22 @@ def launches(layer: tuple[int, int, int], factors: str) -> dict[str, Launch]:
     if width_in % a1 or width_out % a2:
         return {}
     sizes = Sizes(a1, a2, width_in // a1, width_out // a2)
-    if not supported(sizes):
+    if not blocks.supported(sizes):
         return {}
-    oriented = sizes if sizes.b_first else sizes.transposed
-    factor, grid = plan_factor_gradients(oriented, tokens)
+    factors_of = blocks.factor_gradients(sizes.oriented, tokens)
     return {
-        "forward": plan_product(sizes, tokens),
-        "grad_x": plan_product(sizes.transposed, tokens),
-        "grad_A, grad_B": factor,
-        "their sum": plan_sum(sizes, max(grid[:2]) * grid[2]),
+        "forward": blocks.product(sizes, tokens),
+        "grad_x": blocks.product(sizes.transposed, tokens),
+        "grad_A, grad_B": factors_of,
+        "their sum": blocks.total(sizes, max(factors_of.grid[:2]) * factors_of.grid[2]),
     }
 
 
 def compiled(launch: Launch, arch: int, x_type: str, factor_type: str) -> dict[str, int]:
     """Registers, spilled bytes and shared bytes of one kernel on one card."""
     pointers = {"A": factor_type, "B": factor_type, "out": x_type, "base": x_type, "x": x_type, "grad": x_type}
-    signature, constants, attrs = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
+    kernel, signature, constants, attrs = KERNELS[launch.kernel], {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
         if name in launch.constants:
             signature[name], constants[name] = "constexpr", launch.constants[name]
         elif name in pointers or name.startswith(("sums_", "grad_")) and name not in ROW_STRIDES:
@@ -79,26 +73,18 @@ def compiled(launch: Launch, arch: int, x_type: str, factor_type: str) -> dict[s
             signature[name] = "fp32" if name in FLOATS else "i32"
             if name in ROW_STRIDES:
                 attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attrs)
+    source = ASTSource(kernel, signature, constants, attrs)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {**assembled(kernel.asm["ptx"], arch), "shared": kernel.metadata.shared}
-
-
-def assembled(ptx: str, arch: int) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(source), "-o", str(source.with_suffix(".o"))]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ptxas refused the PTX for {target}: {done.stderr.strip()}")
-    spills = sum(int(found) for found in re.findall(r"(\d+) bytes spill", done.stderr))
-    return {
-        "registers": max(int(found) for found in re.findall(r"Used (\d+) registers", done.stderr)),
-        "spilled": spills,
-    }
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True  # printed by triton itself, so of the very command that it runs
+        triton.knobs.compilation.always_compile = True  # a kernel from the cache has no log
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    spilled = sum(int(found) for found in re.findall(r"(\d+) bytes spill", log.getvalue()))
+    registers = [int(found) for found in re.findall(r"Used (\d+) registers", log.getvalue())]
+    if not registers:
+        raise RuntimeError(f"ptxas -v reported no registers: {log.getvalue().strip() or 'no output'}")
+    return {"registers": max(registers), "spilled": spilled, "shared": done.metadata.shared}
 
 
 def main() -> int:
