@@ -13,12 +13,12 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from diffusekrona_train.common.device import DTYPES
+from diffusekrona_train.common.device import DTYPES, name_of
 from diffusekrona_train.common.faults import reach
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.config import RunConfig
@@ -34,7 +34,12 @@ from diffusekrona_train.data import (
     plan_crops,
     printable,
 )
-from diffusekrona_train.data.cache import Entry, Store
+from diffusekrona_train.data.cache import Entry, Processes, Store
+from diffusekrona_train.models.contracts import Family, Part, Tensors
+from diffusekrona_train.models.source import ModelSource
+
+Renderer = Callable[[str, int], Image.Image]
+"""(prompt, seed) -> a picture of the base model."""
 
 
 @dataclass
@@ -43,8 +48,8 @@ class Bucket:
 
     latents: Tensor
     """(N, V, C, h, w) fp32."""
-    size_ids: Tensor
-    """(N, V, 6), SDXL's numbers of the real crop; (N, V, 0) for families without them."""
+    extras: Tensors
+    """What the family's picture_conditioning says of each crop, by name: (N, V, ...); {} for most families."""
     caption_index: Tensor
     """(N,) rows of TrainingSet.conditioning."""
     names: list[str]
@@ -57,17 +62,16 @@ class TrainingSet:
     instances: list[Bucket]
     priors: list[Bucket]
     captions: list[str]
-    conditioning: dict[str, Tensor]
-    """prompt_embeds (P, T, D) and, for SDXL, pooled (P, D'), one row a caption."""
+    conditioning: list[Tensors]
+    """What the family's encode_prompt gave, one row a caption; lengths may differ."""
     vae_was_loaded: bool = False
     text_encoders_were_loaded: bool = False
 
-    def conditioning_of(self, text: str) -> dict[str, Tensor]:
-        """The tensors of one caption or prompt, leading dimension 1; ValueError for a text that was not prepared."""
+    def conditioning_of(self, text: str) -> Tensors:
+        """The tensors of one caption or prompt, without a batch axis; ValueError for a text that was not prepared."""
         if text not in self.captions:
             raise ValueError(f"the prompt {text!r} was not encoded before training")
-        index = self.captions.index(text)
-        return {name: rows[index : index + 1] for name, rows in self.conditioning.items()}
+        return self.conditioning[self.captions.index(text)]
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -77,13 +81,13 @@ def cache_folder(config: RunConfig) -> Path:
 
 def build_training_set(
     config: RunConfig,
-    source: Any,
+    source: ModelSource,
     *,
-    device: Any,
-    log: Callable[[str], Any] = print,
+    device: torch.device,
+    log: Callable[[str], object] = print,
     extra_prompts: Sequence[str] = (),
-    accelerator: Any = None,
-    render: Callable[[str, int], Any] | None = None,
+    accelerator: Processes | None = None,
+    render: Renderer | None = None,
 ) -> TrainingSet:
     """Latents and embeddings of all that training, validation and sampling read, from the cache or made now.
 
@@ -104,11 +108,10 @@ def build_training_set(
     embeddings, encoders_were_loaded = store.get(texts, lambda: _text_maker(source, device))
 
     found = dict(zip([entry.what for entry in images], (tensors["latents"] for tensors in latents), strict=True))
-    names = sorted(embeddings[0])
     return TrainingSet(
         *(_buckets(group, found, captions, source.family) for group in crops),
         captions=captions,
-        conditioning={name: torch.stack([tensors[name] for tensors in embeddings]) for name in names},
+        conditioning=embeddings,
         vae_was_loaded=vae_was_loaded,
         text_encoders_were_loaded=encoders_were_loaded,
     )
@@ -128,9 +131,13 @@ def prompts_of(config: RunConfig, pictures: Iterable[Picture], extra: Sequence[s
     return list(dict.fromkeys([*map(fill, fixed), *(picture.caption for picture in pictures)]))
 
 
-def _image_entries(config: RunConfig, source: Any, crops: Sequence[Crop]) -> list[Entry]:
+def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]) -> list[Entry]:
     precision = config.data.vae_precision
-    vae = {"model": source.identity, "parts": _fingerprint(source, "vae"), "revision": config.revision}
+    vae = {
+        "model": source.identity,
+        "parts": _fingerprint(source, [source.family.parts.vae]),
+        "revision": config.revision,
+    }
     vae |= {"variant": config.variant, "vae": _vae_identity(config.vae), "precision": precision}
     advice = (
         "is the VAE whole?" if precision == "fp32" else f"it overflows in {precision}: set data.vae_precision: fp32"
@@ -143,48 +150,50 @@ def _image_entries(config: RunConfig, source: Any, crops: Sequence[Crop]) -> lis
     return entries
 
 
-def _text_entries(config: RunConfig, source: Any, captions: Sequence[str]) -> list[Entry]:
-    parts = _fingerprint(source, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+def _text_entries(config: RunConfig, source: ModelSource, captions: Sequence[str]) -> list[Entry]:
+    encoders = source.family.parts.text_encoders
+    parts = _fingerprint(source, [*encoders, *source.family.parts.tokenizers])
+    precision = "+".join(dict.fromkeys(name_of(part.dtype) for part in encoders))
     model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant}
     problem = "{!r}: the text encoders give embeddings that are not finite; is the model whole?"
     return [
-        Entry("text", model | {"precision": "fp32", "text": text}, text, problem.format(printable(text)))
+        Entry("text", model | {"precision": precision, "text": text}, text, problem.format(printable(text)))
         for text in captions
     ]
 
 
-def _image_maker(config: RunConfig, source: Any, device: Any) -> Callable[[Crop], dict[str, Tensor]]:
+def _image_maker(config: RunConfig, source: ModelSource, device: torch.device) -> Callable[[Crop], Tensors]:
     vae = source.load("vae", dtype=DTYPES[config.data.vae_precision], device=device)["vae"]
 
     @torch.no_grad()
-    def make(crop: Crop) -> dict[str, Tensor]:
+    def make(crop: Crop) -> Tensors:
         pixels = torch.from_numpy(crop_pixels(crop)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        return {"latents": source.family.encode_image(vae, pixels.to(device, DTYPES[config.data.vae_precision]))[0]}
+        latents = source.family.encode_image(vae, pixels.to(device, DTYPES[config.data.vae_precision]))[0]
+        return {"latents": latents.float()}
 
     return make
 
 
-def _text_maker(source: Any, device: Any) -> Callable[[str], dict[str, Tensor]]:
-    parts = source.load("tokenizers", "text_encoders", dtype=torch.float32, device=device)
+def _text_maker(source: ModelSource, device: torch.device) -> Callable[[str], Tensors]:
+    parts = source.load("tokenizers", "text_encoders", device=device)
 
     @torch.no_grad()
-    def make(text: str) -> dict[str, Tensor]:
-        rows = source.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], [text])
-        return {name: tensor[0] for name, tensor in rows.items()}
+    def make(text: str) -> Tensors:
+        return source.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], text)
 
     return make
 
 
-def _fingerprint(source: Any, *parts: str) -> list[str]:
+def _fingerprint(source: ModelSource, parts: Sequence[Part]) -> list[str]:
     """What tells two local folders with the same denoiser apart: name, size and both ends of each file of `parts`."""
-    root = getattr(getattr(source, "place", None), "path", None)
+    root = getattr(source.place, "path", None)
     if root is None or not Path(root).is_dir():
         return []
     marks = []
     for part in parts:
-        for path in sorted(Path(root, part).glob("*")):
+        for path in sorted(Path(root, part.folder).glob("*")):
             if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
-                marks.append(f"{part}/{path.name} {_ends(path)}")
+                marks.append(f"{part.folder}/{path.name} {_ends(path)}")
     return marks
 
 
@@ -207,7 +216,7 @@ def _ends(path: Path, length: int = 1 << 20) -> str:
     return f"{size}:{digest.hexdigest()[:16]}"
 
 
-def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list[str], family: Any) -> list[Bucket]:
+def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list[str], family: Family) -> list[Bucket]:
     """One bucket for each size of crop, smallest first."""
     shelves: dict[tuple[int, int], list[list[Crop]]] = {}
     for row in rows:
@@ -215,12 +224,7 @@ def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list
     return [
         Bucket(
             latents=torch.stack([torch.stack([latents[crop] for crop in row]) for row in shelf]),
-            size_ids=torch.stack(
-                [
-                    torch.stack([family.size_ids(crop.original_hw, crop.top_left, crop.size_hw) for crop in row])
-                    for row in shelf
-                ]
-            ),
+            extras=_extras(shelf, family),
             caption_index=torch.tensor([captions.index(row[0].picture.caption) for row in shelf]),
             names=[row[0].picture.name for row in shelf],
         )
@@ -228,7 +232,15 @@ def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list
     ]
 
 
-def class_image_folder(config: RunConfig, source: Any) -> Path:
+def _extras(shelf: list[list[Crop]], family: Family) -> Tensors:
+    """Name -> (N, V, ...) of the pictures of a shelf."""
+    told = [
+        [family.picture_conditioning(crop.original_hw, crop.top_left, crop.size_hw) for crop in row] for row in shelf
+    ]
+    return {name: torch.stack([torch.stack([one[name] for one in row]) for row in told]) for name in told[0][0]}
+
+
+def class_image_folder(config: RunConfig, source: ModelSource) -> Path:
     """Where class images lie: `prior.images`, or a folder of the cache for this model, prompt and size."""
     if config.prior.images is not None:
         return Path(config.prior.images).expanduser()
@@ -237,7 +249,7 @@ def class_image_folder(config: RunConfig, source: Any) -> Path:
     return cache_folder(config) / "class-images" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _class_images(config: RunConfig, source: Any, store: Store, render: Callable[[str, int], Any] | None) -> Collection:
+def _class_images(config: RunConfig, source: ModelSource, store: Store, render: Renderer | None) -> Collection:
     """The class images, after the missing ones were rendered: number i from seed i, each process its share."""
     folder = class_image_folder(config, source)
     folder.mkdir(parents=True, exist_ok=True)

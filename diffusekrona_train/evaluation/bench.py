@@ -78,6 +78,6 @@ class Bench:
                 injection.unfuse()
             injection.eject()
         studio.subjects = [subject] if subject else []
-        studio.injections = [inject_file(studio.pipe.unet, one.file) for one in studio.subjects]
+        studio.injections = [inject_file(studio.denoiser, one.file) for one in studio.subjects]
         studio.set_scale(1.0 if subject else None, self.memory.fuses)
         return studio.painter([1.0 if subject else None])

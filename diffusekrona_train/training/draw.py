@@ -7,7 +7,7 @@ has advanced.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,11 +67,13 @@ def draw(
     global_batch: int,
     shelves: Sequence[Shelf],
     *,
-    timesteps: int,
+    draw_t: Callable[[torch.Generator], torch.Tensor],
     noise_offset: float = 0.0,
     stream: str = "instance",
 ) -> Draw:
-    """Pictures, variants, timesteps and noise of the samples `indices` of the global batch at `step`.
+    """Pictures, variants, times and noise of the samples `indices` of the global batch at `step`.
+
+    `draw_t` is the process's: one time from one generator.
 
     One shelf serves the whole global batch, so that it can be stacked. Each shelf is walked in seeded permutations of
     its pictures without gaps, and comes up in proportion to its size: every picture is seen equally often.
@@ -87,7 +89,7 @@ def draw(
         pictures.append(_permutation(shelf.pictures, seed, stream, number, turn)[place])
         generator = generator_of(seed, stream, step, index)
         variants.append(torch.randint(shelf.variants, (), generator=generator))
-        times.append(torch.randint(timesteps, (), generator=generator))
+        times.append(draw_t(generator))
         dropouts.append(torch.rand((), generator=generator))
         offset = torch.randn(shelf.shape[0], 1, 1, generator=generator)
         noises.append(torch.randn(shelf.shape, generator=generator) + noise_offset * offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
@@ -20,9 +22,10 @@ from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import free, precision
 from diffusekrona_train.config import RunConfig, dump_config
-from diffusekrona_train.data.training_set import build_training_set
+from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model
-from diffusekrona_train.models.noise import noise_schedule
+from diffusekrona_train.models.contracts import Denoiser
+from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import SampleSettings, render
 from diffusekrona_train.training import checkpoint, memory
 from diffusekrona_train.training.journal import Journal, Stop
@@ -42,7 +45,7 @@ class Run:
 
     config: RunConfig
     folder: Path
-    source: Any
+    source: ModelSource
     accelerator: Accelerator
     level: memory.Level
     objective: Objective
@@ -79,9 +82,9 @@ def assemble(
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
     descent = Descent(injection.parameters(), config.train, accelerator)
-    alphas = noise_schedule(source.load("scheduler")["scheduler"])
+    process = source.process(config.data.resolution)
     objective = Objective(
-        config, source.family, denoiser, injection, data, alphas, source.prediction_type, dtype, device,
+        config, source.family, denoiser, injection, data, process, dtype, device,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     about = {
@@ -111,7 +114,9 @@ def assemble(
     return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
 
 
-def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
+def take_up(
+    state: checkpoint.State, about: dict, injection: Injection, descent: Descent, accelerator: Accelerator
+) -> None:
     """Puts a resume state back; ValueError where the pictures or captions are others."""
     if state.about["data"] != about["data"]:
         raise ValueError(
@@ -149,11 +154,13 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
 
 
 def choose_level(
-    config: RunConfig, source: Any, accelerator: Accelerator, dtype: torch.dtype
+    config: RunConfig, source: ModelSource, accelerator: Accelerator, dtype: torch.dtype
 ) -> tuple[memory.Level, str]:
     """The memory level of all processes: what the main one finds room for."""
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
-    level, why = memory.choose(config, source.base_parameters(), samples, dtype, accelerator.device)
+    level, why = memory.choose(
+        config, source.base_parameters(), samples, dtype, accelerator.device, source.family.memory
+    )
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -161,18 +168,20 @@ def choose_level(
     return level, why
 
 
-def load_denoiser(config: RunConfig, source: Any, level: memory.Level, dtype: torch.dtype, device: Any) -> Any:
+def load_denoiser(
+    config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
+) -> Denoiser:
     """The frozen denoiser on the device, at a memory level."""
     train = config.train
     denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
     if level.checkpointing:
         denoiser.enable_gradient_checkpointing()
     if train.channels_last:
-        denoiser.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     return denoiser
 
 
-def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
+def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
     """The adapter of the config in the denoiser, from the seed or from `init_from`. The same on every process."""
     if config.train.init_from is None:
         injection = inject(denoiser, config.adapter, seed=config.train.seed)
@@ -185,7 +194,7 @@ def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
     return injection
 
 
-def compile_blocks(denoiser: Any) -> None:
+def compile_blocks(denoiser: Denoiser) -> None:
     """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
 
     The whole denoiser as one graph would be compiled for many minutes to be hardly faster. Shapes are static: a graph
@@ -197,12 +206,12 @@ def compile_blocks(denoiser: Any) -> None:
     denoiser.compile_repeated_blocks(backend=COMPILER, dynamic=False)
 
 
-def eagerly(config: RunConfig) -> Any:
+def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
     """Within, nothing is compiled anew: pictures and held-out loss have shapes of their own, and are few."""
     return torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
 
 
-def check_start(config: RunConfig, source: Any) -> None:
+def check_start(config: RunConfig, source: ModelSource) -> None:
     """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no formats."""
     if config.train.init_from is None:
         return
@@ -221,7 +230,7 @@ def plan_lines(injection: Injection) -> list[str]:
     return plan_notes(injection.spec, layers, injection.options)
 
 
-def _refuse_other_adapter(config: RunConfig, file: Any) -> None:
+def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
     """ValueError where an adapter to continue from is not what the config would train."""
     if file.spec is None:
         raise ValueError(
@@ -238,11 +247,13 @@ def _refuse_other_adapter(config: RunConfig, file: Any) -> None:
         )
 
 
-def class_image_maker(config: RunConfig, source: Any, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
+def class_image_maker(
+    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> tuple[Renderer, Callable[[], None]]:
     """(render, forget): `render(prompt, seed)` draws a picture with the base model, loaded at the first call."""
     held: dict[str, Any] = {}
 
-    def draw(prompt: str, seed: int) -> Any:
+    def draw(prompt: str, seed: int) -> Image.Image:
         if not held:
             parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
             parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
@@ -259,7 +270,7 @@ def class_image_maker(config: RunConfig, source: Any, dtype: torch.dtype, device
     return draw, forget
 
 
-def data_mark(data: Any) -> str:
+def data_mark(data: TrainingSet) -> str:
     """A short hash of what is trained on: names and captions, in order."""
     digest = hashlib.sha256()
     for bucket in [*data.instances, *data.priors]:
@@ -269,7 +280,7 @@ def data_mark(data: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def adapter_info(config: RunConfig, source: Any, step: int) -> dict[str, Any]:
+def adapter_info(config: RunConfig, source: ModelSource, step: int) -> dict[str, Any]:
     """What an adapter file says about its training; formats.py takes out local paths and adds the layers."""
     return {
         "family": source.family.name,
