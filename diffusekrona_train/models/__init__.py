@@ -10,6 +10,7 @@ import difflib
 from pathlib import Path
 
 from diffusekrona_train.config import MODEL_ALIASES, RunConfig
+from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models.contracts import DENOISERS, Config, Place
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.local import ASSETS, LocalModel, check_toybox
@@ -39,7 +40,9 @@ def open_model(
     """
     if not model:
         raise ValueError(f"model is empty; give a hub name, a folder, a .safetensors file or one of {_aliases()}")
-    resolved = MODEL_ALIASES.get(model, model)
+    resolved = MODEL_ALIASES.get(model, user_path(model, "model"))
+    vae = vae and user_path(vae, "vae")
+    model_config_dir = model_config_dir and user_path(model_config_dir, "model_config_dir")
     path = Path(resolved).expanduser()
     if resolved == "toybox":
         check_toybox()

@@ -16,6 +16,7 @@ from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_a
 from diffusekrona_train.common.device import DTYPES, name_of, pick_dtype, ran_out
 from diffusekrona_train.common.files import sha256
 from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
+from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models import near_miss
 from diffusekrona_train.models.contracts import Tensors
 from diffusekrona_train.models.source import ModelSource
@@ -109,6 +110,7 @@ def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
 
 def parse_use(text: str) -> tuple[Path, float]:
     """'dog.safetensors:0.7' -> (path, 0.7); without a number the strength is 1."""
+    text = user_path(text, "--adapter")
     match = re.fullmatch(r"(.+?):([-+]?[0-9]*\.?[0-9]+)", text)
     if match and not Path(text).exists():
         return find_adapter(Path(match[1]).expanduser()), float(match[2])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,9 @@ from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import free, precision
 from diffusekrona_train.config import RunConfig, dump_config
+from diffusekrona_train.config.prompts import prompt_warnings
+from diffusekrona_train.config.training import Tracker
+from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
@@ -33,6 +37,9 @@ from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import Descent
 from diffusekrona_train.training.preview import Gallery
 
+TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
+TRACKERS["tensorboard"] = ("tensorboard", "tensorboardX")
+"""Tracker -> its module, or several of which one is enough."""
 COMPILER = "inductor"
 """torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
@@ -55,7 +62,7 @@ class Run:
     stop: Stop
     start: int
     about: dict[str, Any]
-    """What every resume state of this run says: config, number of processes, mark of the data."""
+    """What every resume state of this run says: config, number of processes, pictures in their order."""
 
     @property
     def main(self) -> bool:
@@ -78,6 +85,8 @@ def assemble(
     draw, forget = class_image_maker(config, source, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
+    if state is not None:
+        arrange_as_before(data, state.about, state.path.parent)
     level, why = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
@@ -91,10 +100,10 @@ def assemble(
         "version": __version__,
         "config": config.model_dump(mode="json", by_alias=True),
         "processes": accelerator.num_processes,
-        "data": data_mark(data),
+        "pictures": pictures_told(data),
     }
     if state is not None:
-        take_up(state, about, injection, descent, accelerator)
+        take_up(state, injection, descent, accelerator)
     start = state.step if state else 0
     seconds = state.about.get("seconds", 0.0) if state else 0.0
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
@@ -106,6 +115,8 @@ def assemble(
         tell("train.compile: the first step compiles the transformer blocks, which takes minutes")
     if start > config.train.steps:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
+    for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
+        tell(f"warning: {line}")
     gallery = Gallery(config, source, objective, place)
     if accelerator.is_main_process:
         run_folder.prepare(place, start, dump_config(config))
@@ -114,14 +125,8 @@ def assemble(
     return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
 
 
-def take_up(
-    state: checkpoint.State, about: dict, injection: Injection, descent: Descent, accelerator: Accelerator
-) -> None:
-    """Puts a resume state back; ValueError where the pictures or captions are others."""
-    if state.about["data"] != about["data"]:
-        raise ValueError(
-            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
-        )
+def take_up(state: checkpoint.State, injection: Injection, descent: Descent, accelerator: Accelerator) -> None:
+    """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if accelerator.scaler is not None and "scaler" in state.about:
@@ -131,6 +136,7 @@ def take_up(
 
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
     """accelerate's state and the type of the frozen base. ValueError where the launcher meant other processes."""
+    refuse_missing_trackers(config)
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     name, dtype = precision(config.train.mixed_precision, "cuda" if on_gpu else "cpu")
     accelerator = Accelerator(
@@ -212,7 +218,8 @@ def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
 
 
 def check_start(config: RunConfig, source: ModelSource) -> None:
-    """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no formats."""
+    """ValueError for a tracker that is not installed, or an `init_from` that does not fit. Loads no weights."""
+    refuse_missing_trackers(config)
     if config.train.init_from is None:
         return
     try:
@@ -222,6 +229,22 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("train.init_from: ") else f"train.init_from: {text}") from None
+
+
+def refuse_missing_trackers(config: RunConfig) -> None:
+    """ValueError with the pip line where `train.trackers` names one that is not installed."""
+    missing = [name for name in config.train.trackers if not any(map(_is_installed, TRACKERS[name]))]
+    if missing:
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        raise ValueError(
+            f"train.trackers: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {packages}, or take it out"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None  # a folder `wandb` of logs is a namespace without origin
 
 
 def plan_lines(injection: Injection) -> list[str]:
@@ -270,8 +293,25 @@ def class_image_maker(
     return draw, forget
 
 
+def pictures_told(data: TrainingSet) -> list:
+    """What a resume state says of the pictures: contents, captions and names, in the run's own order."""
+    return [[order.written(rows) for rows in group] for group in data.rows()]
+
+
+def arrange_as_before(data: TrainingSet, about: dict[str, Any], place: Path) -> None:
+    """Put the pictures into the order of the run that wrote the state `about`; ValueError where they are others."""
+    if "pictures" not in about:  # of version 0.1, which compared names and their order
+        if about.get("data") != data_mark(data):
+            raise ValueError(f"cannot resume {place}: the pictures or captions are not those that it was trained on")
+        return
+    try:
+        data.arrange([[order.read(rows) for rows in group] for group in about["pictures"]])
+    except ValueError as error:
+        raise ValueError(f"cannot resume {place}: {error}") from None
+
+
 def data_mark(data: TrainingSet) -> str:
-    """A short hash of what is trained on: names and captions, in order."""
+    """A short hash of what is trained on, as version 0.1 told it: names and captions, in order."""
     digest = hashlib.sha256()
     for bucket in [*data.instances, *data.priors]:
         for name, caption in zip(bucket.names, bucket.caption_index.tolist(), strict=True):

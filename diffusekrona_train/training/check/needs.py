@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 from diffusekrona_train.config import RunConfig
@@ -47,10 +48,10 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
         f"{train.steps} optimiser steps x batch {batch} ({parts}) = {views:,} views, "
         f"each of {photos} photos about {views / photos:.0f} times"
     ]
-    repeats = max(1, round(views / photos / 10))
-    per_epoch = math.ceil(photos * repeats / batch)
+    counted, of_an_epoch = _as_kohya(collection, max(1, round(views / photos / 10)))
+    per_epoch = math.ceil(of_an_epoch / batch)
     lines.append(
-        f"passes: {views / pass_views:.1f}; in kohya's counting {repeats} repeats x {photos} photos / batch {batch} = "
+        f"passes: {views / pass_views:.1f}; in kohya's counting {counted} / batch {batch} = "
         f"{per_epoch} steps an epoch, {train.steps / per_epoch:.1f} epochs"
     )
     if config.prior.kind != "none":
@@ -62,6 +63,18 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
     if config.adapter.type == "krona" and train.learning_rate < 1e-4:
         lines.append(f"learning rate {train.learning_rate:g}: below 1e-4 the paper saw it ignore the photos")
     return lines
+
+
+def _as_kohya(collection: Collection, guess: int) -> tuple[str, int]:
+    """(`10 repeats x 3 photos`, views an epoch): by the folders' own repeats, or by `guess` where none are given."""
+    times = Counter(picture.repeats for picture in collection.pictures)
+    if not collection.repeats_are_given:
+        times = Counter({guess: len(collection.pictures)})
+    if len(times) == 1:
+        ((repeats, photos),) = times.items()
+        return f"{repeats} repeats x {photos} photos", repeats * photos
+    told = " + ".join(f"{repeats} repeats x {photos} photos" for repeats, photos in sorted(times.items()))
+    return f"({told})", sum(repeats * photos for repeats, photos in times.items())
 
 
 def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
