@@ -44,6 +44,9 @@ def sample(
     variant: Annotated[str | None, typer.Option(help="Weight variant of --model, such as fp16.")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE: hub name, folder or file.")] = None,
     model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file model.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
@@ -93,6 +96,7 @@ def sample(
     subjects = studio.subjects_of(uses, token or [], class_noun)
     found = studio.base_model_of(subjects, model, run if run and run.is_dir() else None)
     given = {"revision": revision, "variant": variant, "vae": vae, "model_config_dir": model_config_dir}
+    given["prediction_type"] = prediction_type
     found |= {name: value for name, value in given.items() if value is not None}
     home = run if run and run.is_dir() else uses[0][0].parent if uses else Path.cwd()
     folder = output or home / "pictures"
@@ -188,9 +192,10 @@ def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Pat
     if not words or has_adapters:
         return None
     from diffusekrona_train.config.paths import user_path
+    from diffusekrona_train.models.checkpointfile import SAFETENSORS
 
     path = Path(words[0]) if " " in words[0] else Path(user_path(words[0], "RUN_OR_FILE")).expanduser()
-    if model is not None and not path.exists() and not words[0].endswith(".safetensors"):
+    if model is not None and not path.exists() and not words[0].lower().endswith(SAFETENSORS):
         return None
     if " " in words[0] and not path.exists():
         raise ValueError(f"{words[0]!r} is a prompt; put a run folder or adapter file before it, or give --model")

@@ -103,6 +103,7 @@ def finish(run: Run) -> Path:
     faults.reach("end", config.train.steps)
     try:
         formats.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+        formats.write_sidecar(path)
     except OSError as error:
         raise RuntimeError(
             f"{path} cannot be written ({error.strerror or error}); the checkpoints are whole, finish with --resume"
@@ -122,7 +123,7 @@ def finish(run: Run) -> Path:
         f'try it:    krona-sample {run.folder} "{prompt}"\n'
         f"in code:   from diffusekrona_train.adapters.formats import load_adapter\n"
         f'           load_adapter(pipe, "{path}")\n'
-        f"elsewhere: ComfyUI, A1111 and Forge read the file as it is; for diffusers and others:\n"
+        f"elsewhere: ComfyUI, A1111, Forge and InvokeAI read the file as it is; for diffusers and others:\n"
         f"           {formats.export_command(formats.read_adapter(path), path, config.model)}"
     )
     return path
