@@ -47,7 +47,7 @@ def make_world(folder: Path, kind: str = "sdxl") -> Path:
     return folder
 
 
-def make_run(world: Path, output: Path, **sections: dict) -> RunConfig:
+def make_run(world: Path, output: Path, **sections: Any) -> RunConfig:
     """A config of 6 steps at 64 pixels; sections are merged over it, as train={"steps": 9}."""
     tree = {
         "model": str(world / "model"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusekrona_train.adapters import formats as weights
 from diffusekrona_train.adapters.inject import inject
@@ -17,6 +18,7 @@ from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models import family_named, noise, open_model
 from diffusekrona_train.models.conditioning import collate
 from diffusekrona_train.models.process import Ddpm
+from diffusekrona_train.sampling.session import Subject, base_model_of
 from diffusekrona_train.training import Diverged, checkpoint, memory, train
 from diffusekrona_train.training.draw import Shelf, draw
 from diffusekrona_train.training.journal import Stop
@@ -413,6 +415,35 @@ def test_three_bad_steps_end_the_run_with_the_last_good_checkpoint(world, tmp_pa
     advised = {"steps": 1, "learning_rate": 1e-9, "init_from": str(last)}
     begun = factors(train(make_run(world, tmp_path / "again", train=advised)).file.parent)
     assert max((begun[name] - good[name]).abs().max() for name in good) < 1e-6
+
+
+def test_a_base_that_gives_nan_is_blamed_and_not_the_rate(world, tmp_path):
+    """Every weight of it is a finite number, so that loading finds nothing; its answer is infinite."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    file = next((tmp_path / "model" / "unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["conv_out.weight"].fill_(3e38)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(Diverged, match="the base model model sha256.* gives NaN or infinity in float32. Take") as error:
+        train(make_run(world, tmp_path / "run", model=str(tmp_path / "model")))
+    assert "the learning rate is not the reason" in str(error.value) and "below" not in str(error.value)
+
+
+def test_the_prediction_type_of_the_config_is_trained_and_kept(world_sd, tmp_path):
+    """Said of a model whose own files say epsilon: the target, the file's description and its header follow."""
+    said = {"adapter": {"a1": 1, "a2": 1}, "train": {"steps": 1}}
+    first = train(make_run(world_sd, tmp_path / "epsilon", **said))
+    other = train(make_run(world_sd, tmp_path / "v", prediction_type="v_prediction", **said))
+    losses = [metrics(path.parent)[-1]["loss"] for path in (first, other)]
+    assert losses[0] != losses[1]
+    file = weights.read_adapter(other)
+    assert file.info["prediction_type"] == "v_prediction" == file.said_prediction()
+    assert file.metadata["modelspec.prediction_type"] == "v" and weights.read_adapter(first).said_prediction() is None
+    # who renders with it at the same base, by its path, need not say it again; another base has its own
+    model = str(world_sd / "model")
+    assert base_model_of([Subject(file)], model) == {"model": model, "prediction_type": "v_prediction"}
+    assert base_model_of([Subject(file)], "elsewhere/other") == {"model": "elsewhere/other"}
+    assert json.loads(other.with_suffix(".json").read_text())["activation text"] == "sks dog"
 
 
 def test_two_bad_steps_are_skipped_and_counted(world, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
 from diffusekrona_train.adapters.wrappers import AdaptedLinear, WholeModule, owners_of_parameters
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models.layers import find_layers, select_layers
+from diffusekrona_train.models.layers import find_layers, find_projections, select_layers
 
 __all__ = ["AdaptedLinear", "Injection", "find_layers", "inject", "select_layers"]
 
@@ -56,7 +56,9 @@ class Injection:
             layers = find_layers(self.model, self.spec)
             self.options = plan(self.spec, layers)
         else:
-            everything = {layer.name: layer for layer in find_layers(self.model, None)}
+            everything = {
+                layer.name: layer for layer in [*find_layers(self.model, None), *find_projections(self.model)]
+            }
             if unknown := [name for name in options if name not in everything]:
                 raise ValueError(
                     f"{unknown[0]} is no attention or feed-forward layer of this {type(self.model).__name__}"

@@ -47,6 +47,9 @@ def sample(
     variant: Annotated[str | None, typer.Option(help="Weight variant of --model, such as fp16.")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE: hub name, folder or file.")] = None,
     model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file model.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
@@ -94,7 +97,7 @@ def sample(
         run, prompts, adapter or [], checkpoint, token or [], class_noun, model, revision, variant, vae,
         model_config_dir, range(seed, seed + num_images), scale, **wanted, sweeps=sweep or [], base=base,
         memory=memory, batch_size=batch_size, output=output or _home(run, adapter or []) / "pictures",
-        overwrite=overwrite,
+        overwrite=overwrite, prediction_type=prediction_type,
     )  # fmt: skip
     with as_found():
         call = open_call(request, Terminal(images=True))
@@ -131,9 +134,10 @@ def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Pat
     if not words or has_adapters:
         return None
     from diffusekrona_train.config.paths import user_path
+    from diffusekrona_train.models.checkpointfile import SAFETENSORS
 
     path = Path(words[0]) if " " in words[0] else Path(user_path(words[0], "RUN_OR_FILE")).expanduser()
-    if model is not None and not path.exists() and not words[0].endswith(".safetensors"):
+    if model is not None and not path.exists() and not words[0].lower().endswith(SAFETENSORS):
         return None
     if " " in words[0] and not path.exists():
         raise ValueError(f"{words[0]!r} is a prompt; put a run folder or adapter file before it, or give --model")

@@ -98,7 +98,7 @@ def what_next(config: RunConfig, result: TrainResult) -> str:
         f'try it:    krona-sample {result.file.parent} "{prompt}"\n'
         f"in code:   from diffusekrona_train import load_adapter\n"
         f'           load_adapter(pipe, "{result.file}")\n'
-        f"elsewhere: ComfyUI, A1111 and Forge read the file as it is; for diffusers and others:\n"
+        f"elsewhere: ComfyUI, A1111, Forge and InvokeAI read the file as it is; for diffusers and others:\n"
         f"           {export_command(read_adapter(result.file), result.file, config.model)}"
     )
 

@@ -6,7 +6,7 @@ What one section can find wrong by itself is found there; what needs two section
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -52,6 +52,8 @@ class RunConfig(Strict):
     """Another VAE: hub name, folder or file."""
     model_config_dir: str | None = None
     """Folder with the configs and tokenizers for a single-file model; none takes the package's own."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the model predicts, where its files do not say (or say it wrongly); none takes what they say."""
     subject: SubjectConfig
     """The subject: its photos, class noun and identifier."""
     adapter: AdapterConfig = AdapterConfig()

@@ -85,6 +85,8 @@ class SampleRequest:
     """Folder that the images are saved to; those that it holds already are not made again."""
     overwrite: bool = False
     """Make them again nevertheless."""
+    prediction_type: str | None = None
+    """epsilon or v_prediction, of a single-file model that does not say it."""
 
 
 def sample(
@@ -190,7 +192,7 @@ def _base(request: SampleRequest, subjects: list[Subject], run: Path | None) -> 
     if not subjects and request.model is None:
         raise ValueError("neither an adapter nor a base model is given")
     found = session.base_model_of(subjects, request.model, run)
-    names = ("revision", "variant", "vae", "model_config_dir")
+    names = ("revision", "variant", "vae", "model_config_dir", "prediction_type")
     found |= {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     model = open_model(**found)
     session.check_base(model, subjects)

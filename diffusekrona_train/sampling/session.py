@@ -173,19 +173,20 @@ def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
 
 def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Path | None = None) -> dict[str, Any]:
     """Arguments for open_model: what the user says, else the run's config, else what the adapter file says."""
+    said = next(filter(None, (subject.file.said_prediction(model) for subject in subjects)), None)
     if model is not None:
-        return {"model": model}
+        return {"model": model, **({"prediction_type": said} if said else {})}
     config_file = run_folder / "config.yaml" if run_folder else None
     if config_file is not None and config_file.is_file():
         config = load_config(config_file)
-        names = ("model", "revision", "variant", "vae", "model_config_dir")
+        names = ("model", "revision", "variant", "vae", "model_config_dir", "prediction_type")
         return {name: getattr(config, name) for name in names}
     named = [subject.file.info["model"] for subject in subjects if subject.file.info.get("model")]
     if not named:
         raise ValueError(f"{subjects[0].name} does not say its base model; give --model")
     if " sha256:" in named[0]:
         raise ValueError(f"{subjects[0].name} was trained on the local model {named[0]!r}; give its path with --model")
-    return {"model": named[0]}
+    return {"model": named[0], **({"prediction_type": said} if said else {})}
 
 
 def check_base(source: ModelSource, subjects: Sequence[Subject]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from diffusekrona_train.common.device import free
 from diffusekrona_train.common.progress import Diverged, Stopped
 from diffusekrona_train.common.run_folder import adapter_file, step_of
@@ -42,6 +44,8 @@ def log(run: Run, done: int) -> None:
     line = {"loss": values["loss"], "lr": learning_rate(run, done - 1), "grad_norm": values["grad_norm"]}
     run.journal.log(done, run.objective.global_batch, {**line, **({"skipped": int(skipped)} if skipped else {})})
     if worst > BAD_IN_A_ROW - 0.01:
+        if not _base_is_finite(run, done - 1):
+            raise Diverged(_base_to_blame(run))
         kept = checkpoint.states(run.folder)
         good = adapter_file(run.folder, step_of(kept[0])) if kept else None
         raise Diverged(
@@ -49,6 +53,24 @@ def log(run: Run, done: int) -> None:
             f"another output and a train.learning_rate below {run.config.train.learning_rate:g}"
             + (f"; train.init_from: {good} lets it begin at the last good checkpoint" if good else "")
         )
+
+
+@torch.no_grad()
+def _base_is_finite(run: Run, step: int) -> bool:
+    """Whether the frozen base alone gives a finite loss on what `step` drew."""
+    with run.objective.injection.disabled(), setup.eagerly(run.config):
+        losses = [run.objective.per_sample(batch) for batch in run.objective.batches(step, 0)]
+    return bool(torch.cat(losses).isfinite().all())
+
+
+def _base_to_blame(run: Run) -> str:
+    dtype = str(run.objective.dtype).removeprefix("torch.")
+    wider = {"float16": "Set train.mixed_precision: bf16 or no", "bfloat16": "Set train.mixed_precision: no"}.get(dtype)
+    return (
+        f"the loss was not finite {BAD_IN_A_ROW} steps in a row, and without the adapter it is not finite either: the "
+        f"base model {run.source.identity} gives NaN or infinity in {dtype}. "
+        f"{f'{wider}, or take' if wider else 'Take'} another copy of it; the learning rate is not the reason"
+    )
 
 
 def save(run: Run, done: int) -> None:

@@ -104,6 +104,7 @@ def finish(run: Run) -> Path:
     faults.reach("end", config.train.steps)
     try:
         formats.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+        formats.write_sidecar(path)
     except OSError as error:
         raise RuntimeError(
             f"{path} cannot be written ({error.strerror or error}); the checkpoints are whole, finish with --resume"

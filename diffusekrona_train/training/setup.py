@@ -233,8 +233,10 @@ def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
 
 
 def check_start(config: RunConfig, source: ModelSource) -> None:
-    """ValueError for a tracker that is not installed, or an `init_from` that does not fit. Loads no weights."""
+    """ValueError for a tracker that is not installed, a base that cannot be trained (`ModelSource.check`), or an
+    `init_from` that does not fit. Loads no weights."""
     refuse_missing_trackers(config)
+    source.check()
     if config.train.init_from is None:
         return
     try:
