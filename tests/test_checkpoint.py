@@ -27,12 +27,13 @@ CONFIG = {
 def make(optimizer="adamw"):
     """An injection in a tiny denoiser and an optimiser that has made three steps."""
     injection = inject(make_unet("sd15"), AdapterConfig(type="lora", rank=64, blocks=["mid_block"]), seed=1)
+    flat = injection.flatten()
     if optimizer == "adamw":
-        descent = torch.optim.AdamW(injection.parameters(), lr=1e-2, fused=True)
+        descent = torch.optim.AdamW([flat.master], lr=1e-2, fused=True)
     else:
         import bitsandbytes
 
-        descent = bitsandbytes.optim.AdamW8bit(injection.parameters(), lr=1e-2)
+        descent = bitsandbytes.optim.AdamW8bit([flat.master], lr=1e-2)
     walk(injection, descent, 3)
     return injection, descent
 
@@ -41,7 +42,7 @@ def walk(injection, descent, steps, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for parameter in injection.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad.copy_(torch.randn(parameter.shape, generator=generator))
         descent.step()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffusekrona_train.adapters import Adapter, Fp32Module, check_tensors, to_file
+from diffusekrona_train.adapters.kron import computes_in_own_type
 
 
 class AdaptedLinear(nn.Module):
@@ -17,9 +18,12 @@ class AdaptedLinear(nn.Module):
         self.base, self.adapter, self.fused = base, adapter, False
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = self.base(x, *args, **kwargs)
+        lane = self.adapter.lane
         if self.fused or self.adapter.strength == 0:
-            return y
+            return self.base(x, *args, **kwargs)
+        if lane is not None and not (args or kwargs or torch.compiler.is_compiling()) and computes_in_own_type(x):
+            return lane.forward(self.base, x)
+        y = self.base(x, *args, **kwargs)
         return y + self.adapter(x).to(y.dtype)
 
     @property

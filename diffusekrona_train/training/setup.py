@@ -27,7 +27,7 @@ from diffusekrona_train.sampling.render import SampleSettings, render
 from diffusekrona_train.training import checkpoint, memory
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
-from diffusekrona_train.training.optimizer import Descent
+from diffusekrona_train.training.optimizer import SPARE, Descent
 from diffusekrona_train.training.preview import Gallery
 
 COMPILER = "inductor"
@@ -78,7 +78,7 @@ def assemble(
     level, why = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
-    descent = Descent(injection.parameters(), config.train, accelerator)
+    descent = Descent(injection.flatten(SPARE), config.train, accelerator)
     alphas = noise_schedule(source.load("scheduler")["scheduler"])
     objective = Objective(
         config, source.family, denoiser, injection, data, alphas, source.prediction_type, dtype, device,

@@ -9,7 +9,7 @@ import torch
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import free, ran_out
 from diffusekrona_train.training import memory, setup
-from diffusekrona_train.training.optimizer import Descent, learning_rate_factor
+from diffusekrona_train.training.optimizer import SPARE, Descent, learning_rate_factor
 from diffusekrona_train.training.setup import Run
 
 FIRST_STEPS = 3
@@ -62,7 +62,7 @@ def go_down(run: Run) -> None:
         run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
         meters = run.descent.meters
-        run.descent = Descent(run.objective.injection.parameters(), run.config.train, run.accelerator)
+        run.descent = Descent(run.objective.injection.flatten(SPARE), run.config.train, run.accelerator)
         run.descent.optimizer.load_state_dict(moments)
         run.descent.meters = meters
     run.level = lower
