@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 
 import pytest
 import torch
@@ -72,6 +73,38 @@ def test_restored_state_goes_on_bitwise(tmp_path, optimizer):
     walk(injection, descent, 3, seed=4)
     walk(other, fresh, 3, seed=4)
     assert equal_trees(injection.state_dict(), other.state_dict())
+
+
+def as_version_0_1(path, names, eight_bit=False):
+    """Rewrite a state as version 0.1 wrote it: moments by number, of an optimiser that had each factor by itself."""
+    state = checkpoint.read(path)
+    tensors = {name: value for name, value in state.tensors.items() if not name.startswith("optimizer/")}
+    for number, name in enumerate(names):
+        shape = tensors[f"factors/{name}"].shape
+        for key in () if eight_bit else ("exp_avg", "exp_avg_sq"):
+            moment = state.tensors[f"optimizer/{key}/{name}"][: shape.numel()]
+            tensors[f"optimizer/#{number}/{key}"] = moment.reshape(shape).contiguous()
+        tensors[f"optimizer/#{number}/step"] = torch.tensor(3.0)
+        if eight_bit:
+            tensors[f"optimizer/#{number}/__bnb_optimizer_quant_state__/state1"] = torch.zeros(shape).byte()
+    save_file(tensors, path, metadata={"krona": json.dumps({**state.about, "format": "1", "optimizer": {}})})
+
+
+def test_a_state_of_version_0_1_is_taken_up_bitwise(tmp_path):
+    injection, descent = make()
+    write(tmp_path, 3, injection, descent)
+    path = tmp_path / "resume" / "step-000003" / "state.safetensors"
+    as_version_0_1(path, list(injection.state_dict()))
+    other, fresh = make()
+    walk(other, fresh, 2, seed=9)
+    checkpoint.restore(checkpoint.read(path), other, fresh)
+    walk(injection, descent, 3, seed=4)
+    walk(other, fresh, 3, seed=4)
+    assert equal_trees(injection.state_dict(), other.state_dict())
+    write(tmp_path, 3, injection, descent)
+    as_version_0_1(path, list(injection.state_dict()), eight_bit=True)
+    with pytest.raises(ValueError, match="written by version 0.1 with train.optimizer: adamw8bit"):
+        checkpoint.restore(checkpoint.read(path), other, fresh)
 
 
 def test_the_adapter_of_a_checkpoint_is_a_whole_adapter_file(tmp_path):

@@ -51,7 +51,7 @@ class Segment:
 class FlatFactors:
     """The adapters' parameters become views of `master`, their gradients views of `gradient`.
 
-    `subjects` has a mapping layer name -> adapter for each slot, of equal shapes. `spare` numbers at the end of `buffer`
+    `subjects` maps layer names to adapters for each slot, of equal shapes. `spare` numbers at the end of `buffer`
     travel with the gradients. Adapters that know how (see `grouped`) are made to write their gradients into `stage`
     buffers of the type that they compute in; `flush` adds those to `gradient`, once a backward pass.
     """

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusekrona_train.adapters import operator
 from diffusekrona_train.adapters.base import Adapter
 from diffusekrona_train.adapters.flat import FlatFactors, Segment
+from diffusekrona_train.adapters.products import Left
 
 
 def flatten(subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0) -> FlatFactors:
@@ -46,6 +48,8 @@ class Group:
         self._round = -1
         self._shared: _Shared | None = None
         self.anchor = adapters[0].get_parameter(inner)
+        self._gradients = self._of(flat.gradient)
+        self._kron = Left in (self.inner, self.outer)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All members' inner and outer factors (s, o, i) in `dtype`."""
@@ -58,7 +62,7 @@ class Group:
         if dtype not in self._stages:
             self._stages[dtype] = self._of(self.flat.stage(dtype))
         if self._round == self.flat.round:
-            for gradient, stages in zip(self._of(self.flat.gradient), zip(*self._stages.values()), strict=True):
+            for gradient, stages in zip(self._gradients, zip(*self._stages.values(), strict=True), strict=True):
                 for stage in stages:
                     gradient.add_(stage)
                     stage.zero_()
@@ -68,10 +72,39 @@ class Group:
     def _of(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(  # type: ignore[return-value]
             buffer.as_strided(
-                (len(self.adapters), *first.shape), (first.step, first.shape[1], 1), buffer.storage_offset() + first.start
+                (len(self.adapters), *first.shape),
+                (first.step, first.shape[1], 1),
+                buffer.storage_offset() + first.start,
             )
             for first in self._factors
         )
+
+    def kron(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(inner, outer) as (A, B)."""
+        return pair if self.inner is Left else (pair[1], pair[0])
+
+    def by_operator(self, x: Tensor) -> bool:
+        """Whether one operator makes both products."""
+        if not self._kron:
+            return False
+        A, B = self.kron(self.factors(x.dtype))
+        return operator.use_operator(x, A[0], B[0])
+
+    def enter(self, x: Tensor) -> Tensor:
+        """z (s, n, *) of all members for x (n, in); empty where the operator is used, which needs none."""
+        return x.new_empty(0) if self.by_operator(x) else self.inner.many(self.factors(x.dtype)[0], x)
+
+    def add(self, index: int, y: Tensor, x: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
+        """y (n, out) and what a member adds for x (n, in), in place unless `fresh`."""
+        inner, outer = self.factors(x.dtype)
+        scale = self.adapters[index].multiplier()
+        if z.numel():
+            return self.outer.add(y, outer[index], z[index], scale, fresh=fresh)
+        A, B = self.kron((inner[index], outer[index]))
+        if fresh:
+            return operator.kron_add(y, x, A, B, scale)
+        operator.kron_add_(y, x, A, B, scale)
+        return y
 
     def scales(self) -> list[float]:
         return [adapter.multiplier() for adapter in self.adapters]
@@ -86,36 +119,42 @@ class Group:
             self._shared = None
         return shared
 
-    def backward(
-        self, x: Tensor, z: Tensor, taken: _Taken, grad_x: Tensor | None, wants_x: bool
-    ) -> Tensor | None:
-        """Gradients of both factors into the stages; returns that of x, `grad_x` (which bases made) included."""
-        inner, outer = self.factors(x.dtype)
-        scales = self.scales()
-        x = x.reshape(-1, x.shape[-1])
+    def backward(self, x: Tensor, z: Tensor, taken: _Taken, grad_x: Tensor | None, wants_x: bool) -> Tensor | None:
+        """Put away the gradients of both factors; returns that of x (n, in), `grad_x` (which bases made) included."""
         some = next(grad for grad in taken.grads if grad is not None)
         grads = [torch.zeros_like(some) if grad is None else grad for grad in taken.grads]
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_z = self._factor_gradients(x, z, grads)
+        if not wants_x:
+            return None
+        total = None if grad_x is None else grad_x.reshape(x.shape).clone()  # another's buffer is not written to
+        for grad, weight in zip(grads, taken.weights, strict=True):
+            if weight is not None:
+                total = grad @ weight if total is None else total.addmm_(grad, weight)
+        total = torch.zeros_like(x) if total is None else total
+        for index, (M, outer) in enumerate(zip(*self.factors(x.dtype), strict=True)):
+            if z.numel():
+                self.inner.add(total, M.mT, grad_z[index], 1.0)
+            else:
+                A, B = self.kron((M, outer))
+                operator.kron_add_(total, grads[index], A.mT, B.mT, self.adapters[index].multiplier())
+        return total
+
+    def _factor_gradients(self, x: Tensor, z: Tensor, grads: list[Tensor]) -> Tensor:
+        """Gradients of the factors, into the stages (the operator's: into the fp32 gradients); returns that of z."""
+        factors, scales = self.factors(x.dtype), self.scales()
+        if not z.numel():
+            pairs = zip(zip(*factors, strict=True), zip(*self._gradients, strict=True), grads, scales, strict=True)
+            for pair, into, grad, scale in pairs:
+                operator.kron_grads_(*self.kron(into), x, grad, *self.kron(pair), scale, accumulate=True)
+            return z
         grad_z = torch.empty_like(z)
-        for into, M, grad, scale in zip(grad_z, outer, grads, scales, strict=True):
+        for into, M, grad, scale in zip(grad_z, factors[1], grads, scales, strict=True):
             self.outer.add(into, M.mT, grad, scale, beta=0)
         to_inner, to_outer = self.stages(x.dtype)
         self.outer.grams(to_outer, grads, list(z), scales)
         self.inner.grams_of_one(to_inner, grad_z, x)
-        if not wants_x:
-            return None
-        total = None if grad_x is None else grad_x.reshape(x.shape)
-        fresh = total is not None  # another's buffer is not written to
-        for grad, weight in zip(grads, taken.weights, strict=True):
-            if weight is not None:
-                total = grad @ weight if total is None else torch.addmm(total, grad, weight, out=None if fresh else total)
-                fresh = False
-        for M, part in zip(inner, grad_z, strict=True):
-            if total is None:
-                total = torch.zeros_like(x)
-            total = self.inner.add(total, M.mT, part, 1.0, fresh=fresh)
-            fresh = False
-        return total
+        return grad_z
 
 
 class _Taken:
@@ -155,15 +194,11 @@ class GroupLane:
         shared = self.group.shared(self.index, x, plain)
         if plain:
             return _Plain.apply(self, shared.taken, shared.z, (x, base.weight, base.bias))  # type: ignore[return-value]
-        return _Over.apply(self, shared.taken, shared.z, base(shared.through))  # type: ignore[return-value]
+        return _Over.apply(self, shared.taken, shared.z, (x,), base(shared.through))  # type: ignore[return-value]
 
-    def add(self, y: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
-        group = self.group
-        M = group.factors(z.dtype)[1][self.index]
+    def add(self, y: Tensor, x: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
         rows = y.reshape(-1, y.shape[-1])
-        scale = group.adapters[self.index].multiplier()
-        total = group.outer.add(rows, M, z[self.index], scale, fresh=fresh)
-        return total.view(y.shape)
+        return self.group.add(self.index, rows, x.reshape(-1, x.shape[-1]), z, fresh=fresh).view(y.shape)
 
 
 def _is_plain(base: nn.Module, x: Tensor) -> bool:
@@ -177,14 +212,16 @@ def _is_plain(base: nn.Module, x: Tensor) -> bool:
 
 
 class _Enter(torch.autograd.Function):
-    """z (s, n, *) of all members, and x once more where bases are not plain. The anchor, a factor, makes the node wanted
-    where x itself wants no gradient; its own gradient goes the other way."""
+    """z (s, n, *) of all members, and x once more where bases are not plain.
+
+    The anchor is a factor: it makes the node wanted where x itself wants no gradient.
+    """
 
     @staticmethod
     def forward(ctx, group: Group, taken: _Taken, x: Tensor, anchor: Tensor, through: bool):
         ctx.group, ctx.taken = group, taken
         ctx.set_materialize_grads(False)
-        z = group.inner.many(group.factors(x.dtype)[0], x.reshape(-1, x.shape[-1]))
+        z = group.enter(x.reshape(-1, x.shape[-1]))
         ctx.save_for_backward(x, z)
         return (z, x.view_as(x)) if through else z
 
@@ -194,7 +231,7 @@ class _Enter(torch.autograd.Function):
         x, z = ctx.saved_tensors
         taken: _Taken = ctx.taken
         if any(grad is not None for grad in taken.grads):
-            grad_x = ctx.group.backward(x, z, taken, grad_x, ctx.needs_input_grad[2])
+            grad_x = ctx.group.backward(x.reshape(-1, x.shape[-1]), z, taken, grad_x, ctx.needs_input_grad[2])
             taken.grads = [None] * len(taken.grads)
         return None, None, None if grad_x is None else grad_x.view(x.shape), None, None
 
@@ -206,7 +243,7 @@ class _Plain(torch.autograd.Function):
     def forward(ctx, lane: GroupLane, taken: _Taken, z: Tensor, given: tuple[Tensor, Tensor, Tensor | None]):
         x, weight, bias = given
         ctx.lane, ctx.taken, ctx.weight = lane, taken, weight
-        return lane.add(F.linear(x, weight, bias), z, fresh=False)
+        return lane.add(F.linear(x, weight, bias), x, z, fresh=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -220,14 +257,14 @@ class _Over(torch.autograd.Function):
     """What an adapter adds to the output y of a base that is not a plain linear layer."""
 
     @staticmethod
-    def forward(ctx, lane: GroupLane, taken: _Taken, z: Tensor, y: Tensor):
+    def forward(ctx, lane: GroupLane, taken: _Taken, z: Tensor, given: tuple[Tensor], y: Tensor):
         ctx.lane, ctx.taken, ctx.dtype = lane, taken, z.dtype
         if y.dtype == z.dtype:
-            return lane.add(y.contiguous(), z, fresh=True)
-        return y + lane.add(torch.zeros_like(y, dtype=z.dtype), z, fresh=False).to(y.dtype)
+            return lane.add(y, *given, z, fresh=True)
+        return y + lane.add(torch.zeros_like(y, dtype=z.dtype), *given, z, fresh=False).to(y.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         ctx.taken.grads[ctx.lane.index] = grad.to(ctx.dtype)
-        return None, None, None, grad
+        return None, None, None, None, grad

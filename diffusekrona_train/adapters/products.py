@@ -88,5 +88,5 @@ Sides = tuple[tuple[Side, str], tuple[Side, str]]
 def kron_sides(A: Tensor, B: Tensor, name_A: str, name_B: str) -> Sides:
     """(A ⊗ B) x as two products, in the cheaper order."""
     b_first, a_first = kron_macs(A.shape[1], A.shape[0], B.shape[1], B.shape[0])
-    sides = (Right, name_B), (Left, name_A)
-    return sides if b_first <= a_first else sides[::-1]
+    right, left = (Right, name_B), (Left, name_A)
+    return (right, left) if b_first <= a_first else (left, right)

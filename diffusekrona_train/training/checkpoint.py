@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusekrona_train.adapters import formats
-from diffusekrona_train.adapters.flat import ALIGN, FlatFactors, Segment
+from diffusekrona_train.adapters.flat import ALIGN, FlatFactors
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.files import atomic
 
@@ -107,7 +107,7 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
-# ---- the optimiser's state: flat in memory, by name in a file ---------------------------------------------------------
+# ---- the optimiser's state: flat in memory, by name in a file -------------------------------------------------------
 
 EACH, BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "absmax2")
 """What AdamW and bitsandbytes' 8-bit AdamW keep for each number, and for each block of 256 of them."""
@@ -173,7 +173,8 @@ def _of_the_older_format(state: State, names: list[str], moments: dict, numbers:
             f"the resume state {state.path} was written by version 0.1 with train.optimizer: adamw8bit, whose blocks "
             "were laid out otherwise; start a new run from its adapter with train.init_from"
         )
-    new, steps = {}, set()
+    new: dict[str, torch.Tensor] = {}
+    steps = set()
     for path, value in moments.items():
         number, key = path.split("/")
         if key == "step":
@@ -182,7 +183,7 @@ def _of_the_older_format(state: State, names: list[str], moments: dict, numbers:
             new[f"{key}/{names[int(number.removeprefix('#'))]}"] = value
     if len(steps) > 1:
         raise ValueError(f"the resume state {state.path} has factors of different step counts")
-    return {**new, **{"step": torch.tensor(step) for step in steps}}, numbers
+    return new | {"step": torch.tensor(max(steps))} if steps else new, numbers
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
