@@ -34,7 +34,7 @@ from diffusekrona_train.adapters.inject import inject  # noqa: E402
 from diffusekrona_train.config import make_config  # noqa: E402
 from diffusekrona_train.data.training_set import Bucket, TrainingSet  # noqa: E402
 from diffusekrona_train.models import family_named  # noqa: E402
-from diffusekrona_train.models.noise import noise_schedule  # noqa: E402
+from diffusekrona_train.models.process import Ddpm  # noqa: E402
 from diffusekrona_train.training.loss import Objective  # noqa: E402
 from diffusekrona_train.training.optimizer import Descent  # noqa: E402
 from tests.tiny import make_unet  # noqa: E402
@@ -141,13 +141,13 @@ def make_objective(unet: Any, injection: Any, args: argparse.Namespace) -> Objec
     torch.manual_seed(1)
     latents = torch.randn(5, 1, 4, args.latent, args.latent)
     ids = torch.tensor([args.latent * 8.0, args.latent * 8.0, 0, 0, args.latent * 8.0, args.latent * 8.0])
-    bucket = Bucket(latents, ids.expand(5, 1, 6).clone(), torch.zeros(5, dtype=torch.long), list("abcde"))
-    conditioning = {"prompt_embeds": torch.randn(1, 77, 64), "pooled": torch.randn(1, 32)}
-    alphas = noise_schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    bucket = Bucket(latents, {"size_ids": ids.expand(5, 1, 6).clone()}, torch.zeros(5, dtype=torch.long), list("abcde"))
+    conditioning = [{"prompt_embeds": torch.randn(77, 64), "pooled": torch.randn(32)}]
+    process = Ddpm.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
     data = TrainingSet([bucket], [], [""], conditioning)
     device, family = torch.device(args.device), family_named("sdxl")
     return Objective(
-        make_run(args, {}), family, unet, injection, data, alphas, "epsilon", torch.float32, device
+        make_run(args, {}), family, unet, injection, data, process, torch.float32, device
     )  # fmt: skip
 
 

@@ -18,12 +18,14 @@ from diffusekrona_train.data.training_set import (
     class_image_folder,
     prompts_of,
 )
+from diffusekrona_train.models.sdxl import SDXL
 
 
 class Family:
     """A family whose latents and embeddings tell what they were made from."""
 
     name = "fake"
+    parts = SDXL.parts
 
     def __init__(self, sizes=True):
         self.sizes = sizes
@@ -34,13 +36,14 @@ class Family:
         assert pixels.min() >= -1 and pixels.max() <= 1
         return torch.nn.functional.avg_pool2d(pixels, 8)
 
-    def encode_prompt(self, tokenizers, text_encoders, prompts):
-        rows = [[float(len(text)), float(sum(map(ord, text)))] for text in prompts]
-        found = {"prompt_embeds": torch.tensor(rows)[:, None], "pooled": torch.tensor(rows)}
+    def encode_prompt(self, tokenizers, text_encoders, prompt):
+        row = torch.tensor([float(len(prompt)), float(sum(map(ord, prompt)))])
+        found = {"prompt_embeds": row[None], "pooled": row}
         return found if self.sizes else {"prompt_embeds": found["prompt_embeds"]}
 
-    def size_ids(self, original_hw, crop_top_left, target_hw):
-        return torch.tensor([*original_hw, *crop_top_left, *target_hw]).float() if self.sizes else torch.zeros(0)
+    def picture_conditioning(self, original_hw, crop_top_left, target_hw):
+        numbers = torch.tensor([*original_hw, *crop_top_left, *target_hw]).float()
+        return {"size_ids": numbers} if self.sizes else {}
 
 
 class Source:
@@ -88,7 +91,7 @@ def test_latents_ids_and_captions_are_those_of_the_crops(photos):
             pixels = torch.from_numpy(crop_pixels(crop)).permute(2, 0, 1)[None] / 127.5 - 1
             assert torch.equal(bucket.latents[row, variant], Family().encode_image("vae", pixels)[0])
             expected = [*crop.original_hw, *crop.top_left, 64, 64]
-            assert bucket.size_ids[row, variant].tolist() == expected
+            assert bucket.extras["size_ids"][row, variant].tolist() == expected
     captions = [training_set.captions[index] for index in bucket.caption_index]
     assert captions == ["A sks dog", "b of sks", "A sks dog"] and bucket.names == ["a.png", "b.png", "c.png"]
 
@@ -98,7 +101,7 @@ def test_every_prompt_of_a_run_is_there(photos):
     training_set, _ = build(config, extra_prompts=["extra [V]"])
     for text in ("", "A dog", "ugly", "A sks dog", "A sks dog x", "b of sks", "extra sks"):
         row = training_set.conditioning_of(text)
-        assert row["prompt_embeds"].shape == (1, 1, 2) and row["pooled"][0, 0] == len(text)
+        assert row["prompt_embeds"].shape == (1, 2) and row["pooled"][0] == len(text)
     assert len(set(training_set.captions)) == len(training_set.captions)
     with pytest.raises(ValueError, match="'unknown' was not encoded"):
         training_set.conditioning_of("unknown")
@@ -111,7 +114,8 @@ def test_second_run_loads_neither_vae_nor_text_encoders_and_is_equal(photos):
     second, source = build(run(photos))
     assert source.loaded == [] and not second.vae_was_loaded and not second.text_encoders_were_loaded
     assert torch.equal(first.instances[0].latents, second.instances[0].latents)
-    assert all(torch.equal(first.conditioning[name], second.conditioning[name]) for name in first.conditioning)
+    for one, other in zip(first.conditioning, second.conditioning, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_moved_and_renamed_photos_are_known_by_their_content(photos):
@@ -196,7 +200,7 @@ def test_buckets_hold_every_picture_and_repeats_its_rows(photos):
     assert sorted(name for bucket in training_set.instances for name in bucket.names) == ["a.png", "b.png", "c.png"]
     assert len(training_set.instances) == 3
     for bucket in training_set.instances:
-        assert (bucket.size_ids[:, :, 4:] == torch.tensor(bucket.latents.shape[-2:]) * 8).all()
+        assert (bucket.extras["size_ids"][:, :, 4:] == torch.tensor(bucket.latents.shape[-2:]) * 8).all()
     (photos / "2_sks").mkdir()
     (photos / "1_sks").mkdir()
     for name, folder in (("a.png", "2_sks"), ("b.png", "1_sks"), ("c.png", "1_sks")):
@@ -208,9 +212,7 @@ def test_buckets_hold_every_picture_and_repeats_its_rows(photos):
 
 def test_family_without_sizes(photos):
     training_set, _ = build(run(photos), Source(sizes=False))
-    assert training_set.instances[0].size_ids.shape == (3, 1, 0) and list(training_set.conditioning) == [
-        "prompt_embeds"
-    ]
+    assert training_set.instances[0].extras == {} and list(training_set.conditioning[0]) == ["prompt_embeds"]
 
 
 # --- class images ------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_class_images_are_made_once_resumed_and_have_their_own_ids_and_caption(p
     assert renderer.jobs == [("A dog", 0), ("A dog", 1)] and again.jobs == [("A dog", 2), ("A dog", 3)]
     (bucket,) = training_set.priors
     assert len(bucket.names) == 4 and {training_set.captions[i] for i in bucket.caption_index} == {"A dog"}
-    assert bucket.size_ids[0, 0].tolist() == [64, 80, 0, 8, 64, 64]
+    assert bucket.extras["size_ids"][0, 0].tolist() == [64, 80, 0, 8, 64, 64]
     quiet = Renderer()
     build(config, render=quiet)
     assert quiet.jobs == []
@@ -290,7 +292,7 @@ def test_toybox_latents_and_embeddings_are_the_familys_own(photos):
             pixels = torch.from_numpy(crop_pixels(crop)).permute(2, 0, 1)[None].float() / 127.5 - 1
             expected = source.family.encode_image(parts["vae"], pixels)[0]
             assert torch.allclose(training_set.instances[0].latents[row, 0], expected, atol=1e-6)
-        expected = source.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], ["b of sks"])
+        expected = source.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], "b of sks")
     found = training_set.conditioning_of("b of sks")
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusekrona_train.models import noise
+from diffusekrona_train.models.process import Ddpm
 from diffusekrona_train.training import loss as losses
 from diffusekrona_train.training.draw import Shelf, draw
 from diffusekrona_train.training.optimizer import learning_rate_factor
@@ -130,6 +131,11 @@ def test_learning_rate_schedules():
             schedule.step()
 
 
+def uniform(times: int):
+    """Ddpm's times of a schedule of so many."""
+    return Ddpm(torch.linspace(0.99, 0.01, times)).draw_t
+
+
 def same(a, b):
     return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("picture", "variant", "t", "eps", "dropout"))
 
@@ -137,18 +143,18 @@ def same(a, b):
 def test_a_draw_depends_on_seed_step_and_index_alone():
     shelves = [SHELF, Shelf(3, 1, (4, 4, 8))]
     for step in range(9):
-        whole = draw(7, step, range(4), 4, shelves, timesteps=1000)
+        whole = draw(7, step, range(4), 4, shelves, draw_t=uniform(1000))
         torch.randn(17)  # the global generator plays no part
-        halves = [draw(7, step, part, 4, shelves, timesteps=1000) for part in ([0, 1], [2, 3])]
+        halves = [draw(7, step, part, 4, shelves, draw_t=uniform(1000)) for part in ([0, 1], [2, 3])]
         assert {half.shelf for half in halves} == {whole.shelf}
         for key in ("picture", "variant", "t", "eps", "dropout"):
             assert torch.equal(torch.cat([getattr(half, key) for half in halves]), getattr(whole, key))
-        assert same(draw(7, step, range(4), 4, shelves, timesteps=1000), whole)
-        assert not same(draw(8, step, range(4), 4, shelves, timesteps=1000), whole)
+        assert same(draw(7, step, range(4), 4, shelves, draw_t=uniform(1000)), whole)
+        assert not same(draw(8, step, range(4), 4, shelves, draw_t=uniform(1000)), whole)
 
 
 def test_streams_differ():
-    a, b = (draw(0, 0, range(2), 2, [SHELF], timesteps=1000, stream=name) for name in ("instance", "prior"))
+    a, b = (draw(0, 0, range(2), 2, [SHELF], draw_t=uniform(1000), stream=name) for name in ("instance", "prior"))
     assert not torch.equal(a.eps, b.eps)
 
 
@@ -157,7 +163,7 @@ def test_every_pass_shows_every_picture_once(global_batch):
     stream = [
         int(picture)
         for step in range(15)
-        for picture in draw(0, step, range(global_batch), global_batch, [SHELF], timesteps=10).picture
+        for picture in draw(0, step, range(global_batch), global_batch, [SHELF], draw_t=uniform(10)).picture
     ]
     passes = [stream[i : i + 5] for i in range(0, len(stream) - 4, 5)]
     assert all(sorted(one) == [0, 1, 2, 3, 4] for one in passes)
@@ -168,14 +174,14 @@ def test_buckets_come_up_in_proportion_and_pictures_equally_often():
     shelves = [Shelf(6, 1, (4, 4, 4)), Shelf(1, 1, (4, 2, 8)), Shelf(3, 1, (4, 8, 2))]
     seen = collections.Counter()
     for step in range(40):
-        drawn = draw(3, step, range(3), 3, shelves, timesteps=10)
+        drawn = draw(3, step, range(3), 3, shelves, draw_t=uniform(10))
         assert drawn.eps.shape[1:] == shelves[drawn.shelf].shape
         seen.update((drawn.shelf, int(picture)) for picture in drawn.picture)
     assert len(seen) == 10 and set(seen.values()) == {12}
 
 
 def test_timesteps_are_uniform_and_noise_is_normal():
-    drawn = [draw(0, step, range(8), 8, [SHELF], timesteps=50) for step in range(200)]
+    drawn = [draw(0, step, range(8), 8, [SHELF], draw_t=uniform(50)) for step in range(200)]
     t = torch.cat([d.t for d in drawn])
     counts = torch.bincount(t, minlength=50).float()
     assert t.min() == 0 and t.max() == 49
@@ -186,7 +192,7 @@ def test_timesteps_are_uniform_and_noise_is_normal():
 
 
 def test_noise_offset_moves_whole_channels():
-    plain = draw(0, 0, range(2), 2, [SHELF], timesteps=10)
-    moved = draw(0, 0, range(2), 2, [SHELF], timesteps=10, noise_offset=0.1)
+    plain = draw(0, 0, range(2), 2, [SHELF], draw_t=uniform(10))
+    moved = draw(0, 0, range(2), 2, [SHELF], draw_t=uniform(10), noise_offset=0.1)
     shift = moved.eps - plain.eps
     assert shift.flatten(2).std(-1).max() < 1e-6 and shift.abs().max() > 0

@@ -82,8 +82,8 @@ def test_the_toybox_table_is_the_toybox_model(loaded):
 def test_prompts_encode_as_in_diffusers_pipelines(loaded, kind):
     found, parts = loaded[kind]
     pipe = found.family.pipeline(parts)
-    ours = found.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], PROMPTS)
-    for i, prompt in enumerate(PROMPTS):
+    for prompt in PROMPTS:
+        ours = found.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], prompt)
         theirs = pipe.encode_prompt(
             prompt=prompt,
             device="cpu",
@@ -91,12 +91,20 @@ def test_prompts_encode_as_in_diffusers_pipelines(loaded, kind):
             do_classifier_free_guidance=True,
             negative_prompt="a cat",
         )
-        negative = found.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], ["a cat"])
-        assert torch.equal(ours["prompt_embeds"][i : i + 1], theirs[0])
-        assert torch.equal(negative["prompt_embeds"], theirs[1])
+        negative = found.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], "a cat")
+        assert torch.equal(ours["prompt_embeds"][None], theirs[0])
+        assert torch.equal(negative["prompt_embeds"][None], theirs[1])
         if found.family.name == "sdxl":
-            assert torch.equal(ours["pooled"][i : i + 1], theirs[2])
-            assert torch.equal(negative["pooled"], theirs[3])
+            assert torch.equal(ours["pooled"][None], theirs[2])
+            assert torch.equal(negative["pooled"][None], theirs[3])
+
+
+def conditioning_of(found, parts, prompts, sizes):
+    """A batch of prompts, and the same crop for each of its pictures."""
+    family = found.family
+    rows = [family.encode_prompt(parts["tokenizers"], parts["text_encoders"], prompt) for prompt in prompts]
+    extras = family.picture_conditioning(*sizes)
+    return {**family.collate(rows), **{name: torch.stack([value] * len(rows)) for name, value in extras.items()}}
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -105,8 +113,7 @@ def test_predict_is_the_unets_own_call(loaded, kind):
     unet, family = parts["denoiser"], found.family
     x = torch.randn(2, unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([10, 900])
-    conditioning = family.encode_prompt(parts["tokenizers"], parts["text_encoders"], ["a dog", "a cat"])
-    conditioning["size_ids"] = family.size_ids((100, 80), (4, 0), (64, 64)).repeat(2, 1)
+    conditioning = conditioning_of(found, parts, ["a dog", "a cat"], ((100, 80), (4, 0), (64, 64)))
     added = {"text_embeds": conditioning.get("pooled"), "time_ids": torch.tensor([[100.0, 80, 4, 0, 64, 64]] * 2)}
     added = added if family.name == "sdxl" else None
     with torch.no_grad():
@@ -148,9 +155,10 @@ def test_a_single_file_gives_the_same_model_as_its_folder(loaded, folders, kind,
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected)
     encode = found.family.encode_prompt
-    first = encode(parts["tokenizers"], parts["text_encoders"], PROMPTS)
-    second = encode(again["tokenizers"], again["text_encoders"], PROMPTS)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for prompt in PROMPTS:
+        first = encode(parts["tokenizers"], parts["text_encoders"], prompt)
+        second = encode(again["tokenizers"], again["text_encoders"], prompt)
+        assert all(torch.equal(first[name], second[name]) for name in first)
     assert single.identity.startswith("merged.safetensors sha256:") and str(tmp_path) not in single.identity
 
 
@@ -199,8 +207,8 @@ def test_packaged_configs_build_the_published_models(name):
         unet = UNet2DConditionModel.from_config(place.config("unet"))
         vae = AutoencoderKL.from_config(place.config("vae"))
         encoders = [
-            getattr(transformers, cls)(transformers.CLIPTextConfig(**place.config(part)))
-            for part, cls in family.text_encoders
+            getattr(transformers, part.cls)(transformers.CLIPTextConfig(**place.config(part.folder)))
+            for part in family.parts.text_encoders
         ]
     count = [sum(p.numel() for p in module.parameters()) for module in (unet, vae, *encoders)]
     assert count == [PARAMETERS[name], 83_653_863, *TEXT_PARAMETERS[name.removesuffix("-base")]]
@@ -259,8 +267,7 @@ def test_a_quantised_base_is_close_and_lets_gradients_through(loaded, kind, limi
     found, parts = loaded["toybox"]
     small = found.load_denoiser(torch.float32, quantize=kind)
     x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    conditioning = found.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], ["a dog on the grass"])
-    conditioning["size_ids"] = found.family.size_ids((64, 64), (0, 0), (64, 64))[None]
+    conditioning = conditioning_of(found, parts, ["a dog on the grass"], ((64, 64), (0, 0), (64, 64)))
     with torch.no_grad():
         exact = found.family.predict(parts["denoiser"], x, torch.tensor([500]), conditioning)
         rough = found.family.predict(small, x, torch.tensor([500]), conditioning)

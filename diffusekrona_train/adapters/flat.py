@@ -135,11 +135,8 @@ def members_of(adapters: Mapping[str, nn.Module]) -> list[list[str]]:
 def _key(name: str, adapter: nn.Module) -> object:
     if not isinstance(adapter, Adapter) or adapter.sides is None:
         return name
-    layer = adapter.layer
-    together = {"self": "qkv", "cross": "kv"}.get(layer.kind, "")
-    group = name.rpartition(".")[0] if layer.projection in together else name
     shapes = tuple((factor, tuple(parameter.shape)) for factor, parameter in adapter.named_parameters())
-    return group, type(adapter), shapes
+    return adapter.layer.group or name, type(adapter), shapes
 
 
 def aligned(size: int) -> int:

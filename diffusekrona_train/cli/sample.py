@@ -60,6 +60,9 @@ def sample(
     output: Annotated[Path | None, typer.Option(help="Folder of the pictures (pictures/ beside the adapter).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Draw pictures again that are there.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
+    noise: Annotated[
+        str, typer.Option(help="prompt: noise by prompt and seed; seed: by seed alone, to compare prompts.")
+    ] = "prompt",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8.")] = "none",
     no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Keep the adapter apart from the weights.")] = False,
@@ -77,7 +80,7 @@ def sample(
     if not prompts:
         raise ValueError('no prompt is given; write krona-sample RUN_OR_FILE "A [V] dog on the beach"')
     wanted = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "height": height, "width": width}
-    wanted |= {"negative": negative or None}
+    wanted |= {"negative": negative or None, "noise": noise}
     _check_early(wanted, sweep or [])
 
     from diffusekrona_train.sampling import session as studio
@@ -113,9 +116,11 @@ def _draw(
     from dataclasses import replace
 
     from diffusekrona_train.common import device as devices
+    from diffusekrona_train.config.prompts import prompt_warnings
     from diffusekrona_train.models import open_model
     from diffusekrona_train.sampling import plan as pictures
     from diffusekrona_train.sampling import session as studio
+    from diffusekrona_train.training.check.identifier import local_tokenizers
 
     source = open_model(**found)
     studio.check_base(source, subjects)
@@ -127,10 +132,6 @@ def _draw(
 
     prompts = list(dict.fromkeys(studio.fill_prompt(text, subjects) for text in drawn["prompts"]))
     negative = studio.fill_prompt(settings.negative, subjects)
-    if rank == 0:
-        warnings = [warning for text in prompts for warning in studio.missing_identifiers(text, subjects)]
-        for warning in (*studio.shared_identifiers(subjects), *warnings):
-            print(f"warning: {warning}", file=sys.stderr)
     planned = pictures.plan_pictures(
         prompts,
         drawn["seeds"],
@@ -142,6 +143,13 @@ def _draw(
     )
     missing = [item for item in planned if overwrite or not (folder / item.file).exists()]
     written = 0
+    readers = local_tokenizers(source) or (source.load("tokenizers")["tokenizers"] if missing else [])
+    planned = [_with_unread(item, readers) for item in planned]
+    if rank == 0:
+        warnings = [warning for text in prompts for warning in studio.missing_identifiers(text, subjects)]
+        warnings += prompt_warnings([*prompts, negative], readers)
+        for warning in (*studio.shared_identifiers(subjects), *warnings):
+            print(f"warning: {warning}", file=sys.stderr)
     if missing:
         texts = [text for item in planned for text in (item.prompt, item.settings.negative)]
         room = studio.Studio(source, subjects, texts, memory, device)
@@ -165,11 +173,23 @@ def _draw(
         print(f"{len(planned)} pictures in {folder} ({mine}{there})")
 
 
+def _with_unread(item: Any, tokenizers: list) -> Any:
+    """The planned picture with the end of its prompt in its record, where no text encoder reads it."""
+    from dataclasses import replace
+
+    from diffusekrona_train.config.prompts import unread_part
+
+    tail, _, _ = unread_part(item.prompt, tokenizers)
+    return replace(item, record={**item.record, "not_read": tail}) if tail else item
+
+
 def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Path | None:
     """The first word as run folder or file; with --adapter, or with --model and no such path, all words are prompts."""
     if not words or has_adapters:
         return None
-    path = Path(words[0]).expanduser()
+    from diffusekrona_train.config.paths import user_path
+
+    path = Path(words[0]) if " " in words[0] else Path(user_path(words[0], "RUN_OR_FILE")).expanduser()
     if model is not None and not path.exists() and not words[0].endswith(".safetensors"):
         return None
     if " " in words[0] and not path.exists():

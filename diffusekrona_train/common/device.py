@@ -38,6 +38,11 @@ def precision(asked: str, device_type: str) -> tuple[str, torch.dtype]:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The row of DTYPES that is `dtype`."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
 def pick_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 

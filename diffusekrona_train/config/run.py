@@ -41,6 +41,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class RunConfig(Strict):
+    PATHS = ("model", "vae", "model_config_dir", "output")
     model: str = "sdxl"
     """Hub name, local diffusers folder, one .safetensors file, or an alias: sdxl, sd15, sd14, sd21, toybox."""
     revision: str | None = None

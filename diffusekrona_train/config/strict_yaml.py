@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from diffusekrona_train.common.files import decode_text
+
 MAX_BYTES = 1_000_000
 
 
@@ -110,7 +112,10 @@ def _describe(error: yaml.MarkedYAMLError, text: str) -> str:
         place = f"line {mark.line + 1}, column {mark.column + 1}: "
         if any("\t" in line[: mark.column + 1] for line in text.splitlines()[mark.line : mark.line + 1]):
             return f"line {mark.line + 1}: a tab in the indentation; YAML takes spaces alone"
-    return place + " ".join((error.problem or error.context or "not YAML").split())
+    problem = " ".join((error.problem or error.context or "not YAML").split())
+    if "escape" in problem:  # "C:\\Users\\me"
+        problem += "; in double quotes a backslash begins an escape: use single quotes or forward slashes"
+    return place + problem
 
 
 def read_yaml(
@@ -133,9 +138,7 @@ def read_yaml(
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{shown}: {path.stat().st_size:,} bytes are too many for a config (at most {MAX_BYTES:,})")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{shown}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        text = decode_text(path.read_bytes(), shown, "save the file as UTF-8")
     except OSError as error:
         raise ValueError(f"{shown}: cannot be read ({error.strerror})") from None
     try:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from torch import Tensor
 from diffusekrona_train.common.faults import reach
 from diffusekrona_train.common.files import atomic, remove_abandoned
 
+Result = TypeVar("Result")
 Maker = Callable[[Any], dict[str, Tensor]]
 FORMAT = 1
 """Raised whenever an entry of the same key would hold something else."""
@@ -44,10 +45,19 @@ class Entry:
         return folder / self.kind / key[:2] / f"{key}.safetensors"
 
 
+class Processes(Protocol):
+    """accelerate's view of the processes of a run."""
+
+    @property
+    def process_index(self) -> int: ...
+    @property
+    def num_processes(self) -> int: ...
+
+
 class Store:
     """Entries read from disk or made, over the processes of an accelerator (one process without)."""
 
-    def __init__(self, folder: Path, accelerator: Any, log: Callable[[str], Any]) -> None:
+    def __init__(self, folder: Path, accelerator: Processes | None, log: Callable[[str], object]) -> None:
         self.folder, self.accelerator = folder, accelerator
         self.rank = accelerator.process_index if accelerator else 0
         self.world = accelerator.num_processes if accelerator else 1
@@ -77,7 +87,8 @@ class Store:
         start, kind = time.monotonic(), missing[0][1].kind
         make = open_maker()
         for index, (path, entry) in enumerate(missing):
-            tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in make(entry.what).items()}
+            # copies: a part of a larger tensor would keep all of it in memory
+            tensors = {name: value.detach().cpu().contiguous().clone() for name, value in make(entry.what).items()}
             if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
                 raise ValueError(entry.problem)
             write_entry(path, tensors, index)
@@ -87,7 +98,7 @@ class Store:
         self.log(f"{kind}: {len(missing)} made in {time.monotonic() - start:.1f} s, kept in {self.folder}")
         return True
 
-    def together(self, action: Callable[[], Any]) -> Any:
+    def together(self, action: Callable[[], Result]) -> Result:
         """`action` in every process; where it fails in one it fails in all, so that none waits for ever."""
         if self.world == 1:
             return action()
@@ -103,7 +114,7 @@ class Store:
             raise failure
         if messages:
             raise ValueError(messages[0])
-        return result
+        return cast(Result, result)
 
 
 def read_entry(path: Path) -> dict[str, Tensor] | None:
@@ -128,7 +139,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -8,17 +8,18 @@ before training starts.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from diffusekrona_train.common.device import DTYPES
+from diffusekrona_train.common.device import DTYPES, name_of
 from diffusekrona_train.common.faults import reach
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.config import RunConfig
@@ -34,7 +35,13 @@ from diffusekrona_train.data import (
     plan_crops,
     printable,
 )
-from diffusekrona_train.data.cache import Entry, Store
+from diffusekrona_train.data.cache import Entry, Processes, Store
+from diffusekrona_train.data.order import Row, order_as_before, refuse_changes
+from diffusekrona_train.models.contracts import Family, Part, Tensors
+from diffusekrona_train.models.source import ModelSource
+
+Renderer = Callable[[str, int], Image.Image]
+"""(prompt, seed) -> an image of the base model."""
 
 
 @dataclass
@@ -43,11 +50,34 @@ class Bucket:
 
     latents: Tensor
     """(N, V, C, h, w) fp32."""
-    size_ids: Tensor
-    """(N, V, 6), SDXL's numbers of the real crop; (N, V, 0) for families without them."""
+    extras: Tensors
+    """What the family's picture_conditioning says of each crop, by name: (N, V, ...); {} for most families."""
     caption_index: Tensor
     """(N,) rows of TrainingSet.conditioning."""
     names: list[str]
+    contents: list[str] = field(default_factory=list)
+    """SHA-256 of each row's photo."""
+    turns: list[tuple[int, ...]] | None = None
+    """For each row the rows of TrainingSet.conditioning that take turns, where a picture has several captions."""
+
+    def captions_of(self, pictures: Tensor, turn: Tensor | None) -> Tensor:
+        """Rows (B,) of TrainingSet.conditioning for `pictures` (B,) of this bucket that were seen `turn` (B,) times."""
+        if self.turns is None or turn is None:
+            return self.caption_index[pictures]
+        own = [self.turns[picture] for picture in pictures.tolist()]
+        return torch.tensor([rows[seen % len(rows)] for rows, seen in zip(own, turn.tolist(), strict=True)])
+
+    def arranged(self, order: list[int]) -> Bucket:
+        """The same pictures, row i being today's row order[i]."""
+        rows = torch.tensor(order)
+        return Bucket(
+            self.latents[rows],
+            {name: values[rows] for name, values in self.extras.items()},
+            self.caption_index[rows],
+            [self.names[i] for i in order],
+            [self.contents[i] for i in order],
+            [self.turns[i] for i in order] if self.turns else None,
+        )
 
 
 @dataclass
@@ -57,17 +87,33 @@ class TrainingSet:
     instances: list[Bucket]
     priors: list[Bucket]
     captions: list[str]
-    conditioning: dict[str, Tensor]
-    """prompt_embeds (P, T, D) and, for SDXL, pooled (P, D'), one row a caption."""
+    conditioning: list[Tensors]
+    """What the family's encode_prompt gave, one row a caption; lengths may differ."""
     vae_was_loaded: bool = False
     text_encoders_were_loaded: bool = False
 
-    def conditioning_of(self, text: str) -> dict[str, Tensor]:
-        """The tensors of one caption or prompt, leading dimension 1; ValueError for a text that was not prepared."""
+    def rows(self) -> list[list[list[Row]]]:
+        """Of instances and class images, by bucket, what each row shows: by this a resumed run knows its pictures."""
+        return [[self._rows_of(bucket) for bucket in group] for group in (self.instances, self.priors)]
+
+    def _rows_of(self, bucket: Bucket) -> list[Row]:
+        turns = bucket.turns or [(index,) for index in bucket.caption_index.tolist()]
+        texts = [tuple(self.captions[index] for index in own) for own in turns]
+        return [Row(*row) for row in zip(bucket.contents, texts, bucket.names, strict=True)]
+
+    def arrange(self, before: list[list[list[Row]]]) -> None:
+        """Put the pictures into the order of `before`, an earlier set-up's rows(); ValueError where they differ."""
+        now = self.rows()
+        refuse_changes(*(list(itertools.chain(*itertools.chain(*groups))) for groups in (before, now)))
+        for group, old, today in zip((self.instances, self.priors), before, now, strict=True):
+            orders = [order_as_before(*pair) for pair in zip(old, today, strict=True)]
+            group[:] = [bucket.arranged(order) for bucket, order in zip(group, orders, strict=True)]
+
+    def conditioning_of(self, text: str) -> Tensors:
+        """The tensors of one caption or prompt, without a batch axis; ValueError for a text that was not prepared."""
         if text not in self.captions:
             raise ValueError(f"the prompt {text!r} was not encoded before training")
-        index = self.captions.index(text)
-        return {name: rows[index : index + 1] for name, rows in self.conditioning.items()}
+        return self.conditioning[self.captions.index(text)]
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -77,13 +123,13 @@ def cache_folder(config: RunConfig) -> Path:
 
 def build_training_set(
     config: RunConfig,
-    source: Any,
+    source: ModelSource,
     *,
-    device: Any,
-    log: Callable[[str], Any] = print,
+    device: torch.device,
+    log: Callable[[str], object] = print,
     extra_prompts: Sequence[str] = (),
-    accelerator: Any = None,
-    render: Callable[[str, int], Any] | None = None,
+    accelerator: Processes | None = None,
+    render: Renderer | None = None,
 ) -> TrainingSet:
     """Latents and embeddings of all that training, validation and sampling read, from the cache or made now.
 
@@ -95,6 +141,8 @@ def build_training_set(
     collection, priors = collect(config), Collection([])
     if config.prior.kind == "images":
         priors = _class_images(config, source, store, render)
+    for note in [*collection.notes, *priors.notes]:
+        store.log(note)
     captions = prompts_of(config, collection.pictures + priors.pictures, extra_prompts)
 
     crops = [plan_crops(group.pictures, config.data, config.train.seed) for group in (collection, priors)]
@@ -104,11 +152,10 @@ def build_training_set(
     embeddings, encoders_were_loaded = store.get(texts, lambda: _text_maker(source, device))
 
     found = dict(zip([entry.what for entry in images], (tensors["latents"] for tensors in latents), strict=True))
-    names = sorted(embeddings[0])
     return TrainingSet(
         *(_buckets(group, found, captions, source.family) for group in crops),
         captions=captions,
-        conditioning={name: torch.stack([tensors[name] for tensors in embeddings]) for name in names},
+        conditioning=embeddings,
         vae_was_loaded=vae_was_loaded,
         text_encoders_were_loaded=encoders_were_loaded,
     )
@@ -125,12 +172,16 @@ def prompts_of(config: RunConfig, pictures: Iterable[Picture], extra: Sequence[s
         *config.validation.prompts,
         *extra,
     ]
-    return list(dict.fromkeys([*map(fill, fixed), *(picture.caption for picture in pictures)]))
+    return list(dict.fromkeys([*map(fill, fixed), *(text for picture in pictures for text in picture.captions)]))
 
 
-def _image_entries(config: RunConfig, source: Any, crops: Sequence[Crop]) -> list[Entry]:
+def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]) -> list[Entry]:
     precision = config.data.vae_precision
-    vae = {"model": source.identity, "parts": _fingerprint(source, "vae"), "revision": config.revision}
+    vae = {
+        "model": source.identity,
+        "parts": _fingerprint(source, [source.family.parts.vae]),
+        "revision": config.revision,
+    }
     vae |= {"variant": config.variant, "vae": _vae_identity(config.vae), "precision": precision}
     advice = (
         "is the VAE whole?" if precision == "fp32" else f"it overflows in {precision}: set data.vae_precision: fp32"
@@ -139,52 +190,55 @@ def _image_entries(config: RunConfig, source: Any, crops: Sequence[Crop]) -> lis
     for crop in crops:
         where = {"scaled": crop.scaled_hw, "top_left": crop.top_left, "size": crop.size_hw, "flipped": crop.flipped}
         problem = f"{printable(crop.picture.name)}: the VAE gives latents that are not finite; {advice}"
-        entries.append(Entry("latents", vae | where | {"photo": crop.picture.sha256}, crop, problem))
+        colour = {"colour": crop.picture.colour} if crop.picture.colour else {}  # sRGB photos keep their old entries
+        entries.append(Entry("latents", vae | where | {"photo": crop.picture.sha256} | colour, crop, problem))
     return entries
 
 
-def _text_entries(config: RunConfig, source: Any, captions: Sequence[str]) -> list[Entry]:
-    parts = _fingerprint(source, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+def _text_entries(config: RunConfig, source: ModelSource, captions: Sequence[str]) -> list[Entry]:
+    encoders = source.family.parts.text_encoders
+    parts = _fingerprint(source, [*encoders, *source.family.parts.tokenizers])
+    precision = "+".join(dict.fromkeys(name_of(part.dtype) for part in encoders))
     model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant}
     problem = "{!r}: the text encoders give embeddings that are not finite; is the model whole?"
     return [
-        Entry("text", model | {"precision": "fp32", "text": text}, text, problem.format(printable(text)))
+        Entry("text", model | {"precision": precision, "text": text}, text, problem.format(printable(text)))
         for text in captions
     ]
 
 
-def _image_maker(config: RunConfig, source: Any, device: Any) -> Callable[[Crop], dict[str, Tensor]]:
+def _image_maker(config: RunConfig, source: ModelSource, device: torch.device) -> Callable[[Crop], Tensors]:
     vae = source.load("vae", dtype=DTYPES[config.data.vae_precision], device=device)["vae"]
 
     @torch.no_grad()
-    def make(crop: Crop) -> dict[str, Tensor]:
+    def make(crop: Crop) -> Tensors:
         pixels = torch.from_numpy(crop_pixels(crop)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        return {"latents": source.family.encode_image(vae, pixels.to(device, DTYPES[config.data.vae_precision]))[0]}
+        latents = source.family.encode_image(vae, pixels.to(device, DTYPES[config.data.vae_precision]))[0]
+        return {"latents": latents.float()}
 
     return make
 
 
-def _text_maker(source: Any, device: Any) -> Callable[[str], dict[str, Tensor]]:
-    parts = source.load("tokenizers", "text_encoders", dtype=torch.float32, device=device)
+def _text_maker(source: ModelSource, device: torch.device) -> Callable[[str], Tensors]:
+    parts = source.load("tokenizers", "text_encoders", device=device)
 
     @torch.no_grad()
-    def make(text: str) -> dict[str, Tensor]:
-        rows = source.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], [text])
-        return {name: tensor[0] for name, tensor in rows.items()}
+    def make(text: str) -> Tensors:
+        return source.family.encode_prompt(parts["tokenizers"], parts["text_encoders"], text)
 
     return make
 
 
-def _fingerprint(source: Any, *parts: str) -> list[str]:
+def _fingerprint(source: ModelSource, parts: Sequence[Part]) -> list[str]:
     """What tells two local folders with the same denoiser apart: name, size and both ends of each file of `parts`."""
-    root = getattr(getattr(source, "place", None), "path", None)
+    root = getattr(source.place, "path", None)
     if root is None or not Path(root).is_dir():
         return []
     marks = []
     for part in parts:
-        for path in sorted(Path(root, part).glob("*")):
+        for path in sorted(Path(root, part.folder).glob("*")):
             if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
-                marks.append(f"{part}/{path.name} {_ends(path)}")
+                marks.append(f"{part.folder}/{path.name} {_ends(path)}")
     return marks
 
 
@@ -207,28 +261,39 @@ def _ends(path: Path, length: int = 1 << 20) -> str:
     return f"{size}:{digest.hexdigest()[:16]}"
 
 
-def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list[str], family: Any) -> list[Bucket]:
+def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list[str], family: Family) -> list[Bucket]:
     """One bucket for each size of crop, smallest first."""
     shelves: dict[tuple[int, int], list[list[Crop]]] = {}
+    turns: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for row in rows:
-        shelves.setdefault(row[0].size_hw, []).extend([row] * row[0].picture.repeats)
+        picture = row[0].picture
+        shelves.setdefault(row[0].size_hw, []).extend([row] * picture.repeats)
+        own = [captions.index(text) for text in picture.captions]
+        # the copies of a repeated picture begin at different captions, so that one pass shows several
+        own_turns = [(*own[i % len(own) :], *own[: i % len(own)]) for i in range(picture.repeats)]
+        turns.setdefault(row[0].size_hw, []).extend(own_turns)
     return [
         Bucket(
             latents=torch.stack([torch.stack([latents[crop] for crop in row]) for row in shelf]),
-            size_ids=torch.stack(
-                [
-                    torch.stack([family.size_ids(crop.original_hw, crop.top_left, crop.size_hw) for crop in row])
-                    for row in shelf
-                ]
-            ),
-            caption_index=torch.tensor([captions.index(row[0].picture.caption) for row in shelf]),
+            extras=_extras(shelf, family),
+            caption_index=torch.tensor([own[0] for own in turns[size]]),
             names=[row[0].picture.name for row in shelf],
+            contents=[row[0].picture.sha256 for row in shelf],
+            turns=turns[size] if any(len(own) > 1 for own in turns[size]) else None,
         )
-        for _, shelf in sorted(shelves.items())
+        for size, shelf in sorted(shelves.items())
     ]
 
 
-def class_image_folder(config: RunConfig, source: Any) -> Path:
+def _extras(shelf: list[list[Crop]], family: Family) -> Tensors:
+    """Name -> (N, V, ...) of the pictures of a shelf."""
+    told = [
+        [family.picture_conditioning(crop.original_hw, crop.top_left, crop.size_hw) for crop in row] for row in shelf
+    ]
+    return {name: torch.stack([torch.stack([one[name] for one in row]) for row in told]) for name in told[0][0]}
+
+
+def class_image_folder(config: RunConfig, source: ModelSource) -> Path:
     """Where class images lie: `prior.images`, or a folder of the cache for this model, prompt and size."""
     if config.prior.images is not None:
         return Path(config.prior.images).expanduser()
@@ -237,7 +302,7 @@ def class_image_folder(config: RunConfig, source: Any) -> Path:
     return cache_folder(config) / "class-images" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _class_images(config: RunConfig, source: Any, store: Store, render: Callable[[str, int], Any] | None) -> Collection:
+def _class_images(config: RunConfig, source: ModelSource, store: Store, render: Renderer | None) -> Collection:
     """The class images, after the missing ones were rendered: number i from seed i, each process its share."""
     folder = class_image_folder(config, source)
     folder.mkdir(parents=True, exist_ok=True)

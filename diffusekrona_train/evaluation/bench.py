@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusekrona_train.adapters.formats import inject_file
 from diffusekrona_train.common.device import pick_dtype
+from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.evaluation.inputs import Generated
 from diffusekrona_train.sampling.plan import draw, plan_pictures, settle_manifest
 from diffusekrona_train.sampling.render import SampleSettings
@@ -38,6 +39,9 @@ class Bench:
         self.share = share
         self._texts = [*dict.fromkeys(texts), settings.negative]
         self._studio: Studio | None = None
+        if share[0] == 0:
+            for line in prompt_warnings(self._texts, source.load("tokenizers")["tokenizers"]):
+                log(f"warning: {line}")
 
     def pictures(
         self, subject: Subject | None, prompts: Sequence[str], seeds: Sequence[int], class_prompt: str
@@ -78,6 +82,6 @@ class Bench:
                 injection.unfuse()
             injection.eject()
         studio.subjects = [subject] if subject else []
-        studio.injections = [inject_file(studio.pipe.unet, one.file) for one in studio.subjects]
+        studio.injections = [inject_file(studio.denoiser, one.file) for one in studio.subjects]
         studio.set_scale(1.0 if subject else None, self.memory.fuses)
         return studio.painter([1.0 if subject else None])

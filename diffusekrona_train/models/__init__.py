@@ -1,47 +1,28 @@
 """Model families: where a model comes from and which family describes it.
 
 `open_model` finds a model (alias, hub name, folder or single file) and its family from the model's own config, without
-loading a weight and without importing diffusers. A new family is one file here and one row in FAMILIES.
+loading a weight and without importing diffusers. A new family is one file here and one row in registry.FAMILIES.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
 from pathlib import Path
 
 from diffusekrona_train.config import MODEL_ALIASES, RunConfig
+from diffusekrona_train.config.paths import user_path
+from diffusekrona_train.models.contracts import DENOISERS, Config, Place
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.local import ASSETS, LocalModel, check_toybox
+from diffusekrona_train.models.registry import FAMILIES, family_named, family_of
 from diffusekrona_train.models.source import ModelSource
 
-FAMILIES: dict[str, str] = {
-    "sd": "diffusekrona_train.models.sd",
-    "sdxl": "diffusekrona_train.models.sdxl",
-}
-"""Family name -> module that holds its FAMILY object."""
+__all__ = ["FAMILIES", "ModelSource", "configured_model", "family_named", "family_of", "near_miss", "open_model"]
 
 PACKAGED = {MODEL_ALIASES[alias]: alias for alias in ("sdxl", "sd15", "sd14", "sd21")} | {
     "stabilityai/stable-diffusion-2-1": "sd21",  # withdrawn from the hub in November 2025, in caches still
 }
 """Hub names whose configs the package carries: these open without a network."""
-
-
-def family_named(name: str):
-    """The family object of a row in FAMILIES; ValueError for another name."""
-    if name not in FAMILIES:
-        raise ValueError(f"family {name!r} is unknown; this version knows {', '.join(FAMILIES)}")
-    return importlib.import_module(FAMILIES[name]).FAMILY
-
-
-def family_of(denoiser_config: dict, model: str):
-    """The family that recognises a denoiser's config; ValueError naming the model when none does."""
-    for name in FAMILIES:
-        family = family_named(name)
-        if family.matches(denoiser_config):
-            return family
-    kind = denoiser_config.get("_class_name", "an unknown class")
-    raise ValueError(f"model {model!r}: its denoiser ({kind}) belongs to none of the families {', '.join(FAMILIES)}")
 
 
 def open_model(
@@ -59,7 +40,9 @@ def open_model(
     """
     if not model:
         raise ValueError(f"model is empty; give a hub name, a folder, a .safetensors file or one of {_aliases()}")
-    resolved = MODEL_ALIASES.get(model, model)
+    resolved = MODEL_ALIASES.get(model, user_path(model, "model"))
+    vae = vae and user_path(vae, "vae")
+    model_config_dir = model_config_dir and user_path(model_config_dir, "model_config_dir")
     path = Path(resolved).expanduser()
     if resolved == "toybox":
         check_toybox()
@@ -82,8 +65,19 @@ def open_model(
             f"model {model!r} is not known: {hint}give an alias ({_aliases()}), a hub name like owner/name, "
             "a diffusers folder or a .safetensors file"
         )
-    family = family_of(place.config("unet"), model)
+    family = family_of(denoiser_config(place), model)
     return ModelSource(model=model, place=place, family=family, vae=vae)
+
+
+def denoiser_config(place: Place) -> Config:
+    """The config of the denoiser, whichever folder it lies in; ValueError where there is none."""
+    failure = None
+    for folder in DENOISERS:
+        try:
+            return place.config(folder)
+        except ValueError as error:
+            failure = failure or error
+    raise failure or ValueError("no denoiser")
 
 
 def configured_model(config: RunConfig) -> ModelSource:

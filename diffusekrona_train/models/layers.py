@@ -1,7 +1,8 @@
-"""What is known of the denoisers without building them: their layers, and how adapter files name them.
+"""Which linears of a denoiser can be adapted: by their names, in a model that is built and in one that is not.
 
-Reads assets/layers/*.json. Imports no diffusers, so `krona-inspect params` answers at once and a file can be read
-with no model at hand.
+`describe` says once what a name means; a family adds to it or leaves out (contracts.Family). Known models have their
+linears listed in assets/layers/*.json: no diffusers is imported, so `krona-inspect params` answers at once and a file
+can be read with no model at hand.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,21 +20,8 @@ from torch import nn
 
 from diffusekrona_train.common.files import ASSETS
 from diffusekrona_train.config import AdapterConfig
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer that can be adapted."""
-
-    name: str
-    """Dotted path in the denoiser: down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"""
-    in_features: int
-    out_features: int
-    projection: str
-    """q, k, v, o or ffn"""
-    kind: str
-    """self, cross or ffn"""
-
+from diffusekrona_train.models.contracts import Layer, Linears
+from diffusekrona_train.models.registry import FAMILIES, family_named, known_family
 
 FOLDER = ASSETS / "layers"
 TABLES = {"sdxl": "sdxl", "sd15": "sd15", "sd14": "sd15", "sd21": "sd21", "toybox": "toybox"}
@@ -41,18 +29,88 @@ TABLES = {"sdxl": "sdxl", "sd15": "sd15", "sd14": "sd15", "sd21": "sd21", "toybo
 FAMILY_OF = {"sdxl": "sdxl", "toybox": "sdxl", "sd15": "sd", "sd14": "sd", "sd21": "sd"}
 """Model alias -> family; the toybox counts as SDXL."""
 
-PROJECTION_OF = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-_LAYER = re.compile(r"\.(attn1|attn2|ff)\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)$")
-_ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.(.+)")
+
+# ---- what a name means ----------------------------------------------------------------------------------------------
+
+PROJECTIONS = {
+    "to_q": ("q", "image"),
+    "to_k": ("k", "image"),
+    "to_v": ("v", "image"),
+    "to_out": ("o", "image"),
+    "to_out.0": ("o", "image"),
+    "add_q_proj": ("q", "text"),
+    "add_k_proj": ("k", "text"),
+    "add_v_proj": ("v", "text"),
+    "to_add_out": ("o", "text"),
+}
+"""What diffusers calls the projections of an attention -> (role, stream)."""
+
+_ENDS = "|".join(sorted(map(re.escape, PROJECTIONS), key=len, reverse=True))
+_PROJECTION = re.compile(rf"(?:(?P<attention>.+)\.)?(?P<end>{_ENDS})")
+_FEED_FORWARD = re.compile(r"(?:(?P<feed>.+)\.)?net\.\d+(?:\.proj)?")
+CROSS = ("attn2", "cross_attn")
+"""Last part of the path of an attention whose keys and values come from the text."""
+
+
+def describe(name: str, in_features: int, out_features: int) -> Layer | None:
+    """The row of an attention's projection or a feed-forward's linear in diffusers' names; None for another name."""
+    if match := _PROJECTION.fullmatch(name):
+        attention = match["attention"] or ""
+        role, stream = PROJECTIONS[match["end"]]
+        kind = "cross" if attention.rpartition(".")[2] in CROSS else "self"
+        group = _group(attention, name, role, "text" if kind == "cross" and role in "kv" else stream)
+        return Layer(name, in_features, out_features, role, kind, stream, _parent(attention), group)
+    if match := _FEED_FORWARD.fullmatch(name):
+        return Layer(name, in_features, out_features, "ffn", "ffn", "image", _parent(match["feed"] or ""), name)
+    return None
+
+
+def _group(attention: str, name: str, role: str, reads: str) -> str:
+    """The name under which a projection shares its input: an output shares it with none."""
+    return name if role == "o" else f"{attention}:{reads}"
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
-    """The Layer of a transformer block's linear, projection and kind read from `name`; ValueError for another name."""
-    match = _LAYER.search(name)
-    if match is None:
+    """`describe`, with a ValueError for a name that is no such linear's."""
+    found = describe(name, in_features, out_features)
+    if found is None:
         raise ValueError(f"{name} is no attention or feed-forward linear of a transformer block")
-    kind = {"attn1": "self", "attn2": "cross", "ff": "ffn"}[match[1]]
-    return Layer(name, in_features, out_features, PROJECTION_OF.get(match[2], "ffn"), kind)
+    return found
+
+
+def described(linears: Linears) -> list[Layer]:
+    """The rows of all linears that `describe` knows, in their order."""
+    return [layer for name, widths in linears.items() if (layer := describe(name, *widths))]
+
+
+def by_role(linears: Linears) -> list[Layer]:
+    """The same for a model of no known family: an attention counts where it has q, k, v and an output, and is a cross
+    attention also where its keys are made from another width than its queries."""
+    roles: dict[str, dict[str, int]] = {}
+    rows = [(layer, _parent(layer.name.removesuffix(".0"))) for layer in described(linears)]
+    for layer, attention in rows:
+        if layer.kind != "ffn":
+            roles.setdefault(attention, {})[layer.projection] = layer.in_features
+    found = []
+    for layer, attention in rows:
+        widths = roles.get(attention, {})
+        if layer.kind == "ffn":
+            found.append(layer)
+        elif set("qkvo") <= widths.keys():
+            found.append(_crossed(layer, attention) if widths["k"] != widths["q"] else layer)
+    return found
+
+
+def _crossed(layer: Layer, attention: str) -> Layer:
+    reads = "text" if layer.projection in "kv" else layer.stream
+    return replace(layer, kind="cross", group=_group(attention, layer.name, layer.projection, reads))
+
+
+# ---- known models, without building them ----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -63,8 +121,9 @@ def _table(alias: str) -> dict[str, Any]:
 
 
 def layer_table(alias: str) -> list[Layer]:
-    """All attention and feed-forward linears of a known denoiser, in the order of its modules."""
-    return [describe_layer(*row) for row in _table(alias)["layers"]]
+    """All layers of a known denoiser that can be adapted, in the order of its modules."""
+    linears = {name: (width_in, width_out) for name, width_in, width_out in _table(alias)["layers"]}
+    return family_named(FAMILY_OF[alias]).layers(linears)
 
 
 def base_parameters(alias: str) -> int:
@@ -77,14 +136,32 @@ def layers_per_block(alias: str) -> int:
     return _table(alias)["layers_per_block"]
 
 
-def file_name(family: str, name: str, layers_per_block: int = 2) -> str:
-    """The name of layer `name` (dotted diffusers path) in an adapter file of `family`, without a tensor's suffix.
+# ---- names in adapter files -----------------------------------------------------------------------------------------
 
-    sd: lora_unet_ and the diffusers path. sdxl: lora_unet_ and the original (sgm) path where there is one. Others:
-    lycoris_ and the diffusers path.
-    """
-    path = _sgm_path(name, layers_per_block) if family == "sdxl" else name
-    return ("lora_unet_" if family in ("sd", "sdxl") else "lycoris_") + path.replace(".", "_")
+
+def underscored(prefix: str, path: str) -> str:
+    """lycoris_transformer_blocks_0_attn_to_q of a dotted path: how kohya's and LyCORIS's files write it."""
+    return prefix + path.replace(".", "_")
+
+
+def usual_names(*paths: str, prefixes: Sequence[str] = ()) -> list[str]:
+    """The forms in which tools write a layer's paths: bare, with the dotted `prefixes`, kohya's and LyCORIS's."""
+    dotted = ["", *(f"{prefix}." for prefix in prefixes)]
+    return [
+        form
+        for path in dict.fromkeys(paths)
+        for form in (
+            *(f"{prefix}{path}" for prefix in dotted),
+            *(underscored(p, path) for p in ("lora_unet_", "lycoris_")),
+        )
+    ]
+
+
+def file_name(family: str, name: str, layers_per_block: int = 2) -> str:
+    """The name of layer `name` (dotted diffusers path) in an adapter file of `family`, without a tensor's suffix."""
+    if family not in FAMILIES:
+        return underscored("lycoris_", name)
+    return family_named(family).file_name(name, layers_per_block)
 
 
 def file_names(family: str, names: Iterable[str], layers_per_block: int = 2) -> dict[str, str]:
@@ -92,40 +169,47 @@ def file_names(family: str, names: Iterable[str], layers_per_block: int = 2) -> 
     return {name: file_name(family, name, layers_per_block) for name in names}
 
 
-def known_names(names: Iterable[str], layers_per_block: int = 2) -> dict[str, str]:
-    """Every name that tools give these layers -> dotted path: diffusers and sgm names, dotted and with underscores."""
-    known: dict[str, str] = {}
-    for name in names:
-        for path in {name, _sgm_path(name, layers_per_block)}:
-            underscored = path.replace(".", "_")
-            for form in (path, f"unet.{path}", f"lora_unet_{underscored}", f"lycoris_{underscored}"):
-                known[form] = name
-    return known
-
-
-def _sgm_path(name: str, layers_per_block: int) -> str:
-    """SDXL's original path of a diffusers path: down_blocks.1.attentions.0.x -> input_blocks.4.1.x."""
-    match = _ATTENTION.match(name)
-    if match is None:
-        return name
-    side, block, mid, attention, rest = match.groups()
-    if mid:
-        return f"middle_block.1.{rest}" if attention == "0" else name
-    index = (layers_per_block + 1) * int(block) + int(attention)
-    return f"input_blocks.{1 + index}.1.{rest}" if side == "down" else f"output_blocks.{index}.1.{rest}"
+def known_names(names: Iterable[str], layers_per_block: int = 2, family: str = "sdxl") -> dict[str, str]:
+    """Every name that tools give these layers of `family` -> dotted path."""
+    other_names = family_named(family).other_names
+    return {form: name for name in names for form in other_names(name, layers_per_block)}
 
 
 # ---- in a model that is built ---------------------------------------------------------------------------------------
 
-ROLES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out"}
+
+def linears_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Dotted name -> (in_features, out_features); whatever has these counts, bitsandbytes' and adapted ones too."""
+    return dict(_linears("", model))
+
+
+def _linears(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(widths[0], int) and isinstance(widths[1], int):
+        yield path, (widths[0], widths[1])
+        return
+    for name, child in module.named_children():
+        yield from _linears(f"{path}.{name}" if path else name, child)
+
+
+def linears_of_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """The same from a denoiser's parameter names and shapes: every weight of two dimensions."""
+    return {
+        name.removesuffix(".weight"): (int(shape[1]), int(shape[0]))
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
 
 
 def find_layers(model: nn.Module, spec: AdapterConfig | None) -> list[Layer]:
-    """The layers of `model` that `spec` chooses, in the model's order; none: all attention and feed-forward linears.
+    """The layers of a built denoiser that `spec` chooses, all without one, in the model's order.
 
-    Raises ValueError where the model has no such attention, or a pattern matches nothing (with near misses).
+    Its family says which; in a model of no known family they go by their role. Raises ValueError where the model has no
+    such attention, or a pattern matches nothing (with near misses).
     """
-    layers = [layer for name, module in model.named_modules() for layer in _layers_of(name, module)]
+    config = {"_class_name": type(model).__name__, **dict(getattr(model, "config", None) or {})}
+    family = known_family(config)
+    layers = family.layers(linears_of(model)) if family else by_role(linears_of(model))
     if not any(layer.kind != "ffn" for layer in layers):
         raise ValueError(f"{type(model).__name__} has no attention module with to_q, to_k, to_v and to_out")
     return layers if spec is None else select_layers(layers, spec)
@@ -150,44 +234,10 @@ def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
     return [layer for layer in chosen if any(_matches(layer.name, pattern) for pattern in spec.blocks)]
 
 
-def _layers_of(name: str, module: nn.Module) -> Iterator[Layer]:
-    """The layers that `module` has by its own role: an attention's projections, or a feed-forward's linears."""
-    if all(hasattr(module, role) for role in ROLES.values()):
-        linears = {letter: next(_linears(role, getattr(module, role)), None) for letter, role in ROLES.items()}
-        if all(linears.values()):
-            kind = "cross" if _is_cross(name, module) else "self"
-            for letter, (path, linear) in ((k, v) for k, v in linears.items() if v):
-                yield _layer(f"{name}.{path}", linear, letter, kind)
-    elif isinstance(getattr(module, "net", None), nn.ModuleList | nn.Sequential):
-        for path, linear in _linears("net", module.net):  # type: ignore[arg-type]
-            yield _layer(f"{name}.{path}", linear, "ffn", "ffn")
-
-
-def _layer(name: str, linear: nn.Module, projection: str, kind: str) -> Layer:
-    return Layer(name.removeprefix("."), linear.in_features, linear.out_features, projection, kind)  # type: ignore[arg-type]
-
-
-def _linears(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, linear) below `module`; whatever has in_features counts, bitsandbytes' and adapted ones too."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        yield path, module
-        return
-    for name, child in module.named_children():
-        yield from _linears(f"{path}.{name}", child)
-
-
-def _is_cross(name: str, module: nn.Module) -> bool:
-    """diffusers' attention says it itself; others are told by the widths that keys and queries come from."""
-    said = getattr(module, "is_cross_attention", None)
-    if said is not None:
-        return bool(said)
-    return name.endswith("attn2") or module.to_k.in_features != module.to_q.in_features  # type: ignore[union-attr]
-
-
 def _has_role(layer: Layer, spec: AdapterConfig) -> bool:
     if layer.kind == "ffn":
         return spec.ffn
-    return layer.projection in spec.targets and spec.attention in ("both", layer.kind)
+    return not set(layer.projection).isdisjoint(spec.targets) and spec.attention in ("both", layer.kind)
 
 
 def _matches(name: str, pattern: str) -> bool:

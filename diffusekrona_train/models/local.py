@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusekrona_train.common.files import ASSETS, sha256
+from diffusekrona_train.models.contracts import DENOISERS
 
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
@@ -43,12 +44,17 @@ class LocalModel:
     name: str | None = None
     alias: str | None = None
 
-    @functools.cached_property
+    @property
     def identity(self) -> str:
+        """Base name and hash of the weights, or the name that the model was given; never a path."""
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:
         if self.name:
             return self.name
         digest = hashlib.sha256()
-        for file in self._weight_files("unet"):
+        for file in (file for folder in DENOISERS for file in self._weight_files(folder)):
             digest.update(sha256(file).encode())
         return f"{self.path.resolve().name} sha256:{digest.hexdigest()[:16]}"
 

@@ -5,31 +5,34 @@ Embeddings, convolutions and the small time projections keep their type: they ho
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import nn
 
 
-def quantize_linears(model: nn.Module, kind: str, compute_dtype: torch.dtype) -> int:
-    """Replace every linear inside an attention block in place; 'nf4' or 'int8'. Returns how many.
+def quantize_linears(model: nn.Module, kind: str, compute_dtype: torch.dtype, wanted: Callable[[str], bool]) -> int:
+    """Replace in place every linear whose dotted name is `wanted`; 'nf4' or 'int8'. Returns how many.
 
     The numbers are rounded when the model moves to a device (on the CPU: at `.to("cpu")`), so call it before.
+    ValueError for another kind, and where no linear is wanted.
     """
     import bitsandbytes as bnb
 
     if kind not in ("nf4", "int8"):
         raise ValueError(f"quantize {kind!r} is unknown; there are none, nf4, int8")
-    targets = [name for name, module in model.named_modules() if type(module) is nn.Linear and ".attentions." in name]
+    targets = [name for name, module in model.named_modules() if type(module) is nn.Linear and wanted(name)]
+    if not targets:
+        raise ValueError(f"quantize: {kind} finds no linear to replace in this {type(model).__name__}")
     for name in targets:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        linear = getattr(parent, child)
-        setattr(parent, child, _quantized(bnb, linear, kind, compute_dtype))
+        setattr(parent, child, _quantized(bnb, getattr(parent, child), kind, compute_dtype))
     return len(targets)
 
 
-def _quantized(bnb: Any, linear: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Module:
+def _quantized(bnb: ModuleType, linear: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Module:
     shape = (linear.in_features, linear.out_features)
     bias = linear.bias is not None
     if kind == "nf4":

@@ -2,34 +2,81 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusekrona_train.common.device import ran_out
+from diffusekrona_train.models import layers as names
+from diffusekrona_train.models.conditioning import collate
+from diffusekrona_train.models.contracts import (
+    Conditioning,
+    Config,
+    Denoiser,
+    Family,
+    Layer,
+    Linears,
+    Loaded,
+    MemoryFigures,
+    Part,
+    Parts,
+    Process,
+    Request,
+    Tensors,
+)
+from diffusekrona_train.models.process import Ddpm
+
+UNET = Part("unet", "UNet2DConditionModel")
+VAE = Part("vae", "AutoencoderKL")
 
 
 class SD:
     """How SD 1.4, 1.5, 2.0 and 2.1 turn pictures and prompts into tensors, and predict."""
 
     name = "sd"
-    file_prefix = "lora_unet_"
-    text_encoders = (("text_encoder", "CLIPTextModel"),)
-    tokenizers = ("tokenizer",)
+    parts = Parts(
+        denoiser=UNET,
+        vae=VAE,
+        text_encoders=(Part("text_encoder", "CLIPTextModel", "transformers"),),
+        tokenizers=(Part("tokenizer", "CLIPTokenizer", "transformers"),),
+    )
+    side_multiple = 8
+    negative_prompt = True
+    blocks = ("down_blocks", "mid_block", "up_blocks")
+    # Counted for SDXL (scripts/gpu/trace.py): 5.3 and 0.6, without the workspaces of cuDNN and fragmentation; stepping
+    # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
+    memory = MemoryFigures(plain=8.0, checkpointing=2.5, quantized_share=0.75)
 
-    def matches(self, denoiser_config: dict) -> bool:
+    def matches(self, denoiser_config: Config) -> bool:
         """True for a UNet with cross-attention to one text encoder and 4 or more latent channels."""
         is_unet = denoiser_config.get("_class_name") == "UNet2DConditionModel"
         return is_unet and denoiser_config.get("addition_embed_type") is None
 
-    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def process(self, scheduler_config: Config, side: int) -> Process:
+        """The schedule and prediction type that the scheduler's config states; the side does not matter."""
+        return Ddpm.from_config(scheduler_config)
+
+    def default_resolution(self, denoiser_config: Config, vae_config: Config) -> int:
+        """The side of the latents that the UNet was trained on, in pixels."""
+        return int(denoiser_config["sample_size"]) * _factor(vae_config)
+
+    def latent_shape(self, vae_config: Config, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w): C is the VAE's, 4 in all published models; its factor mostly 8."""
+        factor = _factor(vae_config)
+        return int(vae_config["latent_channels"]), height // factor, width // factor
+
+    # ---- pictures ----
+
+    def encode_image(self, vae: Loaded, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), scaled; the posterior's mean without a generator."""
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         latents = posterior.mean if generator is None else posterior.sample(generator)
         return latents * vae.config.scaling_factor
 
-    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+    def decode(self, vae: Loaded, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w), scaled -> images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type.
 
         Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same picture
@@ -46,35 +93,55 @@ class SD:
             pixels = decode_in_tiles(vae, unscaled)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
-    def encode_prompt(self, tokenizers: list, text_encoders: list, prompts: list[str]) -> dict[str, Tensor]:
-        """Prompts -> {"prompt_embeds": (B, T, D)}, as diffusers' StableDiffusionPipeline.encode_prompt gives them.
+    def picture_conditioning(
+        self, original_hw: tuple[int, int], crop_top_left: tuple[int, int], target_hw: tuple[int, int]
+    ) -> Tensors:
+        """SD knows no sizes: {}."""
+        return {}
 
-        Prompts pass one by one, so that an embedding never depends on the prompts beside it.
+    # ---- prompts ----
+
+    def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
+        """A prompt -> {"prompt_embeds": (L, D)}, as diffusers' StableDiffusionPipeline.encode_prompt gives it.
+
+        L is the tokenizer's length: the UNet attends to the padding.
         """
         (tokenizer,), (encoder,) = tokenizers, text_encoders
-        rows = []
-        for prompt in prompts:
-            tokens = tokenize(tokenizer, prompt)
-            masked = getattr(encoder.config, "use_attention_mask", False)
-            mask = tokens.attention_mask.to(encoder.device) if masked else None
-            with torch.no_grad():
-                rows.append(encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0])
-        return {"prompt_embeds": torch.cat(rows)}
+        tokens = tokenize(tokenizer, prompt)
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(encoder.device) if masked else None
+        with torch.no_grad():
+            return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0][0]}
 
-    def size_ids(self, original_hw: tuple, crop_top_left: tuple, target_hw: tuple) -> Tensor:
-        """SD knows no sizes: an empty (0,)."""
-        return torch.zeros(0)
+    def collate(self, rows: Sequence[Tensors]) -> Conditioning:
+        """Rows stacked; they are all of one length."""
+        return collate(rows)
 
-    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    # ---- the denoiser ----
+
+    def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """x_t (B, C, h, w), t (B,) -> the model's prediction (B, C, h, w)."""
         return denoiser(x_t, t, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
 
-    def pipeline(self, parts: dict[str, Any]) -> Any:
+    def describe(self, name: str, in_features: int, out_features: int) -> Layer | None:
+        """The linears of the transformer blocks, in diffusers' names."""
+        return names.describe(name, in_features, out_features)
+
+    def layers(self, linears: Linears) -> list[Layer]:
+        """Every projection and feed-forward of the transformer blocks."""
+        return names.described(linears)
+
+    def quantizes(self, name: str) -> bool:
+        """True inside attention blocks: embeddings and time projections hold little and shape every block."""
+        return ".attentions." in name
+
+    # ---- generating ----
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
         """diffusers' pipeline around loaded parts; text encoders and tokenizers may be missing."""
         from diffusers import StableDiffusionPipeline
 
-        encoder: Any = (parts.get("text_encoders") or [None])[0]
-        tokenizer: Any = (parts.get("tokenizers") or [None])[0]
+        (encoder,), (tokenizer,) = optional(parts, 1)
         pipe = StableDiffusionPipeline(
             vae=parts["vae"],
             text_encoder=encoder,
@@ -88,12 +155,81 @@ class SD:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def call_arguments(self, pipe: Any, positive: dict[str, Tensor], negative: dict[str, Tensor], empty: bool) -> dict:
-        """Keyword arguments of the pipeline's call for embeddings of B rows; `empty`: the negative prompt is ''."""
+    def sample(
+        self, pipe: Loaded, noise: Tensor, positive: Conditioning, negative: Conditioning | None, request: Request
+    ) -> Tensor:
+        """The pipeline's own call, with usual guidance: on above 1."""
+        return pipe(
+            **self._call_arguments(pipe, positive, negative or {}, request.negative_is_empty),
+            latents=noise,
+            generator=request.generators,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            height=request.height,
+            width=request.width,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+
+    def _call_arguments(
+        self, pipe: Loaded, positive: Conditioning, negative: Conditioning, empty: bool
+    ) -> Conditioning:
+        """The pipeline's names of the embeddings; `empty`: the negative prompt is ''."""
         return {"prompt_embeds": positive["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
 
+    # ---- files ----
 
-def decode_in_tiles(vae: Any, latents: Tensor) -> Tensor:
+    def file_name(self, layer: str, layers_per_block: int = 2) -> str:
+        """lora_unet_ and the diffusers path, as kohya's scripts write it."""
+        return names.underscored("lora_unet_", layer)
+
+    def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
+        """diffusers' and the original path, bare, below unet., kohya's and LyCORIS's."""
+        return names.usual_names(layer, original_path(layer, layers_per_block), prefixes=["unet"])
+
+    def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
+        """SD 2 has text embeddings 1024 wide, SD 1 768."""
+        predicts_v = prediction_type == "v_prediction"
+        cross = {layer.in_features for layer in layers if layer.kind == "cross" and layer.projection in "kv"}
+        version, architecture = "sd_v1", "stable-diffusion-v1/lora"
+        if predicts_v:
+            version, architecture = "sd_v2_v", "stable-diffusion-v2-768-v/lora"
+        elif 1024 in cross:
+            version, architecture = "sd_v2", "stable-diffusion-v2-512/lora"
+        return {
+            "ss_base_model_version": version,
+            "modelspec.architecture": architecture,
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": "v" if predicts_v else "epsilon",
+        }
+
+
+_ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.(.+)")
+
+
+def original_path(name: str, layers_per_block: int) -> str:
+    """The original path of a diffusers path: down_blocks.1.attentions.0.x -> input_blocks.4.1.x."""
+    match = _ATTENTION.match(name)
+    if match is None:
+        return name
+    side, block, mid, attention, rest = match.groups()
+    if mid:
+        return f"middle_block.1.{rest}" if attention == "0" else name
+    index = (layers_per_block + 1) * int(block) + int(attention)
+    return f"input_blocks.{1 + index}.1.{rest}" if side == "down" else f"output_blocks.{index}.1.{rest}"
+
+
+def _factor(vae_config: Config) -> int:
+    """Pixels a latent, along one side."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def optional(parts: Mapping[str, Any], count: int) -> tuple[list[Any], list[Any]]:
+    """(text encoders, tokenizers) of loaded parts, `count` each, None where they were not loaded."""
+    return parts.get("text_encoders") or [None] * count, parts.get("tokenizers") or [None] * count
+
+
+def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:
     """As vae.decode, in blended tiles of at most half the longer side; the VAE's own settings for tiles stay."""
     side = max(4, max(latents.shape[-2:]) // 8 * 4)  # a quarter of it is the overlap, in whole latents
     names = ("use_tiling", "tile_latent_min_size", "tile_sample_min_size")
@@ -110,10 +246,10 @@ def decode_in_tiles(vae: Any, latents: Tensor) -> Tensor:
             setattr(vae, name, value)
 
 
-def tokenize(tokenizer: Any, prompt: str) -> Any:
+def tokenize(tokenizer: Loaded, prompt: str) -> Any:
     """One prompt, padded and cut to the tokenizer's length: input_ids and attention_mask (1, T)."""
     length = tokenizer.model_max_length
     return tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
-FAMILY = SD()
+FAMILY: Family = SD()

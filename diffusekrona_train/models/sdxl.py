@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusekrona_train.models.sd import SD, tokenize
+from diffusekrona_train.models import layers as names
+from diffusekrona_train.models.contracts import (
+    Conditioning,
+    Config,
+    Denoiser,
+    Family,
+    Layer,
+    Loaded,
+    Part,
+    Parts,
+    Tensors,
+)
+from diffusekrona_train.models.sd import SD, UNET, VAE, optional, original_path, tokenize
 
 
 class SDXL(SD):
     """What differs from SD: prompts, size ids and the pipeline; pictures pass the same kind of VAE."""
 
     name = "sdxl"
-    file_prefix = "lora_unet_"
-    text_encoders = (("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection"))
-    tokenizers = ("tokenizer", "tokenizer_2")
+    parts = Parts(
+        denoiser=UNET,
+        vae=VAE,
+        text_encoders=(
+            Part("text_encoder", "CLIPTextModel", "transformers"),
+            Part("text_encoder_2", "CLIPTextModelWithProjection", "transformers"),
+        ),
+        tokenizers=(
+            Part("tokenizer", "CLIPTokenizer", "transformers"),
+            Part("tokenizer_2", "CLIPTokenizer", "transformers"),
+        ),
+    )
 
-    def matches(self, denoiser_config: dict) -> bool:
+    def matches(self, denoiser_config: Config) -> bool:
         """True for a UNet with added text and time embeddings."""
         is_unet = denoiser_config.get("_class_name") == "UNet2DConditionModel"
         return is_unet and denoiser_config.get("addition_embed_type") == "text_time"
 
-    def encode_prompt(self, tokenizers: list, text_encoders: list, prompts: list[str]) -> dict[str, Tensor]:
-        """Prompts -> {"prompt_embeds": (B, T, D), "pooled": (B, Dp)}, as StableDiffusionXLPipeline.encode_prompt.
+    def picture_conditioning(
+        self, original_hw: tuple[int, int], crop_top_left: tuple[int, int], target_hw: tuple[int, int]
+    ) -> Tensors:
+        """{"size_ids": (6,) fp32}: original height and width, top and left of the crop, target height and width."""
+        return {"size_ids": torch.tensor([*original_hw, *crop_top_left, *target_hw], dtype=torch.float32)}
+
+    def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
+        """A prompt -> {"prompt_embeds": (L, D), "pooled": (Dp,)}, as StableDiffusionXLPipeline.encode_prompt.
 
         The penultimate hidden states of both encoders side by side; pooled is the second one's projection.
         """
-        rows, pooled = [], []
-        for prompt in prompts:
-            hidden = []
-            for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
-                with torch.no_grad():
-                    ids = tokenize(tokenizer, prompt).input_ids.to(encoder.device)
-                    output = encoder(ids, output_hidden_states=True)
-                hidden.append(output.hidden_states[-2])
-            rows.append(torch.cat(hidden, dim=-1))
-            pooled.append(output[0])
-        return {"prompt_embeds": torch.cat(rows), "pooled": torch.cat(pooled)}
+        hidden, pooled = [], torch.empty(0)
+        for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
+            with torch.no_grad():
+                output = encoder(tokenize(tokenizer, prompt).input_ids.to(encoder.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled = output[0]
+        return {"prompt_embeds": torch.cat(hidden, dim=-1)[0], "pooled": pooled[0]}
 
-    def size_ids(self, original_hw: tuple, crop_top_left: tuple, target_hw: tuple) -> Tensor:
-        """(6,) fp32: original height and width, top and left of the crop, target height and width, in pixels."""
-        return torch.tensor([*original_hw, *crop_top_left, *target_hw], dtype=torch.float32)
-
-    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """x_t (B, C, h, w), t (B,), conditioning with pooled (B, Dp) and size_ids (B, 6) -> (B, C, h, w)."""
         added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["size_ids"]}
         embeds = conditioning["prompt_embeds"]
         return denoiser(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
-    def pipeline(self, parts: dict[str, Any]) -> Any:
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
         """diffusers' pipeline around loaded parts; text encoders and tokenizers may be missing."""
         from diffusers import StableDiffusionXLPipeline
 
-        encoders: Any = parts.get("text_encoders") or [None, None]
-        tokenizers: Any = parts.get("tokenizers") or [None, None]
+        encoders, tokenizers = optional(parts, 2)
         pipe = StableDiffusionXLPipeline(
             vae=parts["vae"],
             text_encoder=encoders[0],
@@ -69,7 +88,9 @@ class SDXL(SD):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def call_arguments(self, pipe: Any, positive: dict[str, Tensor], negative: dict[str, Tensor], empty: bool) -> dict:
+    def _call_arguments(
+        self, pipe: Loaded, positive: Conditioning, negative: Conditioning, empty: bool
+    ) -> Conditioning:
         """As SD's; SDXL's own convention is zeros, not the encoded '', for an empty negative prompt."""
         if empty and pipe.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(value) for name, value in positive.items()}
@@ -80,5 +101,18 @@ class SDXL(SD):
             "negative_pooled_prompt_embeds": negative["pooled"],
         }
 
+    def file_name(self, layer: str, layers_per_block: int = 2) -> str:
+        """lora_unet_ and the original path where there is one, as kohya's scripts write it."""
+        return names.underscored("lora_unet_", original_path(layer, layers_per_block))
 
-FAMILY = SDXL()
+    def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
+        """SDXL's base, and the repository that it came from."""
+        return {
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        }
+
+
+FAMILY: Family = SDXL()

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from diffusekrona_train.common.files import sha256
+from diffusekrona_train.models.contracts import Config
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.local import ASSETS, LocalModel, one_line_errors
 
@@ -40,8 +44,13 @@ class SingleFile:
         name = packaged_configs(self.path, self.shapes, self.metadata) if self.config_folder is None else ""
         self.configs = LocalModel(Path(self.config_folder) if self.config_folder else CONFIGS / name)
 
-    @functools.cached_property
+    @property
     def identity(self) -> str:
+        """Base name and hash of the weights, or the name that the model was given; never a path."""
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:
         return f"{self.path.name} sha256:{sha256(self.path)[:16]}"
 
     def config(self, part: str) -> dict[str, Any]:
@@ -62,7 +71,7 @@ class SingleFile:
                 return self._load_text_encoder(part, cls, folder, options["dtype"])
             return cls.from_single_file(str(self.path), config=folder, subfolder=part, local_files_only=True, **options)
 
-    def _load_text_encoder(self, part: str, cls: type, folder: str, dtype: Any) -> Any:
+    def _load_text_encoder(self, part: str, cls: type, folder: str, dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
         from safetensors.torch import load_file
 
@@ -142,7 +151,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def load_other_vae(name: str, model_config: dict[str, Any], dtype: Any) -> Any:
+def load_other_vae(name: str, model_config: Config, dtype: torch.dtype) -> nn.Module:
     """An AutoencoderKL by hub name, folder or file in place of a model's own, whose `model_config` it must match.
 
     ValueError where nothing is found or its latents have another shape than the model's.
@@ -167,13 +176,13 @@ def load_other_vae(name: str, model_config: dict[str, Any], dtype: Any) -> Any:
     return vae
 
 
-def _vae_from_file(path: Path, config: dict[str, Any], dtype: Any) -> Any:
+def _vae_from_file(path: Path, config: Config, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
     read_header(path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vae").mkdir()
-        (Path(folder) / "vae" / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "vae" / "config.json").write_text(json.dumps(dict(config)))
         return AutoencoderKL.from_single_file(
             str(path), config=folder, subfolder="vae", torch_dtype=dtype, local_files_only=True
         )

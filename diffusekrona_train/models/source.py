@@ -7,14 +7,20 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
-import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from diffusekrona_train.models import layers as tables
+from diffusekrona_train.models.contracts import Config, Denoiser, Family, Layer, Part, Place, Process
 
 PARTS = ("denoiser", "vae", "text_encoders", "tokenizers", "scheduler")
-
-TARGET = re.compile(r"(?P<name>.+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))\.weight")
+Device = torch.device | str
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -22,10 +28,10 @@ class ModelSource:
     """A found model. `family` knows how to use it, `place` where its parts lie; nothing is loaded until `load`."""
 
     model: str
-    place: Any
-    family: Any
+    place: Place
+    family: Family
     vae: str | None = None
-    _layers: list = field(default_factory=list, repr=False)
+    _layers: list[Layer] = field(default_factory=list, repr=False)
 
     @property
     def identity(self) -> str:
@@ -38,96 +44,103 @@ class ModelSource:
         return self.place.alias
 
     @functools.cached_property
+    def denoiser_config(self) -> Config:
+        """The denoiser's own config."""
+        return self.place.config(self.family.parts.denoiser.folder)
+
+    @functools.cached_property
+    def vae_config(self) -> Config:
+        """The config of the model's own VAE."""
+        return self.place.config(self.family.parts.vae.folder)
+
+    def process(self, side: int | None = None) -> Process:
+        """The process for pictures with `side` pixels a side, the model's own without one. ValueError names the model
+        where its scheduler's config cannot be followed."""
+        try:
+            return self.family.process(self.place.config("scheduler"), side or self.default_resolution)
+        except ValueError as error:
+            raise ValueError(f"model {self.model!r}: {error}") from None
+
+    @functools.cached_property
     def prediction_type(self) -> str:
-        """'epsilon' or 'v_prediction', from the scheduler's config."""
-        found = self.place.config("scheduler").get("prediction_type", "epsilon")
-        if found not in ("epsilon", "v_prediction"):
-            raise ValueError(f"model {self.model!r}: prediction_type {found!r} is none of epsilon, v_prediction")
-        return found
+        """'epsilon', 'v_prediction' or 'sample', from the scheduler's config; 'flow' for flow models."""
+        return self.process().prediction_type
 
     @functools.cached_property
     def default_resolution(self) -> int:
         """Side in pixels that the model was trained for."""
-        blocks = self.place.config("vae")["block_out_channels"]
-        return int(self.place.config("unet")["sample_size"]) * 2 ** (len(blocks) - 1)
+        return self.family.default_resolution(self.denoiser_config, self.vae_config)
 
-    def layers(self) -> list:
-        """All attention and feed-forward linears as adapters.Layer rows, without loading a weight."""
+    def layers(self) -> list[Layer]:
+        """All layers that can be adapted, without loading a weight."""
         if not self._layers:
-            from diffusekrona_train.models import layers as tables
-
             known = self.alias if self.alias != "toybox" else None
-            self._layers = tables.layer_table(known) if known else layers_of(self._meta_shapes)
+            linears = tables.linears_of_shapes(self._meta_shapes) if known is None else {}
+            self._layers = tables.layer_table(known) if known else self.family.layers(linears)
         return list(self._layers)
 
     def base_parameters(self) -> int:
         """Number of parameters of the denoiser."""
         if self.alias and self.alias != "toybox":
-            from diffusekrona_train.models import layers as tables
-
             return tables.base_parameters(self.alias)
         return sum(shape.numel() for shape in self._meta_shapes.values())
 
     @functools.cached_property
-    def _meta_shapes(self) -> dict[str, Any]:
-        import torch
-        from diffusers import UNet2DConditionModel
-
+    def _meta_shapes(self) -> dict[str, torch.Size]:
         with torch.device("meta"):
-            model = UNet2DConditionModel.from_config(self.place.config("unet"))
+            model = class_of(self.family.parts.denoiser).from_config(self.denoiser_config)
         return {name: tensor.shape for name, tensor in model.named_parameters()}
 
-    def load(self, *parts: str, dtype: Any = None, device: Any = "cpu") -> dict[str, Any]:
-        """Load the named PARTS (all without names) in `dtype` (fp32 without one), frozen and in eval mode."""
-        import torch
+    def load(self, *parts: str, dtype: torch.dtype | None = None, device: Device = "cpu") -> dict[str, Any]:
+        """Load the named PARTS (all without names), frozen and in eval mode.
 
+        They are in `dtype`; without one in fp32, text encoders in the type that the family names.
+        """
         quiet()
         unknown = [part for part in parts if part not in PARTS]
         assert not unknown, f"unknown parts {unknown}; there are {PARTS}"
         loaders = {
             "denoiser": lambda: self.load_denoiser(dtype, device),
             "vae": lambda: self._load_vae(dtype or torch.float32, device),
-            "text_encoders": lambda: self._load_text_encoders(dtype or torch.float32, device),
+            "text_encoders": lambda: self._load_text_encoders(dtype, device),
             "tokenizers": self._load_tokenizers,
             "scheduler": self._load_scheduler,
         }
         return {part: loaders[part]() for part in (parts or PARTS)}
 
-    def load_denoiser(self, dtype: Any = None, device: Any = "cpu", quantize: str = "none") -> Any:
-        """The denoiser, frozen; quantize 'nf4' or 'int8' keeps its transformer linears in 4 or 8 bits."""
+    def load_denoiser(
+        self, dtype: torch.dtype | None = None, device: Device = "cpu", quantize: str = "none"
+    ) -> Denoiser:
+        """The denoiser, frozen; quantize 'nf4' or 'int8' keeps the linears that its family names in 4 or 8 bits."""
         quiet()
-        import torch
-        from diffusers import UNet2DConditionModel
-
-        model = self.place.load_part("unet", UNet2DConditionModel, torch_dtype=dtype or torch.float32)
+        part = self.family.parts.denoiser
+        model: Denoiser = self.place.load_part(part.folder, class_of(part), torch_dtype=dtype or torch.float32)
         if quantize != "none":
             from diffusekrona_train.models.quantize import quantize_linears
 
-            quantize_linears(model, quantize, dtype or torch.float32)
+            quantize_linears(model, quantize, dtype or torch.float32, self.family.quantizes)
         return _frozen(model, device)
 
-    def _load_vae(self, dtype: Any, device: Any) -> Any:
-        from diffusers import AutoencoderKL
-
+    def _load_vae(self, dtype: torch.dtype, device: Device) -> nn.Module:
+        part = self.family.parts.vae
         if self.vae:
             from diffusekrona_train.models.singlefile import load_other_vae
 
-            return _frozen(load_other_vae(self.vae, self.place.config("vae"), dtype), device)
-        return _frozen(self.place.load_part("vae", AutoencoderKL, torch_dtype=dtype), device)
+            return _frozen(load_other_vae(self.vae, self.vae_config, dtype), device)
+        return _frozen(self.place.load_part(part.folder, class_of(part), torch_dtype=dtype), device)
 
-    def _load_text_encoders(self, dtype: Any, device: Any) -> list:
-        import transformers
-
+    def _load_text_encoders(self, dtype: torch.dtype | None, device: Device) -> list[nn.Module]:
         # transformers reads a config's own dtype (fp16 files stay fp16) unless it is told one
+        keys = {"transformers": "dtype", "diffusers": "torch_dtype"}
         return [
-            _frozen(self.place.load_part(part, getattr(transformers, cls), dtype=dtype), device)
-            for part, cls in self.family.text_encoders
+            _frozen(
+                self.place.load_part(part.folder, class_of(part), **{keys[part.library]: dtype or part.dtype}), device
+            )
+            for part in self.family.parts.text_encoders
         ]
 
-    def _load_tokenizers(self) -> list:
-        from transformers import CLIPTokenizer
-
-        return [self.place.load_part(part, CLIPTokenizer) for part in self.family.tokenizers]
+    def _load_tokenizers(self) -> list[Any]:
+        return [self.place.load_part(part.folder, class_of(part)) for part in self.family.parts.tokenizers]
 
     def _load_scheduler(self) -> Any:
         import diffusers
@@ -139,12 +152,9 @@ class ModelSource:
         return cls.from_config(config)
 
 
-def layers_of(shapes: dict[str, Any]) -> list:
-    """adapters.Layer rows from a denoiser's parameter names and shapes, in the model's own order."""
-    from diffusekrona_train.models.layers import describe_layer
-
-    matches = ((TARGET.fullmatch(key), shape) for key, shape in shapes.items())
-    return [describe_layer(match["name"], int(shape[1]), int(shape[0])) for match, shape in matches if match]
+def class_of(part: Part) -> Any:
+    """The class of a part."""
+    return getattr(importlib.import_module(part.library), part.cls)
 
 
 @functools.cache
@@ -159,5 +169,5 @@ def quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _frozen(model: Any, device: Any) -> Any:
+def _frozen(model: Module, device: Device) -> Module:
     return model.to(device).eval().requires_grad_(False)

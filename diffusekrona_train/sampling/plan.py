@@ -104,6 +104,8 @@ def _planned(
     about: dict[str, Any],
 ) -> Planned:
     record = {"prompt": prompt, "seed": seed, **asdict(settings), **about, "scale": scale}
+    if settings.noise == "prompt":
+        del record["noise"]  # pictures of version 0.1 keep their names
     if scale is None:
         record |= {"adapters": []}
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]

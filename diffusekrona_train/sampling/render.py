@@ -10,13 +10,14 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusekrona_train.models.conditioning import moved
+from diffusekrona_train.models.contracts import Conditioning, Family, Loaded, Request, Tensors
 from diffusekrona_train.models.schedulers import build_scheduler
 
 Job = tuple[str, int]
@@ -33,12 +34,16 @@ class SampleSettings:
     height: int | None = None
     width: int | None = None
     scheduler: str | None = None
+    noise: str = "prompt"
+    """What the noise of a picture depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; give 1 or more")
         if not 0 <= self.guidance <= 100:
             raise ValueError(f"guidance is {self.guidance}; give a number from 0 to 100")
+        if self.noise not in ("prompt", "seed"):
+            raise ValueError(f"noise is {self.noise!r}; give prompt or seed")
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):
@@ -53,18 +58,18 @@ def noise_generator(prompt: str, seed: int) -> torch.Generator:
 
 @torch.no_grad()
 def render(
-    pipe: Any,
-    family: Any,
+    pipe: Loaded,
+    family: Family,
     jobs: Sequence[Job],
     settings: SampleSettings,
     *,
     batch_size: int = 1,
-    conditioning_of: Callable[[str], dict[str, Tensor]] | None = None,
+    conditioning_of: Callable[[str], Tensors] | None = None,
     on_image: Callable[[int, Image.Image], None] | None = None,
 ) -> list[Image.Image]:
     """Draw each (prompt, seed) of `jobs` with a diffusers pipeline; PIL pictures in the order of the jobs.
 
-    conditioning_of: text -> family.encode_prompt's dict with one row (cached embeddings); without it the pipeline's own
+    conditioning_of: text -> family.encode_prompt's tensors (cached embeddings); without it the pipeline's own
     text encoders are asked, once a prompt. on_image(index, picture) is called as soon as a picture is there. On the CPU
     in fp32, pictures from different batch sizes agree within 2/255; with the same batch size they are bitwise equal.
     """
@@ -86,48 +91,52 @@ def render(
 
 
 def draw_latents(
-    pipe: Any, family: Any, jobs: Sequence[Job], settings: SampleSettings, conditioning_of: Callable
+    pipe: Loaded,
+    family: Family,
+    jobs: Sequence[Job],
+    settings: SampleSettings,
+    conditioning_of: Callable[[str], Tensors],
 ) -> Tensor:
-    """One batch through the denoiser: scaled latents (B, C, h, w) in the denoiser's type."""
-    dtype, device = pipe.unet.dtype, pipe._execution_device
-    height, width = picture_size(pipe, settings)
-    shape = (1, pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    generators = [noise_generator(prompt, seed) for prompt, seed in jobs]
+    """One batch through the denoiser: latents (B, C, h, w) for the family's decode, in the denoiser's type."""
+    dtype, device = denoiser_of(pipe, family).dtype, pipe._execution_device
+    height, width = picture_size(pipe, family, settings)
+    shape = (1, *family.latent_shape(pipe.vae.config, height, width))
+    generators = [noise_generator(prompt if settings.noise == "prompt" else "", seed) for prompt, seed in jobs]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
-    positive = _stack([conditioning_of(prompt) for prompt, _ in jobs], dtype, device)
-    negative = _stack([conditioning_of(settings.negative)] * len(jobs), dtype, device)
-    return pipe(
-        **family.call_arguments(pipe, positive, negative, empty=not settings.negative),
-        latents=noise.to(device, dtype),
-        generator=generators,  # samplers that add noise go on with each picture's own stream
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        height=height,
-        width=width,
-        output_type="latent",
-        return_dict=False,
-    )[0]
+    def batch(texts: Sequence[str]) -> Conditioning:
+        return family.collate([moved(conditioning_of(text), device, dtype) for text in texts])
+
+    negative = batch([settings.negative] * len(jobs)) if family.negative_prompt else None
+    # samplers that add noise go on with each picture's own stream
+    request = Request(settings.steps, settings.guidance, height, width, generators, not settings.negative)
+    return family.sample(pipe, noise.to(device, dtype), batch([prompt for prompt, _ in jobs]), negative, request)
 
 
-def picture_size(pipe: Any, settings: SampleSettings) -> tuple[int, int]:
-    """(height, width) in pixels: the settings', else the size the model was trained for."""
-    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return settings.height or own, settings.width or own
+def denoiser_of(pipe: Loaded, family: Family) -> Loaded:
+    """The denoiser that a pipeline holds."""
+    return getattr(pipe, family.parts.denoiser.folder)
 
 
-def pipe_encoder(pipe: Any, family: Any) -> Callable[[str], dict[str, Tensor]]:
+def picture_size(pipe: Loaded, family: Family, settings: SampleSettings) -> tuple[int, int]:
+    """(height, width) in pixels: the settings', else the size the model was trained for. ValueError where the family's
+    latents do not divide so."""
+    own = family.default_resolution(denoiser_of(pipe, family).config, pipe.vae.config)
+    size = settings.height or own, settings.width or own
+    for name, value in zip(("height", "width"), size, strict=True):
+        if value % family.side_multiple:
+            raise ValueError(f"{name} is {value}; this model needs a multiple of {family.side_multiple} pixels")
+    return size
+
+
+def pipe_encoder(pipe: Loaded, family: Family) -> Callable[[str], Tensors]:
     """conditioning_of from the text encoders that the pipeline holds."""
-    tokenizers = [getattr(pipe, name) for name in family.tokenizers]
-    encoders = [getattr(pipe, name) for name, _ in family.text_encoders]
-    return functools.cache(lambda text: family.encode_prompt(tokenizers, encoders, [text]))
+    tokenizers = [getattr(pipe, part.folder) for part in family.parts.tokenizers]
+    encoders = [getattr(pipe, part.folder) for part in family.parts.text_encoders]
+    return functools.cache(lambda text: family.encode_prompt(tokenizers, encoders, text))
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> 8-bit RGB, rounded as diffusers rounds."""
     array = (pixels.float().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     return Image.fromarray(array)
-
-
-def _stack(rows: list[dict[str, Tensor]], dtype: torch.dtype, device: Any) -> dict[str, Tensor]:
-    return {name: torch.cat([row[name] for row in rows]).to(device, dtype) for name in rows[0]}

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
-from diffusekrona_train.common.device import DTYPES, pick_dtype, ran_out
+from diffusekrona_train.common.device import DTYPES, name_of, pick_dtype, ran_out
 from diffusekrona_train.common.files import sha256
 from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
+from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models import near_miss
+from diffusekrona_train.models.contracts import Tensors
+from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.plan import Planned
 from diffusekrona_train.sampling.render import SampleSettings, render
 
@@ -107,6 +110,7 @@ def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
 
 def parse_use(text: str) -> tuple[Path, float]:
     """'dog.safetensors:0.7' -> (path, 0.7); without a number the strength is 1."""
+    text = user_path(text, "--adapter")
     match = re.fullmatch(r"(.+?):([-+]?[0-9]*\.?[0-9]+)", text)
     if match and not Path(text).exists():
         return find_adapter(Path(match[1]).expanduser()), float(match[2])
@@ -186,7 +190,7 @@ def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Pa
     return {"model": named[0]}
 
 
-def check_base(source: Any, subjects: Sequence[Subject]) -> None:
+def check_base(source: ModelSource, subjects: Sequence[Subject]) -> None:
     """ValueError where an adapter is for another family than the base; its layers are checked when it is put in."""
     for subject in subjects:
         if subject.file.family not in (None, source.family.name):
@@ -206,7 +210,7 @@ def processes() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def default_settings(source: Any, subjects: Sequence[Subject]) -> SampleSettings:
+def default_settings(source: ModelSource, subjects: Sequence[Subject]) -> SampleSettings:
     """The paper's 50 steps and guidance 7.5, or the model's own; the side that the adapter was trained at."""
     names = {target: alias for alias, target in MODEL_ALIASES.items()}
     own = MODEL_DEFAULTS.get(names.get(source.identity, ""), {}).get("validation", {})
@@ -215,14 +219,15 @@ def default_settings(source: Any, subjects: Sequence[Subject]) -> SampleSettings
     return SampleSettings(own.get("steps", 50), own.get("guidance", 7.5), height=side, width=side)
 
 
-def about_models(source: Any, subjects: Sequence[Subject], dtype: torch.dtype, memory: Memory) -> dict[str, Any]:
+def about_models(
+    source: ModelSource, subjects: Sequence[Subject], dtype: torch.dtype, memory: Memory
+) -> dict[str, Any]:
     """What a picture's record says of its models: names and hashes, no path."""
     adapters = [
         {"file": subject.name, "sha256": sha256(subject.file.path)[:16], "strength": subject.strength}
         for subject in subjects
     ]
-    short = {value: name for name, value in DTYPES.items()}[dtype]
-    return {"model": source.identity, "adapters": adapters, "dtype": short, "quantize": memory.quantize} | {
+    return {"model": source.identity, "adapters": adapters, "dtype": name_of(dtype), "quantize": memory.quantize} | {
         "fused": memory.fuses
     }
 
@@ -233,17 +238,23 @@ class Studio:
 
     @while_drawing()
     def __init__(
-        self, source: Any, subjects: Sequence[Subject], texts: Sequence[str], memory: Memory, device: torch.device
+        self,
+        source: ModelSource,
+        subjects: Sequence[Subject],
+        texts: Sequence[str],
+        memory: Memory,
+        device: torch.device,
     ):
         self.source, self.family, self.memory = source, source.family, memory
         self._conditioning = encode_texts(source, texts, device)
-        self._scale: Any = "not set"
+        self._scale: float | str | None = "not set"
         dtype = pick_dtype(memory.dtype, device)
         place = device if memory.offload == "none" else torch.device("cpu")
-        denoiser = source.load_denoiser(dtype, place, memory.quantize)
-        self.subjects, self.injections = list(subjects), [inject_file(denoiser, subject.file) for subject in subjects]
+        self.denoiser = source.load_denoiser(dtype, place, memory.quantize)
+        self.subjects = list(subjects)
+        self.injections = [inject_file(self.denoiser, subject.file) for subject in subjects]
         parts = source.load("vae", "scheduler", dtype=torch.float32, device=place)
-        self.pipe = self.family.pipeline({"denoiser": denoiser, **parts})
+        self.pipe = self.family.pipeline({"denoiser": self.denoiser, **parts})
         if memory.vae_tiling:
             self.pipe.vae.enable_tiling()
         if memory.vae_slicing:
@@ -305,11 +316,11 @@ class Studio:
         return paint
 
 
-def encode_texts(source: Any, texts: Sequence[str], device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
-    """Text -> the family's conditioning, one row each, on the CPU; the text encoders are freed again."""
-    parts = source.load("tokenizers", "text_encoders", dtype=torch.float32, device=device)
+def encode_texts(source: ModelSource, texts: Sequence[str], device: torch.device) -> dict[str, Tensors]:
+    """Text -> the tensors of the family's encode_prompt, on the CPU; the text encoders are freed again."""
+    parts = source.load("tokenizers", "text_encoders", device=device)
     encode = source.family.encode_prompt
-    rows = {text: encode(parts["tokenizers"], parts["text_encoders"], [text]) for text in dict.fromkeys(texts)}
+    rows = {text: encode(parts["tokenizers"], parts["text_encoders"], text) for text in dict.fromkeys(texts)}
     del parts
     if device.type == "cuda":
         torch.cuda.empty_cache()

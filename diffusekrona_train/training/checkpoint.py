@@ -30,6 +30,9 @@ OLDER = "1"
 MAY_CHANGE = (
     "output",
     "validation",
+    "subject.images",  # what lies there is compared instead
+    "subject.files",
+    "prior.images",
     "data.cache_dir",
     "train.steps",
     "train.checkpoint_every",

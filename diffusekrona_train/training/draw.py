@@ -7,7 +7,7 @@ has advanced.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +34,8 @@ class Draw:
     eps: torch.Tensor
     dropout: torch.Tensor
     """Uniform in [0, 1): below the dropout rate, the sample loses its caption."""
+    turn: torch.Tensor | None = None
+    """How often the picture was seen before: which of its captions is taken. None: the first."""
 
 
 def generator_of(*key: object) -> torch.Generator:
@@ -67,11 +69,13 @@ def draw(
     global_batch: int,
     shelves: Sequence[Shelf],
     *,
-    timesteps: int,
+    draw_t: Callable[[torch.Generator], torch.Tensor],
     noise_offset: float = 0.0,
     stream: str = "instance",
 ) -> Draw:
-    """Pictures, variants, timesteps and noise of the samples `indices` of the global batch at `step`.
+    """Pictures, variants, times and noise of the samples `indices` of the global batch at `step`.
+
+    `draw_t` is the process's: one time from one generator.
 
     One shelf serves the whole global batch, so that it can be stacked. Each shelf is walked in seeded permutations of
     its pictures without gaps, and comes up in proportion to its size: every picture is seen equally often.
@@ -81,13 +85,14 @@ def draw(
     number, visits = _shelves_of_a_pass(sizes, seed, stream, around)[position]
     shelf = shelves[number]
     first = (around * shelf.pictures + visits) * global_batch
-    pictures, variants, times, noises, dropouts = [], [], [], [], []
+    pictures, variants, times, noises, dropouts, turns = [], [], [], [], [], []
     for index in indices:
         turn, place = divmod(first + index, shelf.pictures)
         pictures.append(_permutation(shelf.pictures, seed, stream, number, turn)[place])
+        turns.append(turn)
         generator = generator_of(seed, stream, step, index)
         variants.append(torch.randint(shelf.variants, (), generator=generator))
-        times.append(torch.randint(timesteps, (), generator=generator))
+        times.append(draw_t(generator))
         dropouts.append(torch.rand((), generator=generator))
         offset = torch.randn(shelf.shape[0], 1, 1, generator=generator)
         noises.append(torch.randn(shelf.shape, generator=generator) + noise_offset * offset)
@@ -98,4 +103,5 @@ def draw(
         torch.stack(times),
         torch.stack(noises),
         torch.stack(dropouts),
+        torch.tensor(turns),
     )

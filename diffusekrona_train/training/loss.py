@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from diffusekrona_train.models import noise
+from diffusekrona_train.adapters.inject import Injection
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.data.training_set import Bucket, TrainingSet
+from diffusekrona_train.models.conditioning import moved
+from diffusekrona_train.models.contracts import Denoiser, Family, Process, Tensors
 from diffusekrona_train.training.draw import Draw, Shelf, draw, generator_of
 
 ON_DEVICE_LIMIT = 2 * 2**30
@@ -24,8 +27,10 @@ class Batch:
     x_0: torch.Tensor
     eps: torch.Tensor
     t: torch.Tensor
-    caption: torch.Tensor
-    size_ids: torch.Tensor
+    caption: list[int]
+    """Rows of TrainingSet.conditioning."""
+    extras: Tensors
+    """Name -> (B, ...), what the denoiser is told of the pictures; in their own types."""
     share: torch.Tensor
     """(B,): 1 for an instance, the prior weight for a class sample."""
     teacher: int = 0
@@ -38,27 +43,31 @@ class Batch:
 class Objective:
     """The loss of a run as a function of the step: the model, what it is shown and how it is judged."""
 
-    config: Any
-    family: Any
-    denoiser: Any
-    injection: Any
-    data: Any
-    alphas_cumprod: torch.Tensor
-    prediction_type: str
+    config: RunConfig
+    family: Family
+    denoiser: Denoiser
+    injection: Injection
+    data: TrainingSet
+    process: Process
     dtype: torch.dtype
     device: torch.device
     processes: int = 1
     rank: int = 0
-    captions: dict[str, torch.Tensor] = field(init=False)
+    captions: list[Tensors] = field(init=False)
+    """One row a caption, in the denoiser's type; on the device where they are not too many."""
 
     def __post_init__(self) -> None:
-        # Size ids stay fp32: bf16 would round 1365 pixels to 1368.
-        self.captions = {name: value.to(self.device, self.dtype) for name, value in self.data.conditioning.items()}
+        # Extras keep their type: bf16 would round a size of 1365 pixels to 1368.
+        rows = self.data.conditioning
+        size = sum(value.numel() for row in rows for value in row.values()) * self.dtype.itemsize
+        home = self.device if size <= ON_DEVICE_LIMIT else torch.device("cpu")
+        self.captions = [moved(row, home, self.dtype) for row in rows]
         buckets = [*self.data.instances, *self.data.priors]
         if sum(bucket.latents.nbytes for bucket in buckets) <= ON_DEVICE_LIMIT:
             for bucket in buckets:
                 bucket.latents = bucket.latents.to(self.device)
-        self.alphas_cumprod = self.alphas_cumprod.to(self.device)
+        self.process.check_weighting(self.config.train.weighting)
+        self.process = self.process.to(self.device)
 
     # ---- what a step sees ----
 
@@ -79,7 +88,7 @@ class Objective:
         same = instances.x_0.shape[1:] == priors.x_0.shape[1:]
         return [_joined(instances, priors)] if same else [instances, priors]
 
-    def _drawn(self, buckets: Sequence[Any], step: int, indices: range, stream: str) -> Batch:
+    def _drawn(self, buckets: Sequence[Bucket], step: int, indices: range, stream: str) -> Batch:
         train = self.config.train
         drawn = draw(
             train.seed,
@@ -87,15 +96,15 @@ class Objective:
             indices,
             self.global_batch,
             [shelf_of(bucket) for bucket in buckets],
-            timesteps=len(self.alphas_cumprod),
+            draw_t=self.process.draw_t,
             noise_offset=train.noise_offset,
             stream=stream,
         )
         share = self.config.prior.weight if stream == "prior" else 1.0
         return self._gathered(buckets[drawn.shelf], drawn, share, train.caption_dropout)
 
-    def _gathered(self, bucket: Any, drawn: Draw, share: float, dropout: float) -> Batch:
-        caption = bucket.caption_index[drawn.picture]
+    def _gathered(self, bucket: Bucket, drawn: Draw, share: float, dropout: float) -> Batch:
+        caption = bucket.captions_of(drawn.picture, drawn.turn)
         if dropout:
             caption = torch.where(drawn.dropout < dropout, self.data.captions.index(""), caption)
         home = bucket.latents.device
@@ -104,8 +113,11 @@ class Objective:
             self._sent(latents, self.device).float(),
             self._sent(drawn.eps, self.device),
             self._sent(drawn.t, self.device),
-            self._sent(caption, self.device),
-            self._sent(bucket.size_ids[drawn.picture, drawn.variant], self.device),
+            caption.tolist(),
+            {
+                name: self._sent(value[drawn.picture, drawn.variant], self.device)
+                for name, value in bucket.extras.items()
+            },
             torch.full((len(caption),), share, device=self.device),
         )
 
@@ -118,23 +130,23 @@ class Objective:
     def _taught(self, instances: Batch) -> Batch:
         """The same noisy pictures under the class prompt, where the adapted model should answer as the frozen one."""
         prompt = self.config.subject.fill(self.config.prior.prompt)
-        caption = torch.full_like(instances.caption, self.data.captions.index(prompt))
+        caption = [self.data.captions.index(prompt)] * len(instances)
         share = torch.full_like(instances.share, self.config.prior.weight)
         count = len(instances)
-        return Batch(instances.x_0, instances.eps, instances.t, caption, instances.size_ids, share, teacher=count)
+        return Batch(instances.x_0, instances.eps, instances.t, caption, instances.extras, share, teacher=count)
 
     # ---- how it is judged ----
 
     def loss(self, step: int, micro: int) -> torch.Tensor:
         """Loss of each sample times its weight, summed, divided by the number of instance images."""
         total = sum(self.per_sample(batch).sum() for batch in self.batches(step, micro))
-        return total / self.config.train.batch_size
+        return torch.as_tensor(total) / self.config.train.batch_size
 
     def per_sample(self, batch: Batch, *, weighted: bool = True) -> torch.Tensor:
         """(B,) fp32."""
         train = self.config.train
-        x_t = noise.add_noise(batch.x_0, batch.eps, batch.t, self.alphas_cumprod)
-        wanted = noise.target(batch.x_0, batch.eps, batch.t, self.alphas_cumprod, self.prediction_type)
+        x_t = self.process.noised(batch.x_0, batch.eps, batch.t)
+        wanted = self.process.target(batch.x_0, batch.eps, batch.t)
         if batch.teacher:
             with torch.no_grad(), self.injection.disabled():
                 answer = self._predicted(x_t, batch, slice(-batch.teacher, None))
@@ -142,12 +154,12 @@ class Objective:
         loss = LOSSES[train.loss](self._predicted(x_t, batch), wanted)
         if not weighted:
             return loss
-        by_time = noise.weights(train.weighting, batch.t, self.alphas_cumprod, self.prediction_type, train.snr_gamma)
-        return loss * by_time * batch.share
+        return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share
 
     def _predicted(self, x_t: torch.Tensor, batch: Batch, part: slice = slice(None)) -> torch.Tensor:
-        conditioning = {name: value[batch.caption[part]] for name, value in self.captions.items()}
-        conditioning["size_ids"] = batch.size_ids[part]
+        rows = [moved(self.captions[i], self.device, self.dtype) for i in batch.caption[part]]
+        extras = {name: value[part] for name, value in batch.extras.items()}
+        conditioning = {**self.family.collate(rows), **extras}
         return self.family.predict(self.denoiser, x_t[part].to(self.dtype), batch.t[part], conditioning).float()
 
     @torch.no_grad()
@@ -157,7 +169,6 @@ class Objective:
         return torch.cat(losses).mean().item()
 
     def _held_out(self) -> Iterator[Batch]:
-        last = len(self.alphas_cumprod) - 1
         left = HELD_OUT_PICTURES
         for number, bucket in enumerate(self.data.instances):
             pictures = list(range(min(left, len(bucket.latents))))
@@ -166,22 +177,24 @@ class Objective:
             for start in range(0, len(samples), self.config.train.batch_size):
                 part = samples[start : start + self.config.train.batch_size]
                 shape = tuple(bucket.latents.shape[2:])
-                noise = [torch.randn(shape, generator=generator_of("held out", number, *s)) for s in part]
+                noises = [torch.randn(shape, generator=generator_of("held out", number, *s)) for s in part]
                 picture = torch.tensor([picture for picture, _ in part])
-                t = torch.tensor([round(quantile * last) for _, quantile in part])
+                t = torch.stack([self.process.quantile(quantile) for _, quantile in part])
                 none = torch.zeros_like(picture)
-                drawn = Draw(number, picture, none, t, torch.stack(noise), torch.ones(len(part)))
+                drawn = Draw(number, picture, none, t, torch.stack(noises), torch.ones(len(part)))
                 yield self._gathered(bucket, drawn, 1.0, 0.0)
 
 
-def shelf_of(bucket: Any) -> Shelf:
+def shelf_of(bucket: Bucket) -> Shelf:
+    """How many pictures and variants of which shape a bucket holds."""
     count, variants, *shape = bucket.latents.shape
     return Shelf(count, variants, tuple(shape))  # type: ignore[arg-type]
 
 
 def _joined(a: Batch, b: Batch) -> Batch:
-    fields = ("x_0", "eps", "t", "caption", "size_ids", "share")
-    return Batch(*(torch.cat([getattr(a, name), getattr(b, name)]) for name in fields), teacher=b.teacher)
+    x_0, eps, t, share = (torch.cat([getattr(a, name), getattr(b, name)]) for name in ("x_0", "eps", "t", "share"))
+    extras = {name: torch.cat([a.extras[name], b.extras[name]]) for name in a.extras}
+    return Batch(x_0, eps, t, a.caption + b.caption, extras, share, teacher=b.teacher)
 
 
 HUBER_C = 0.1

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.models.contracts import MemoryFigures
+
 GIB = 2**30
-ACTIVATIONS_PLAIN = 8.0
-"""GiB that a 16-bit UNet of the SD kinds needs beside its weights, for a sample of one megapixel. Counted for SDXL
-(scripts/gpu/trace.py): 5.3, without the workspaces of cuDNN and fragmentation; stepping down corrects what is left."""
-ACTIVATIONS_CHECKPOINTING = 2.5
-"""The same with gradient checkpointing; counted: 0.6."""
 RESERVE = 1.0
 """GiB for the context, fragmentation and the factors."""
 
@@ -26,7 +23,7 @@ class Level:
     checkpointing: bool
 
 
-def levels(config: Any) -> list[Level]:
+def levels(config: RunConfig) -> list[Level]:
     """The levels that a config allows, the fastest first."""
     kept = config.train.quantize
     ladder = [Level("plain", kept, False), Level("checkpointing", kept, True), Level("nf4", "nf4", True)]
@@ -38,7 +35,12 @@ def levels(config: Any) -> list[Level]:
 
 
 def choose(
-    config: Any, base_parameters: int, samples: int, dtype: torch.dtype, device: torch.device
+    config: RunConfig,
+    base_parameters: int,
+    samples: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    figures: MemoryFigures,
 ) -> tuple[Level, str]:
     """The level to start with and a line that says why. `samples`: pictures in a forward pass, class images too."""
     ladder = levels(config)
@@ -48,22 +50,28 @@ def choose(
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = torch.cuda.mem_get_info(device)[0] / GIB
     for level in ladder:
-        need = estimate(level, base_parameters, samples * (config.data.resolution / 1024) ** 2, dtype)
+        need = estimate(level, base_parameters, samples * (config.data.resolution / 1024) ** 2, dtype, figures)
         if need <= free:
             break
     return level, f"memory: {level.name} (about {need:.1f} GiB needed, {free:.1f} GiB free)"
 
 
-def estimate(level: Level, base_parameters: int, megapixels: float, dtype: torch.dtype) -> float:
-    """GiB that a step needs at `level`."""
+BYTES = {"int8": 1.04, "nf4": 0.56}
+"""Bytes a quantised number, with its scales."""
+
+
+def estimate(
+    level: Level, base_parameters: int, megapixels: float, dtype: torch.dtype, figures: MemoryFigures
+) -> float:
+    """GiB that a step needs at `level`; `figures` are the family's."""
     width = torch.finfo(dtype).bits / 8
-    # Three quarters of an SD UNet are linears of transformer blocks: those are quantised.
-    bytes_each = {"none": width, "int8": 0.25 * width + 0.78, "nf4": 0.25 * width + 0.42}[level.quantize]
-    activations = ACTIVATIONS_CHECKPOINTING if level.checkpointing else ACTIVATIONS_PLAIN
+    share = figures.quantized_share if level.quantize != "none" else 0.0
+    bytes_each = (1 - share) * width + share * BYTES.get(level.quantize, width)
+    activations = figures.checkpointing if level.checkpointing else figures.plain
     return base_parameters * bytes_each / GIB + activations * width / 2 * megapixels + RESERVE
 
 
-def below(level: Level, config: Any) -> Level | None:
+def below(level: Level, config: RunConfig) -> Level | None:
     """The next level down, None at the bottom or where the config names its level."""
     ladder = levels(config)
     place = next(i for i, other in enumerate(ladder) if other.name == level.name)

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from diffusekrona_train.common import faults
+from diffusekrona_train.common.device import DTYPES
 from diffusekrona_train.common.files import atomic
+from diffusekrona_train.config import RunConfig
+from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import SampleSettings, render
 from diffusekrona_train.training.checkpoint import name_of
+from diffusekrona_train.training.loss import Objective
 
 
 class Interrupted(Exception):
@@ -25,15 +30,14 @@ class Interrupted(Exception):
 class Gallery:
     """Renders the validation prompts of a run into samples/step-…/NN-seed.png, each process its share."""
 
-    def __init__(self, config: Any, source: Any, objective: Any, folder: Path):
+    def __init__(self, config: RunConfig, source: ModelSource, objective: Objective, folder: Path):
         self.config, self.source, self.objective, self.folder = config, source, objective, folder
         self.jobs = [
             (config.subject.fill(prompt), seed)
             for prompt in config.validation.prompts
             for seed in config.validation.seeds
         ]
-        self._vae: Any = None
-        self._scheduler: Any = None
+        self._parts: dict[str, Any] = {}
 
     def render(self, step: int, stopping: Callable[[], bool]) -> None:
         """Writes the pictures of `step`; raises whatever goes wrong, Interrupted when `stopping()` turns true."""
@@ -41,7 +45,7 @@ class Gallery:
         mine = list(range(len(self.jobs)))[self.objective.rank :: self.objective.processes]
         place = self.folder / "samples" / name_of(step)
 
-        def on_image(index: int, picture: Any) -> None:
+        def on_image(index: int, picture: Image.Image) -> None:
             number = mine[index]
             with atomic(place / f"{number:02d}-{self.jobs[number][1]}.png") as temporary:
                 picture.save(temporary)
@@ -66,14 +70,10 @@ class Gallery:
                 torch.cuda.empty_cache()
 
     def _pipeline(self) -> Any:
-        if self._vae is None:
-            kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-                self.config.data.vae_precision
-            ]
-            self._vae = self.source.load("vae", dtype=kind)["vae"]
-            self._scheduler = self.source.load("scheduler")["scheduler"]
-        parts = {"denoiser": self.objective.denoiser, "vae": self._vae, "scheduler": self._scheduler}
-        return self.objective.family.pipeline(parts)
+        if not self._parts:
+            kind = DTYPES[self.config.data.vae_precision]
+            self._parts = self.source.load("vae", dtype=kind) | self.source.load("scheduler")
+        return self.objective.family.pipeline({"denoiser": self.objective.denoiser, **self._parts})
 
     def _settings(self) -> SampleSettings:
         wanted, side = self.config.validation, self.config.data.resolution
@@ -81,8 +81,6 @@ class Gallery:
 
     def preview(self, step: int, path: Path) -> None:
         """The pictures of `step` as one labelled sheet at `path`; nothing where none were rendered."""
-        from PIL import Image
-
         from diffusekrona_train.report.sheet import contact_sheet
 
         rows: dict[str, list] = {}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
@@ -20,9 +23,13 @@ from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import free, precision
 from diffusekrona_train.config import RunConfig, dump_config
-from diffusekrona_train.data.training_set import build_training_set
+from diffusekrona_train.config.prompts import prompt_warnings
+from diffusekrona_train.config.training import Tracker
+from diffusekrona_train.data import order
+from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model
-from diffusekrona_train.models.noise import noise_schedule
+from diffusekrona_train.models.contracts import Denoiser
+from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import SampleSettings, render
 from diffusekrona_train.training import checkpoint, memory
 from diffusekrona_train.training.journal import Journal, Stop
@@ -30,6 +37,9 @@ from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from diffusekrona_train.training.preview import Gallery
 
+TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
+TRACKERS["tensorboard"] = ("tensorboard", "tensorboardX")
+"""Tracker -> its module, or several of which one is enough."""
 COMPILER = "inductor"
 """torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
@@ -42,7 +52,7 @@ class Run:
 
     config: RunConfig
     folder: Path
-    source: Any
+    source: ModelSource
     accelerator: Accelerator
     level: memory.Level
     objective: Objective
@@ -52,7 +62,7 @@ class Run:
     stop: Stop
     start: int
     about: dict[str, Any]
-    """What every resume state of this run says: config, number of processes, mark of the data."""
+    """What every resume state of this run says: config, number of processes, pictures in their order."""
 
     @property
     def main(self) -> bool:
@@ -75,23 +85,25 @@ def assemble(
     draw, forget = class_image_maker(config, source, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
+    if state is not None:
+        arrange_as_before(data, state.about, state.path.parent)
     level, why = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
     descent = Descent(injection.flatten(SPARE), config.train, accelerator)
-    alphas = noise_schedule(source.load("scheduler")["scheduler"])
+    process = source.process(config.data.resolution)
     objective = Objective(
-        config, source.family, denoiser, injection, data, alphas, source.prediction_type, dtype, device,
+        config, source.family, denoiser, injection, data, process, dtype, device,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     about = {
         "version": __version__,
         "config": config.model_dump(mode="json", by_alias=True),
         "processes": accelerator.num_processes,
-        "data": data_mark(data),
+        "pictures": pictures_told(data),
     }
     if state is not None:
-        take_up(state, about, injection, descent, accelerator)
+        take_up(state, injection, descent, accelerator)
     start = state.step if state else 0
     seconds = state.about.get("seconds", 0.0) if state else 0.0
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
@@ -103,6 +115,8 @@ def assemble(
         tell("train.compile: the first step compiles the transformer blocks, which takes minutes")
     if start > config.train.steps:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
+    for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
+        tell(f"warning: {line}")
     gallery = Gallery(config, source, objective, place)
     if accelerator.is_main_process:
         run_folder.prepare(place, start, dump_config(config))
@@ -111,12 +125,8 @@ def assemble(
     return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
 
 
-def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Descent, accelerator: Accelerator) -> None:
-    """Puts a resume state back; ValueError where the pictures or captions are others."""
-    if state.about["data"] != about["data"]:
-        raise ValueError(
-            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
-        )
+def take_up(state: checkpoint.State, injection: Injection, descent: Descent, accelerator: Accelerator) -> None:
+    """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if accelerator.scaler is not None and "scaler" in state.about:
@@ -126,6 +136,7 @@ def take_up(state: checkpoint.State, about: dict, injection: Any, descent: Desce
 
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
     """accelerate's state and the type of the frozen base. ValueError where the launcher meant other processes."""
+    refuse_missing_trackers(config)
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     name, dtype = precision(config.train.mixed_precision, "cuda" if on_gpu else "cpu")
     accelerator = Accelerator(
@@ -149,11 +160,13 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
 
 
 def choose_level(
-    config: RunConfig, source: Any, accelerator: Accelerator, dtype: torch.dtype
+    config: RunConfig, source: ModelSource, accelerator: Accelerator, dtype: torch.dtype
 ) -> tuple[memory.Level, str]:
     """The memory level of all processes: what the main one finds room for."""
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
-    level, why = memory.choose(config, source.base_parameters(), samples, dtype, accelerator.device)
+    level, why = memory.choose(
+        config, source.base_parameters(), samples, dtype, accelerator.device, source.family.memory
+    )
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -161,18 +174,20 @@ def choose_level(
     return level, why
 
 
-def load_denoiser(config: RunConfig, source: Any, level: memory.Level, dtype: torch.dtype, device: Any) -> Any:
+def load_denoiser(
+    config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
+) -> Denoiser:
     """The frozen denoiser on the device, at a memory level."""
     train = config.train
     denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
     if level.checkpointing:
         denoiser.enable_gradient_checkpointing()
     if train.channels_last:
-        denoiser.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     return denoiser
 
 
-def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
+def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
     """The adapter of the config in the denoiser, from the seed or from `init_from`. The same on every process."""
     if config.train.init_from is None:
         injection = inject(denoiser, config.adapter, seed=config.train.seed)
@@ -185,7 +200,7 @@ def inject_factors(config: RunConfig, denoiser: Any) -> Injection:
     return injection
 
 
-def compile_blocks(denoiser: Any) -> None:
+def compile_blocks(denoiser: Denoiser) -> None:
     """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
 
     The whole denoiser as one graph would be compiled for many minutes to be hardly faster. Shapes are static: a graph
@@ -197,13 +212,14 @@ def compile_blocks(denoiser: Any) -> None:
     denoiser.compile_repeated_blocks(backend=COMPILER, dynamic=False)
 
 
-def eagerly(config: RunConfig) -> Any:
+def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
     """Within, nothing is compiled anew: pictures and held-out loss have shapes of their own, and are few."""
     return torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
 
 
-def check_start(config: RunConfig, source: Any) -> None:
-    """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no formats."""
+def check_start(config: RunConfig, source: ModelSource) -> None:
+    """ValueError for a tracker that is not installed, or an `init_from` that does not fit. Loads no weights."""
+    refuse_missing_trackers(config)
     if config.train.init_from is None:
         return
     try:
@@ -215,13 +231,29 @@ def check_start(config: RunConfig, source: Any) -> None:
         raise ValueError(text if text.startswith("train.init_from: ") else f"train.init_from: {text}") from None
 
 
+def refuse_missing_trackers(config: RunConfig) -> None:
+    """ValueError with the pip line where `train.trackers` names one that is not installed."""
+    missing = [name for name in config.train.trackers if not any(map(_is_installed, TRACKERS[name]))]
+    if missing:
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        raise ValueError(
+            f"train.trackers: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {packages}, or take it out"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None  # a folder `wandb` of logs is a namespace without origin
+
+
 def plan_lines(injection: Injection) -> list[str]:
     """What a budget chose and which divisors were taken instead, as --check says it."""
     layers: list[Any] = [adapter.layer for adapter in injection.adapters.values() if hasattr(adapter, "layer")]
     return plan_notes(injection.spec, layers, injection.options)
 
 
-def _refuse_other_adapter(config: RunConfig, file: Any) -> None:
+def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
     """ValueError where an adapter to continue from is not what the config would train."""
     if file.spec is None:
         raise ValueError(
@@ -238,11 +270,13 @@ def _refuse_other_adapter(config: RunConfig, file: Any) -> None:
         )
 
 
-def class_image_maker(config: RunConfig, source: Any, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
+def class_image_maker(
+    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> tuple[Renderer, Callable[[], None]]:
     """(render, forget): `render(prompt, seed)` draws a picture with the base model, loaded at the first call."""
     held: dict[str, Any] = {}
 
-    def draw(prompt: str, seed: int) -> Any:
+    def draw(prompt: str, seed: int) -> Image.Image:
         if not held:
             parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
             parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
@@ -259,8 +293,25 @@ def class_image_maker(config: RunConfig, source: Any, dtype: torch.dtype, device
     return draw, forget
 
 
-def data_mark(data: Any) -> str:
-    """A short hash of what is trained on: names and captions, in order."""
+def pictures_told(data: TrainingSet) -> list:
+    """What a resume state says of the pictures: contents, captions and names, in the run's own order."""
+    return [[order.written(rows) for rows in group] for group in data.rows()]
+
+
+def arrange_as_before(data: TrainingSet, about: dict[str, Any], place: Path) -> None:
+    """Put the pictures into the order of the run that wrote the state `about`; ValueError where they are others."""
+    if "pictures" not in about:  # of version 0.1, which compared names and their order
+        if about.get("data") != data_mark(data):
+            raise ValueError(f"cannot resume {place}: the pictures or captions are not those that it was trained on")
+        return
+    try:
+        data.arrange([[order.read(rows) for rows in group] for group in about["pictures"]])
+    except ValueError as error:
+        raise ValueError(f"cannot resume {place}: {error}") from None
+
+
+def data_mark(data: TrainingSet) -> str:
+    """A short hash of what is trained on, as version 0.1 told it: names and captions, in order."""
     digest = hashlib.sha256()
     for bucket in [*data.instances, *data.priors]:
         for name, caption in zip(bucket.names, bucket.caption_index.tolist(), strict=True):
@@ -269,7 +320,7 @@ def data_mark(data: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def adapter_info(config: RunConfig, source: Any, step: int) -> dict[str, Any]:
+def adapter_info(config: RunConfig, source: ModelSource, step: int) -> dict[str, Any]:
     """What an adapter file says about its training; formats.py takes out local paths and adds the layers."""
     return {
         "family": source.family.name,

@@ -13,7 +13,7 @@ from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import make_config
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models import family_of
-from diffusekrona_train.models.noise import noise_schedule
+from diffusekrona_train.models.process import Ddpm
 from diffusekrona_train.training.loss import Batch, Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.gpu.setting import Setting
@@ -49,19 +49,20 @@ class Bench:
         family = family_of({"_class_name": "UNet2DConditionModel", **config}, "random")
         generator = torch.Generator().manual_seed(1)
         latents = torch.randn(5, 1, 4, self.side // 8, self.side // 8, generator=generator)
-        conditioning = {"prompt_embeds": torch.randn(1, 77, config.cross_attention_dim, generator=generator)}
-        ids = torch.zeros(5, 1, 0)
+        conditioning = {"prompt_embeds": torch.randn(77, config.cross_attention_dim, generator=generator)}
+        crop = (self.side, self.side)
+        told = family.picture_conditioning(crop, (0, 0), crop)
+        extras = {name: value.expand(5, 1, *value.shape).clone() for name, value in told.items()}
         if family.name == "sdxl":
             width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            conditioning["pooled"] = torch.randn(1, width, generator=generator)
-            ids = torch.tensor([float(self.side), self.side, 0, 0, self.side, self.side]).expand(5, 1, 6).clone()
+            conditioning["pooled"] = torch.randn(width, generator=generator)
         data = TrainingSet(
-            [Bucket(latents, ids, torch.zeros(5, dtype=torch.long), list("abcde"))], [], [""], conditioning
+            [Bucket(latents, extras, torch.zeros(5, dtype=torch.long), list("abcde"))], [], [""], [conditioning]
         )
-        alphas = noise_schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+        process = Ddpm.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
         device = next(self.unet.parameters()).device
         return Objective(
-            self.config(), family, self.unet, injection, data, alphas, "epsilon", self.unet.dtype, device
+            self.config(), family, self.unet, injection, data, process, self.unet.dtype, device
         )  # fmt: skip
 
     def config(self, adapter: dict | None = None) -> Any:

@@ -97,9 +97,10 @@ def step_peak(kind: str, side: int, batch: int, checkpointing: bool) -> tuple[fl
         contender = bench.contender({"a1": 4, "a2": 64})
         with Peak(storages(unet)) as peak:
             for _ in range(2):
-                size = objective.data.instances[0].size_ids.shape[-1]
+                told = objective.data.instances[0].extras
+                extras = {name: torch.empty(batch, *value.shape[2:]) for name, value in told.items()}
                 noise, count = torch.empty(batch, 4, side // 8, side // 8), torch.zeros(batch, dtype=torch.long)
-                sample = Batch(noise, noise.clone(), count, count, torch.empty(batch, size), torch.ones(batch))
+                sample = Batch(noise, noise.clone(), count, [0] * batch, extras, torch.ones(batch))
                 contender.passes(sample)
                 contender.finish()
         base = sum(parameter.untyped_storage().nbytes() for parameter in unet.parameters())

@@ -200,7 +200,7 @@ def _wear(studio: Any, wearing: list) -> None:
     from diffusekrona_train.adapters.formats import inject_file
 
     studio.subjects = wearing
-    studio.injections = [inject_file(studio.pipe.unet, subject.file) for subject in wearing]
+    studio.injections = [inject_file(studio.denoiser, subject.file) for subject in wearing]
 
 
 def _strip(pictures: list[Image.Image]) -> bytes:

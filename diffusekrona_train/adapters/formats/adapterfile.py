@@ -24,7 +24,7 @@ from diffusekrona_train.adapters.formats.names import (
 )
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models import FAMILIES
+from diffusekrona_train.models import FAMILIES, family_named
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models.layers import Layer
 
@@ -153,11 +153,14 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
         info = json.loads(metadata[KEY])
         spec = AdapterConfig.model_validate(info["adapter"])
         family, options = info["family"], dict(info["options"])
-        is_known = family in FAMILIES
         per_block = int(info["layers_per_block"])
-        describe = whole_module if spec.targets == "all" else tables.describe_layer
+        is_known = family in FAMILIES
+        describe = whole_module if spec.targets == "all" or not is_known else family_named(family).describe
         widths = [(int(width_in), int(width_out)) for width_in, width_out in info["widths"]]
-        layers = [describe(name, *pair) for name, pair in zip(info["layers"], widths, strict=True)]
+        rows = [describe(name, *pair) for name, pair in zip(info["layers"], widths, strict=True)]
+        layers = [row for row in rows if row is not None]
+        if len(layers) < len(rows):
+            raise ValueError(f"{info['layers'][rows.index(None)]} is no layer of family {family}")
         shapes = {
             layer.name: ADAPTERS[spec.type].shapes(layer, options[layer.name], spec)
             for layer in layers
@@ -216,7 +219,7 @@ def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_blo
         if file.layers:
             _check_same_model(file, by_name, family)
             return file
-        known = tables.known_names(by_name, layers_per_block)
+        known = tables.known_names(by_name, layers_per_block, family)
         if unknown := [name for name in file.groups if name not in known]:
             raise ValueError(
                 f"layer {unknown[0]} is not in this model of family {family!r} "

@@ -21,7 +21,7 @@ def known_layers(model: str) -> tuple[list[Layer], str, int]:
     if model in tables.TABLES:
         return tables.layer_table(model), tables.FAMILY_OF[model], tables.layers_per_block(model)
     source = open_model(model)
-    return source.layers(), source.family.name, layers_per_block(source.place.config("unet"))
+    return source.layers(), source.family.name, layers_per_block(source.denoiser_config)
 
 
 def open_adapter(path: str | Path, model: str | None = None, *, authors: bool = False) -> AdapterFile:

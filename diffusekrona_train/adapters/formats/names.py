@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffusekrona_train.adapters.spectra import terms
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models import family_of
+from diffusekrona_train.models import family_named, family_of
 from diffusekrona_train.models.layers import Layer
 
 KEY = "diffusekrona"
@@ -138,14 +138,6 @@ def _targets(layers: list[Layer]) -> dict[str, Any]:
 
 # ---- metadata ------------------------------------------------------------------------------------------------------
 
-BASES = {
-    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-    "sd_v1": ("sd_v1", "stable-diffusion-v1/lora"),
-    "sd_v2": ("sd_v2", "stable-diffusion-v2-512/lora"),
-    "sd_v2_v": ("sd_v2_v", "stable-diffusion-v2-768-v/lora"),
-}
-"""Base -> (ss_base_model_version, modelspec.architecture)."""
-
 
 def header(
     path: str | Path,
@@ -162,7 +154,7 @@ def header(
     `kind` is the adapter's type, `info` our own JSON (token, prediction_type, resolution are read if there).
     """
     predicts = str(info.get("prediction_type") or "epsilon")
-    version, architecture = BASES[_base(family, layers, predicts)] if family in ("sd", "sdxl") else (family, family)
+    base = family_named(family).metadata(layers, predicts)
     title = Path(path).stem
     resolution = info.get("resolution")
     network, arguments, dim, alpha = _network(kind, groups, options)
@@ -171,35 +163,21 @@ def header(
         "ss_network_args": json.dumps(arguments),
         "ss_network_dim": dim,
         "ss_network_alpha": alpha,
-        "ss_base_model_version": version,
-        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_v2": str(base["ss_base_model_version"].startswith("sd_v2")),
         "ss_output_name": title,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": (
-            "https://github.com/Stability-AI/generative-models" if family == "sdxl" else "diffusers"
-        ),
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if predicts == "v_prediction" else "epsilon",
-        "modelspec.resolution": f"{resolution}x{resolution}" if resolution else _usual_resolution(version),
+        "modelspec.resolution": f"{resolution}x{resolution}" if resolution else _usual_resolution(base),
+        **base,
     }
     if info.get("token"):
         about["modelspec.trigger_phrase"] = str(info["token"])
     return about
 
 
-def _base(family: str, layers: list[Layer], predicts: str) -> str:
-    """SD 2 has text embeddings 1024 wide, SD 1 768."""
-    if family == "sdxl":
-        return "sdxl"
-    cross = {layer.in_features for layer in layers if layer.kind == "cross" and layer.projection in "kv"}
-    second = 1024 in cross or predicts == "v_prediction"
-    return "sd_v1" if not second else "sd_v2_v" if predicts == "v_prediction" else "sd_v2"
-
-
-def _usual_resolution(version: str) -> str:
-    side = {"sdxl_base_v1-0": 1024, "sd_v2_v": 768}.get(version, 512)
+def _usual_resolution(base: dict[str, str]) -> str:
+    side = {"sd_v1": 512, "sd_v2": 512, "sd_v2_v": 768}.get(base["ss_base_model_version"], 1024)
     return f"{side}x{side}"
 
 

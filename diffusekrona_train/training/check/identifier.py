@@ -7,31 +7,33 @@ from __future__ import annotations
 
 import random
 import re
-from typing import Any
+
+from diffusekrona_train.models.contracts import Loadable, Loaded
+from diffusekrona_train.models.hub import HubModel
+from diffusekrona_train.models.source import ModelSource, class_of
 
 RARE_SHARE = 0.9
 """A byte-pair vocabulary is ordered by frequency: a whole word in its first nine tenths means something already."""
 
 
-def local_tokenizers(source: Any) -> list[Any]:
+def local_tokenizers(source: ModelSource) -> list[Loaded]:
     """The model's tokenizers, one a text encoder; empty where they are not on this machine."""
     import transformers
-    from transformers import CLIPTokenizer
 
     transformers.logging.set_verbosity_error()  # a long caption is told in our own words
     found = []
-    for part in source.family.tokenizers:
+    for part in source.family.parts.tokenizers:
         try:
-            if type(source.place).__name__ == "HubModel":
-                found.append(_hub_tokenizer(source.place, part, CLIPTokenizer))
+            if isinstance(source.place, HubModel):
+                found.append(_hub_tokenizer(source.place, part.folder, class_of(part)))
             else:
-                found.append(source.place.load_part(part, CLIPTokenizer))
+                found.append(source.place.load_part(part.folder, class_of(part)))
         except (OSError, ValueError):
             return []
     return found
 
 
-def _hub_tokenizer(place: Any, part: str, cls: type) -> Any:
+def _hub_tokenizer(place: HubModel, part: str, cls: type[Loadable]) -> Loaded:
     """From the local hub cache, or from the vocabulary in the package for the models whose configs it carries."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -47,12 +49,12 @@ def _hub_tokenizer(place: Any, part: str, cls: type) -> Any:
     return load_tokenizer(ASSETS / "configs" / str({"sd14": "sd15"}.get(place.alias, place.alias)) / part, cls)
 
 
-def token_count(tokenizer: Any, text: str) -> int:
+def token_count(tokenizer: Loaded, text: str) -> int:
     """Tokens of `text`, without the start and the end."""
     return len(tokenizer.tokenize(text))
 
 
-def known_words(tokenizer: Any, text: str) -> list[str]:
+def known_words(tokenizer: Loaded, text: str) -> list[str]:
     """The words of `text` that are one frequent token, so that the model has a meaning for them."""
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) < 10_000:  # too small for frequencies to mean much; single letters and rare words look alike
@@ -61,7 +63,7 @@ def known_words(tokenizer: Any, text: str) -> list[str]:
     return [word for word in words if vocabulary.get(word + "</w>", len(vocabulary)) < RARE_SHARE * len(vocabulary)]
 
 
-def rare_words(tokenizer: Any, seed: str, count: int = 4) -> list[str]:
+def rare_words(tokenizer: Loaded, seed: str, count: int = 4) -> list[str]:
     """Words of three letters that are a single, rare token: the same ones for the same `seed`."""
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) < 10_000:

@@ -7,23 +7,25 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data import Collection
 from diffusekrona_train.data.training_set import cache_folder
+from diffusekrona_train.models.contracts import Layer
+from diffusekrona_train.models.source import ModelSource
 
 
-def base_parameters(source: Any) -> int:
+def base_parameters(source: ModelSource) -> int:
     """Parameters of the denoiser: from its layer table where there is one, which needs no diffusers."""
     from diffusekrona_train.models import layers as tables
 
     return tables.base_parameters(source.alias) if source.alias in tables.TABLES else source.base_parameters()
 
 
-def layers_of(source: Any) -> list[Any]:
-    """All linears of the denoiser as adapters.Layer rows, from its layer table where there is one."""
+def layers_of(source: ModelSource) -> list[Layer]:
+    """All layers of the denoiser that can be adapted, from its layer table where there is one."""
     from diffusekrona_train.models import layers as tables
 
     return tables.layer_table(source.alias) if source.alias in tables.TABLES else source.layers()
@@ -46,10 +48,10 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
         f"{train.steps} optimiser steps x batch {batch} ({parts}) = {views:,} views, "
         f"each of {photos} photos about {views / photos:.0f} times"
     ]
-    repeats = max(1, round(views / photos / 10))
-    per_epoch = math.ceil(photos * repeats / batch)
+    counted, of_an_epoch = _as_kohya(collection, max(1, round(views / photos / 10)))
+    per_epoch = math.ceil(of_an_epoch / batch)
     lines.append(
-        f"passes: {views / pass_views:.1f}; in kohya's counting {repeats} repeats x {photos} photos / batch {batch} = "
+        f"passes: {views / pass_views:.1f}; in kohya's counting {counted} / batch {batch} = "
         f"{per_epoch} steps an epoch, {train.steps / per_epoch:.1f} epochs"
     )
     if config.prior.kind != "none":
@@ -63,7 +65,19 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
     return lines
 
 
-def memory_lines(config: RunConfig, source: Any) -> list[str]:
+def _as_kohya(collection: Collection, guess: int) -> tuple[str, int]:
+    """(`10 repeats x 3 photos`, views an epoch): by the folders' own repeats, or by `guess` where none are given."""
+    times = Counter(picture.repeats for picture in collection.pictures)
+    if not collection.repeats_are_given:
+        times = Counter({guess: len(collection.pictures)})
+    if len(times) == 1:
+        ((repeats, photos),) = times.items()
+        return f"{repeats} repeats x {photos} photos", repeats * photos
+    told = " + ".join(f"{repeats} repeats x {photos} photos" for repeats, photos in sorted(times.items()))
+    return f"({told})", sum(repeats * photos for repeats, photos in times.items())
+
+
+def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     """Estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
     import torch
 
@@ -75,12 +89,13 @@ def memory_lines(config: RunConfig, source: Any) -> list[str]:
     base = base_parameters(source)
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     megapixels = samples * (config.data.resolution / 1024) ** 2
-    needs = {level.name: estimate(level, base, megapixels, dtype) for level in levels(config)}
+    figures = source.family.memory
+    needs = {level.name: estimate(level, base, megapixels, dtype, figures) for level in levels(config)}
     lines = [
         "about " + ", ".join(f"{need:.1f} GiB {name}" for name, need in needs.items()) + f" ({samples} images at once)"
     ]
     if cuda:
-        lines.append(choose(config, base, samples, dtype, torch.device("cuda"))[1].removeprefix("memory: "))
+        lines.append(choose(config, base, samples, dtype, torch.device("cuda"), figures)[1].removeprefix("memory: "))
         free = torch.cuda.mem_get_info()[0] / GIB
         if min(needs.values()) > free:
             lines.append(f"{free:.1f} GiB are free: lower data.resolution or train.batch_size, or close other programs")
@@ -95,12 +110,12 @@ def memory_lines(config: RunConfig, source: Any) -> list[str]:
     return lines
 
 
-def disk_lines(config: RunConfig, source: Any, collection: Collection, trainable: int) -> list[str]:
+def disk_lines(config: RunConfig, source: ModelSource, collection: Collection, trainable: int) -> list[str]:
     """What cache and run folder will hold, against what is free."""
-    channels = source.place.config("unet").get("in_channels", 4)
-    side = 2 ** (len(source.place.config("vae")["block_out_channels"]) - 1)
+    side = config.data.resolution
+    latent = math.prod(source.family.latent_shape(source.vae_config, side, side))
     pictures = len(collection.pictures) + (config.prior.count if config.prior.kind == "images" else 0)
-    latents = pictures * config.data.variants * channels * (config.data.resolution / side) ** 2 * 4
+    latents = pictures * config.data.variants * latent * 4
     class_images = config.prior.count * config.data.resolution**2 * 1.5 if config.prior.kind == "images" else 0
     checkpoints = math.ceil(config.train.steps / config.train.checkpoint_every)
     states = min(checkpoints, config.train.keep_resume_states) * trainable * 12
