@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
-from diffusekrona_train.common.device import DTYPES, name_of, pick_dtype, ran_out
+from diffusekrona_train.common.device import DTYPES, free, name_of, pick_dtype, ran_out
 from diffusekrona_train.common.files import sha256
 from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
 from diffusekrona_train.config.paths import user_path
@@ -322,6 +322,5 @@ def encode_texts(source: ModelSource, texts: Sequence[str], device: torch.device
     encode = source.family.encode_prompt
     rows = {text: encode(parts["tokenizers"], parts["text_encoders"], text) for text in dict.fromkeys(texts)}
     del parts
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free(device)
     return {text: {name: value.cpu() for name, value in row.items()} for text, row in rows.items()}

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed
 
 from diffusekrona_train.adapters.flat import FlatFactors
 
@@ -58,7 +59,8 @@ class Descent:
         if stop:
             self.flat[STOP] = 1.0
         if self.accelerator.num_processes > 1:
-            self.flat.copy_(self.accelerator.reduce(self.flat, "mean"))
+            torch.distributed.all_reduce(self.flat)
+            self.flat.div_(self.accelerator.num_processes)
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)

@@ -23,7 +23,8 @@ def name_the_best(run: Run) -> None:
     """Measures all checkpoints and says which one is best; a failure is told and costs nothing but the answer."""
     from diffusekrona_train.evaluation import best_checkpoint
 
-    run.objective.denoiser = None  # the evaluation loads the base itself; the factors are saved
+    # the evaluation loads the base itself, and the factors are saved; the injection holds the denoiser too
+    run.objective.denoiser = run.objective.injection = None
     free(run.accelerator.device)
     try:
         best = best_checkpoint(run.folder, quantize=run.level.quantize)  # what fits training fits this
