@@ -106,7 +106,7 @@ def use_operator(x: Tensor, A: Tensor, B: Tensor) -> bool:
 
 def _without_autocast(operator, like: Tensor, *arguments):
     """Inside, types are already right: autocast would only change those of the plain products behind the operator."""
-    if not torch.is_autocast_enabled(like.device.type):
+    if like.is_meta or not torch.is_autocast_enabled(like.device.type):  # meta knows no autocast
         return operator(*arguments)
     with torch.autocast(like.device.type, enabled=False):
         return operator(*arguments)

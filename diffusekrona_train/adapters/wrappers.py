@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffusekrona_train.adapters import Adapter, Fp32Module, check_tensors, to_file
+from diffusekrona_train.adapters.kron import computes_in_own_type
 
 
 class AdaptedLinear(nn.Module):
@@ -21,9 +22,13 @@ class AdaptedLinear(nn.Module):
         self.channels_first = isinstance(self._innermost(), nn.Conv2d)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = self.base(x, *args, **kwargs)
+        lane = self.adapter.lane
         if self.fused or self.adapter.strength == 0:
-            return y
+            return self.base(x, *args, **kwargs)
+        plain = not (args or kwargs or self.channels_first or torch.compiler.is_compiling())
+        if lane is not None and plain and computes_in_own_type(x):
+            return lane.forward(self.base, x)
+        y = self.base(x, *args, **kwargs)
         if self.channels_first:
             return y + self.adapter(x.movedim(1, -1)).movedim(-1, 1).to(y.dtype)
         return y + self.adapter(x).to(y.dtype)

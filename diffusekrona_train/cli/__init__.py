@@ -19,6 +19,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 
 # Read when torch is loaded: OpenMP threads that spin while they wait make a step many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when CUDA begins: pictures of other shapes and validations would else leave holes that nothing fits in.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 P = ParamSpec("P")
 R = TypeVar("R")

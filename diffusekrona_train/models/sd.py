@@ -49,7 +49,7 @@ class SD:
     blocks = ("down_blocks", "mid_block", "up_blocks")
     # Counted for SDXL (scripts/gpu/trace.py): 5.3 and 0.6, without the workspaces of cuDNN and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
-    memory = MemoryFigures(plain=8.0, checkpointing=2.5, quantized_share=0.75)
+    memory = MemoryFigures(plain=6.5, checkpointing=1.2, quantized_share=0.75)
 
     def matches(self, denoiser_config: Config) -> bool:
         """True for a UNet with cross-attention to one text encoder and 4 or more latent channels."""

@@ -124,7 +124,8 @@ def name_the_best(run: Run) -> None:
 
     progress = run.journal.progress
     progress.report("phase", name="evaluate")
-    run.objective.denoiser = None  # the evaluation loads the base itself; the factors are saved
+    # the evaluation loads the base itself, and the factors are saved; the injection holds the denoiser too
+    run.objective.denoiser = run.objective.injection = None
     free()
     try:
         best = best_checkpoint(run.folder, quantize=run.level.quantize, progress=progress)  # what fits training fits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import torch.utils.checkpoint
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
@@ -35,7 +37,7 @@ from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.training import checkpoint, memory
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
-from diffusekrona_train.training.optimizer import Descent
+from diffusekrona_train.training.optimizer import SPARE, Descent
 from diffusekrona_train.training.preview import Gallery
 
 TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
@@ -97,7 +99,7 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     level, why = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
-    descent = Descent(injection.parameters(), config.train, accelerator)
+    descent = Descent(injection.flatten(SPARE), config.train, accelerator)
     process = source.process(config.data.resolution)
     objective = Objective(
         config, source.family, denoiser, injection, data, process, dtype, device,
@@ -179,9 +181,9 @@ def choose_level(
 ) -> tuple[memory.Level, str]:
     """The memory level of all processes: what the main one finds room for."""
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
-    level, why = memory.choose(
-        config, source.base_parameters(), samples, dtype, accelerator.device, source.family.memory
-    )
+    base = source.base_parameters()
+    trained = memory.trained_parameters(config, source.layers(), base)
+    level, why = memory.choose(config, base, samples, dtype, accelerator.device, source.family.memory, trained)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -196,10 +198,17 @@ def load_denoiser(
     train = config.train
     denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
     if level.checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        enable_checkpointing(denoiser)
     if train.channels_last:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     return denoiser
+
+
+def enable_checkpointing(denoiser: Any) -> None:
+    """Compute blocks again in the backward pass. No layer is random: to set a generator's state back, a hundred times a
+    step, would cost time and forbid to capture the step as a graph."""
+    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+    denoiser.enable_gradient_checkpointing(again)
 
 
 def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:

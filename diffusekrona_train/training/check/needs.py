@@ -75,7 +75,7 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     """Estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
     import torch
 
-    from diffusekrona_train.training.memory import GIB, choose, estimate, levels
+    from diffusekrona_train.training.memory import GIB, choose, estimate, levels, trained_bytes, trained_parameters
 
     cuda = torch.cuda.is_available()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(config.train.mixed_precision)
@@ -84,12 +84,15 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     megapixels = samples * (config.data.resolution / 1024) ** 2
     figures = source.family.memory
-    needs = {level.name: estimate(level, base, megapixels, dtype, figures) for level in levels(config)}
+    trained = trained_parameters(config, layers_of(source), base)
+    beside = trained * trained_bytes(config) / GIB
+    needs = {level.name: estimate(level, base, megapixels, dtype, figures) + beside for level in levels(config)}
     lines = [
         "about " + ", ".join(f"{need:.1f} GiB {name}" for name, need in needs.items()) + f" ({samples} images at once)"
     ]
     if cuda:
-        lines.append(choose(config, base, samples, dtype, torch.device("cuda"), figures)[1].removeprefix("memory: "))
+        why = choose(config, base, samples, dtype, torch.device("cuda"), figures, trained)[1]
+        lines.append(why.removeprefix("memory: "))
         free = torch.cuda.mem_get_info()[0] / GIB
         if min(needs.values()) > free:
             lines.append(f"{free:.1f} GiB are free: lower data.resolution or train.batch_size, or close other programs")
