@@ -32,7 +32,18 @@ def sample(
     adapter: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:STRENGTH; repeat it for [V1], [V2] … in this order.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Multiplies what the adapters add; 0 is the base model.")] = 1.0,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            "--scale",
+            "--strength",
+            help="Multiplies what the adapters add; 0 is the base model (1, or what krona-eval best wrote into a file).",
+        ),
+    ] = None,
+    strength_schedule: Annotated[
+        str | None,
+        typer.Option(help='Strength over the noise levels: "0.3@0.25" is 0.3 in the first quarter of them, then 1.'),
+    ] = None,
     token: Annotated[
         list[str] | None, typer.Option(help="Identifier that [V] stands for, over the file's own.")
     ] = None,
@@ -81,6 +92,7 @@ def sample(
         raise ValueError('no prompt is given; write krona-sample RUN_OR_FILE "A [V] dog on the beach"')
     wanted = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "height": height, "width": width}
     wanted |= {"negative": negative or None, "noise": noise}
+    wanted |= {"strength_schedule": "" if strength_schedule == "none" else strength_schedule}
     _check_early(wanted, sweep or [])
 
     from diffusekrona_train.sampling import session as studio
@@ -88,8 +100,10 @@ def sample(
     memory = studio.Memory(dtype, quantize, offload, vae_tiling, vae_slicing, not no_fuse)
     if checkpoint is not None and run is None:
         raise ValueError(f"--checkpoint {checkpoint} needs a run folder before the prompts")
-    uses = [(studio.find_adapter(run, checkpoint), 1.0)] if run else []
+    uses = [(studio.find_adapter(run, checkpoint), None)] if run else []
     uses += [studio.parse_use(text) for text in adapter or []]
+    if scale is not None or any(text.startswith("scale=") for text in sweep or []):  # over what a file recommends
+        uses = [(path, 1.0 if strength is None else strength) for path, strength in uses]
     subjects = studio.subjects_of(uses, token or [], class_noun)
     found = studio.base_model_of(subjects, model, run if run and run.is_dir() else None)
     given = {"revision": revision, "variant": variant, "vae": vae, "model_config_dir": model_config_dir}
@@ -97,7 +111,10 @@ def sample(
     home = run if run and run.is_dir() else uses[0][0].parent if uses else Path.cwd()
     folder = output or home / "pictures"
     drawn = {"prompts": prompts, "seeds": range(seed, seed + num_images), "wanted": wanted, "sweeps": sweep or []}
-    _draw(subjects, found, memory, drawn, folder, scale, base, sheet, batch_size, overwrite)
+    for (path, strength), subject in zip(uses, subjects, strict=True):
+        if strength is None and subject.strength != 1:
+            print(f"strength {subject.strength:g}, as {path.name} recommends (--scale 1 overrides it)")
+    _draw(subjects, found, memory, drawn, folder, 1.0 if scale is None else scale, base, sheet, batch_size, overwrite)
 
 
 def _draw(
@@ -156,7 +173,11 @@ def _draw(
         written = pictures.draw(
             planned,
             folder,
-            room.painter([item.scale for item in planned], keep=False),
+            room.painter(
+                [item.scale for item in planned],
+                keep=False,
+                varies=any(item.settings.strength_schedule for item in planned),
+            ),
             batch_size=batch_size,
             overwrite=overwrite,
             rank=rank,

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusekrona_train.config.strengths import parse_strengths
 from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.models.contracts import Conditioning, Family, Loaded, Request, Tensors
 from diffusekrona_train.models.schedulers import build_scheduler
@@ -26,7 +27,8 @@ Job = tuple[str, int]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How a picture is drawn. Height and width in pixels (None: the model's own); scheduler: a row of SCHEDULERS."""
+    """How a picture is drawn. Height and width in pixels (None: the model's own); scheduler: a row of SCHEDULERS;
+    strength_schedule: as in `config.strengths` ("": strength 1 throughout)."""
 
     steps: int = 50
     guidance: float = 7.5
@@ -36,8 +38,10 @@ class SampleSettings:
     scheduler: str | None = None
     noise: str = "prompt"
     """What the noise of a picture depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
+    strength_schedule: str = ""
 
     def __post_init__(self) -> None:
+        parse_strengths(self.strength_schedule)
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; give 1 or more")
         if not 0 <= self.guidance <= 100:

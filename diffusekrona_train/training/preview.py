@@ -19,6 +19,7 @@ from diffusekrona_train.common.files import atomic
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import SampleSettings, render
+from diffusekrona_train.sampling.strengths import scheduled
 from diffusekrona_train.training.checkpoint import name_of
 from diffusekrona_train.training.loss import Objective
 
@@ -55,15 +56,17 @@ class Gallery:
         pipe = self._pipeline()
         try:
             pipe.vae.to(self.objective.device)
-            render(
-                pipe,
-                self.objective.family,
-                [self.jobs[number] for number in mine],
-                self._settings(),
-                batch_size=1,
-                conditioning_of=self.objective.data.conditioning_of,
-                on_image=on_image,
-            )
+            schedule, levels = self.config.validation.strength_schedule, pipe.scheduler.config.num_train_timesteps
+            with scheduled(self.objective.denoiser, schedule, levels, self.objective.injection.set_strength):
+                render(
+                    pipe,
+                    self.objective.family,
+                    [self.jobs[number] for number in mine],
+                    self._settings(),
+                    batch_size=1,
+                    conditioning_of=self.objective.data.conditioning_of,
+                    on_image=on_image,
+                )
         finally:
             pipe.vae.to("cpu")
             if self.objective.device.type == "cuda":

@@ -121,6 +121,7 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
     from diffusekrona_train.evaluation.measure import Judges, measure
     from diffusekrona_train.evaluation.metrics import METRICS
     from diffusekrona_train.sampling.session import subjects_of
+    from scripts.studies.gallery import rank_in_gallery
 
     step, token = need["step"], task.config["subject"]["token"]
     wearing = subjects_of([(adapter_of(folder, step), 1.0)]) if step else []
@@ -130,11 +131,12 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
         between = time.monotonic()
         judges = open_judges(Judges, task.config["model"] == "toybox")
         measured = measure(judges, open_photos(task.images), drawn, identifiers=(token,))
+        ranked = rank_in_gallery(judges.dino, task.images, need["gallery"], drawn) if need["gallery"] else {}
     import numpy as np
 
     scores = {
         name: round(float(METRICS[name].reduce(np.asarray(values))), 6) for name, values in measured.values.items()
-    }
+    } | ranked
     dtype = pick_dtype("auto", pick_device())
     groups = [tensors for subject in wearing for tensors in subject.file.groups.values()]
     record = {
@@ -176,14 +178,17 @@ def _draw(task: Task, need: dict[str, Any], wearing: list, room: Path) -> tuple[
     from diffusekrona_train.sampling.render import SampleSettings
 
     asked, prompts = need["sampling"], filled(task, need)
-    settings = SampleSettings(asked["steps"], asked["guidance"], height=asked["side"], width=asked["side"])
+    settings = SampleSettings(
+        asked["steps"], asked["guidance"], asked["negative"], asked["side"], asked["side"], asked["scheduler"],
+        asked["strength_schedule"],
+    )  # fmt: skip
     studio = open_studio(task, prompts)
     while studio.injections:
         studio.injections.pop().eject()
     _wear(studio, wearing)
-    scale = 1.0 if wearing else None
+    scale = asked["strength"] if wearing else None
     planned = plan_pictures(prompts, asked["seeds"], settings, scale=scale)
-    paint = studio.painter([scale])
+    paint = studio.painter([scale], varies=bool(asked["strength_schedule"]))
     studio.set_scale(scale, studio.memory.fuses)
     starts = range(0, len(planned), task.batch_size)
     pictures = [picture for i in starts for picture in paint(planned[i : i + task.batch_size])]
