@@ -37,7 +37,7 @@ def sample(
         typer.Option(
             "--scale",
             "--strength",
-            help="Multiplies what the adapters add; 0 is the base model (1, or what krona-eval best wrote into a file).",
+            help="Multiplies what the adapters add; 0 is the base model (1, or what krona-eval best chose).",
         ),
     ] = None,
     strength_schedule: Annotated[

@@ -1,8 +1,8 @@
 """A schedule of the adapters' strength over the noise levels of sampling, as text: "0.3@0.25".
 
-Progress runs from 0 (pure noise) to 1 (the finished image) and counts noise levels, not sampling steps: at timestep t of
-T it is 1 - t / (T - 1), as ComfyUI's start_percent. "0.3@0.25" is strength 0.3 in the first quarter and 1 afterwards;
-parts are joined with "+": "0.2@0.2+0.6@0.5" is 0.2, then 0.6 from 0.2 to 0.5, then 1.
+Progress runs from 0 (pure noise) to 1 (the finished image). It counts noise levels, not sampling steps: at timestep t
+of T it is 1 - t / (T - 1), which is ComfyUI's start_percent. "0.3@0.25" is strength 0.3 in the first quarter and 1
+afterwards; parts are joined with "+": "0.2@0.2+0.6@0.5" is 0.2, then 0.6 from 0.2 to 0.5, then 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def parse_strengths(text: str) -> tuple[Part, ...]:
         if part.strength > LARGEST:
             raise ValueError(f"strength_schedule: {text!r}: strength {part.strength:g}; give 0 to {LARGEST:g}")
         if not (parts[-1].until if parts else 0.0) < part.until <= 1:
-            raise ValueError(f"strength_schedule: {text!r}: {part.until:g} should lie above the part before and up to 1")
+            raise ValueError(
+                f"strength_schedule: {text!r}: {part.until:g} should lie above the part before and up to 1"
+            )
         parts.append(part)
     return tuple(parts)
 

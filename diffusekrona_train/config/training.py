@@ -97,7 +97,7 @@ class ValidationConfig(Strict):
     negative: str = ""
     """Negative prompt."""
     strength_schedule: str = ""
-    """Strength of the adapter over the noise levels: "0.3@0.25" is 0.3 in the first quarter of them and 1 afterwards."""
+    """Strength of the adapter over the noise levels: "0.3@0.25" is 0.3 in the first quarter of them, then 1."""
     loss: bool = True
     """Also measure the loss on fixed noise at fixed timestep quantiles."""
     report: bool = True

@@ -10,7 +10,15 @@ from diffusekrona_train.adapters.formats.annotate import annotate
 from diffusekrona_train.common.run_folder import step_of
 from diffusekrona_train.config import load_config
 from diffusekrona_train.data import collect
-from diffusekrona_train.evaluation.adapters import RULE, Outcome, Plan, choose, evaluate_adapters, rule_allows, write_json
+from diffusekrona_train.evaluation.adapters import (
+    RULE,
+    Outcome,
+    Plan,
+    choose,
+    evaluate_adapters,
+    rule_allows,
+    write_json,
+)
 from diffusekrona_train.models import open_model
 from diffusekrona_train.sampling.render import SampleSettings
 from diffusekrona_train.sampling.session import Memory, base_model_of, subjects_of
@@ -19,10 +27,10 @@ from diffusekrona_train.sampling.session import Memory, base_model_of, subjects_
 def best_checkpoint(run_folder: Path | str, plan: Plan | None = None, quantize: str = "none") -> dict[str, Any] | None:
     """Measures every checkpoint of a run at the plan's strengths and chooses one by RULE.
 
-    None on all processes but the first. Without a plan: the run's own prompts, four seeds, shared over the processes there are, the base model held in
-    `quantize` (none, nf4, int8), and large pictures decoded in tiles where it is not none.
-    Writes evaluation/best.json (chosen_step, strength, rule, checkpoints with their scores, base), and the strength into
-    the chosen adapter's metadata, where krona-sample finds it.
+    None on all processes but the first. Without a plan: the run's own prompts, four seeds, shared over the processes
+    there are, the base model held in `quantize` (none, nf4, int8), and large pictures decoded in tiles where it is not
+    none. Writes evaluation/best.json (chosen_step, strength, rule, checkpoints with their scores, base), and the
+    strength into the chosen adapter's metadata, where krona-sample finds it.
     """
     folder, memory = Path(run_folder), Memory(quantize=quantize, vae_tiling=quantize != "none")
     plan = plan or Plan(memory=memory).shared()

@@ -123,7 +123,9 @@ def recommended_strength(file: AdapterFile) -> float:
     """Return the strength that `krona-eval best` wrote into the file, 1 if none; ValueError where it is no number."""
     value = file.info.get("strength", 1.0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{file.path}: its metadata recommends strength {value!r}, which is not a number; give --scale")
+        raise ValueError(
+            f"{file.path}: its metadata recommends strength {value!r}, which is not a number; give --scale"
+        )
     return float(value)
 
 

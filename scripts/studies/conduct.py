@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.studies import figures, records, spread, tables
+from scripts.studies import figures, records, spread, tables, verdict
+from scripts.studies.judge import methods_of, ranking
 from scripts.studies.plan import Planner, order, unfinished
 from scripts.studies.rows import rows_of
 from scripts.studies.study import Study, load_base, load_studies
@@ -155,12 +156,25 @@ def write_all(
             print(f"{name}: nothing is measured yet")
             continue
         rows, target = rows_of(study, cells[name], found), targets[name]
-        tables.write_markdown(target / "table.md", study, rows, about(cells[name], found))
+        shown = cells[name]
         tables.write_csv(target / "table.csv", study, rows)
-        figures.write_plot(target / "plot.png", study, rows)
-        figures.write_sheet(target / "sheet.png", study, cells[name], found, runs, small=small)
+        if study.judge:
+            verdict.write_verdict(target / "table.md", study, shown, found, about(shown, found))
+            verdict.write_fronts(target / "plot.png", study, shown, found)
+            shown = best_cells(study, shown, found)
+        else:
+            tables.write_markdown(target / "table.md", study, rows, about(shown, found))
+            figures.write_plot(target / "plot.png", study, rows)
+        if shown:
+            figures.write_sheet(target / "sheet.png", study, shown, found, runs, small=small)
         print(f"{os.path.relpath(target / 'table.md')}" + (f" ({lacking} records missing)" if lacking else ""))
     return missing
+
+
+def best_cells(study: Study, cells: Sequence[Cell], found: dict[str, records.Record]) -> list[Cell]:
+    """Return each method's cells at its best point: a sheet of all points would be hundreds of rows."""
+    best = {method.label: method.best() for method in ranking(methods_of(study, cells, found))}
+    return [cell for cell in cells if best.get(cell.series.label) == (cell.value.label, cell.strength)]
 
 
 def about(cells: Sequence[Cell], found: dict[str, records.Record]) -> str:

@@ -11,17 +11,15 @@ from diffusekrona_train.evaluation.inputs import Generated, photos_of
 from diffusekrona_train.evaluation.metrics import METRICS, cosines
 
 TITLES = {name: metric.title for name, metric in METRICS.items()} | {"gallery": "recognised", "rank": "gallery rank"}
-"""Metric -> head of its column. recognised: the share of images whose nearest photo shows the subject; gallery rank: the
-subject's place among all subjects by their nearest photo, 1 where it is recognised."""
+"""Metric -> head of its column. recognised: the share of images whose nearest photo shows the subject; gallery rank:
+the subject's place among all subjects by their nearest photo, 1 where it is recognised."""
 
 
 def needs_gallery(metrics: Sequence[str]) -> bool:
     return not {"gallery", "rank"}.isdisjoint(metrics)
 
 
-def rank_in_gallery(
-    encoder: Any, own: str, others: Sequence[str], generated: Sequence[Generated]
-) -> dict[str, float]:
+def rank_in_gallery(encoder: Any, own: str, others: Sequence[str], generated: Sequence[Generated]) -> dict[str, float]:
     """Return `gallery` and `rank`, means over the generated images.
 
     own and others: where the photos of the subject and of each look-alike are. encoder.images gives unit rows.

@@ -131,9 +131,7 @@ class Planner:
         own = {**fields, "train.seed": seed, "validation": quiet, "data.cache_dir": str(self.runs / "cache")}
         return make_config(tree, [*self.sets, *(f"{key}={json.dumps(value)}" for key, value in own.items())])
 
-    def _sampling(
-        self, study: Study, own: Sequence[Sampling], row: SuiteRow, seed: int, side: int
-    ) -> dict[str, Any]:
+    def _sampling(self, study: Study, own: Sequence[Sampling], row: SuiteRow, seed: int, side: int) -> dict[str, Any]:
         """Everything that decides the images of a value; the last of `own` that says something wins."""
         prompts = self.base.prompts if study.prompts == "base" else self._prompts_of_suite(row)
         chosen = {**self.base.sampling.model_dump(), "strength": 1.0, "strength_schedule": ""}

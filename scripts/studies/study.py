@@ -98,8 +98,8 @@ class Bar(Strict):
     """What a study has to show, written down before its runs."""
 
     kind: Literal["hypervolume", "one rate", "floor"]
-    """hypervolume: `least` more than `against` in at least `subjects` subjects; one rate: there is a value at which each
-    series is within `within` of its own best; floor: no value of a series ends further than `within` below its best."""
+    """hypervolume: `least` more than `against`, above 0 in at least `subjects` subjects; one rate: there is a value at
+    which each series is within `within` of its own best; floor: no value of a series ends further below its best."""
     methods: Annotated[list[str], Field(min_length=1)]
     """Labels of the series that it is for."""
     metric: Literal["dino", "clip_t"] = "dino"
