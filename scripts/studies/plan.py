@@ -35,9 +35,11 @@ class Planner:
         subjects: Sequence[str] | None = None,
         photos: Path | None = None,
         sets: Sequence[str] = (),
+        suite: Suite | None = None,
+        look_alikes: Sequence[str] = (),
     ):
         self.base, self.runs, self.seeds, self.photos, self.sets = base, runs, seeds, photos, list(sets)
-        self.suite: Suite = load_suite(base.suite)
+        self.suite, self.look_alikes = suite or load_suite(base.suite), list(look_alikes)
         known = [row.name for row in self.suite.rows]
         for name in subjects or base.subjects:
             if name not in known:
@@ -64,7 +66,7 @@ class Planner:
                 value,
                 row.name,
                 seed,
-                self._need(name, study, series, value, row, seed, strength),
+                self._need(name, study, series, value, row, seed, strength, model),
                 self._images(row),
                 row.group,
                 strength,
@@ -77,11 +79,21 @@ class Planner:
         ]
 
     def _need(
-        self, name: str, study: Study, series: Series, value: Value, row: SuiteRow, seed: int, strength: float
+        self,
+        name: str,
+        study: Study,
+        series: Series,
+        value: Value,
+        row: SuiteRow,
+        seed: int,
+        strength: float,
+        model: str,
     ) -> str:
+        """Note what the task of a cell has to measure; the key of its record."""
         images = self._images(row)
+        fields = {**series.set, **series.models.get(model, {}), **value.set}  # type: ignore[call-overload]
         try:
-            config = self._config(row, images, seed, {**series.set, **value.set})
+            config = self._config(row, images, seed, fields)
         except ValueError as error:
             raise ValueError(f"study {name}, value {value.label!r}: {error}") from None
         if value.untrained:
@@ -149,8 +161,8 @@ class Planner:
         }
 
     def _gallery(self, row: SuiteRow) -> list[str]:
-        """Where the photos of the look-alikes are: the suite's other subjects."""
-        return [self._images(other) for other in self.suite.rows if other.name != row.name]
+        """Where the photos of the look-alikes are: the suite's other subjects and those given beside it."""
+        return [self._images(other) for other in self.suite.rows if other.name != row.name] + self.look_alikes
 
     def _prompts_of_suite(self, row: SuiteRow) -> list[str]:
         return self.suite.prompts[row.prompts] if isinstance(row.prompts, str) else row.prompts

@@ -69,6 +69,8 @@ class Series(Strict):
     """Its name."""
     set: dict[str, Any] = {}
     """Config fields by dotted name."""
+    models: dict[Literal["toybox", "sdxl", "sd15"], dict[str, Any]] = {}
+    """Config fields that hold for one model, such as its tuned rate."""
     sample: Sampling = Sampling()
     """Sampling settings that differ from the base's."""
 
@@ -204,7 +206,13 @@ Kind = TypeVar("Kind", bound=Strict)
 
 
 def known_studies() -> list[str]:
+    """Return the names of the paper's studies."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def further_studies() -> list[str]:
+    """Return the names of the studies beyond the paper, which `all` leaves out."""
+    return sorted(path.stem for path in (FOLDER / "method").glob("*.yaml"))
 
 
 def load_studies(names: list[str]) -> dict[str, Study]:
@@ -212,9 +220,11 @@ def load_studies(names: list[str]) -> dict[str, Study]:
     wanted = [each for name in names for each in (known_studies() if name == "all" else [name])]
     found = {}
     for name in dict.fromkeys(wanted):
-        path = FOLDER / f"{name}.yaml" if name in known_studies() else Path(name)
+        places = {each: FOLDER / f"{each}.yaml" for each in known_studies()}
+        places |= {each: FOLDER / "method" / f"{each}.yaml" for each in further_studies()}
+        path = places.get(name, Path(name))
         if not path.is_file():
-            raise ValueError(f"study {name!r} is not known; there are {', '.join(known_studies())} and all")
+            raise ValueError(f"study {name!r} is not known; there are {', '.join(places)} and all")
         found[path.stem] = _read(path, Study)
     return found
 
