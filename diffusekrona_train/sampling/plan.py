@@ -85,7 +85,8 @@ def plan_pictures(
     for number, prompt in enumerate(prompts):
         for combination in itertools.product(*(values for _, values in sweeps)):
             chosen = dict(zip(names, combination, strict=True))
-            label = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            told = {**chosen, "strength_schedule": chosen.get("strength_schedule") or "none"}
+            label = ", ".join(f"{name} {told[name]}" for name in chosen)
             own_scale = chosen.pop("scale", scale)
             own_seeds = [chosen.pop("seed")] if "seed" in chosen else list(seeds)
             own = replace(settings, **chosen)
