@@ -324,3 +324,39 @@ def test_a_judged_study_from_yaml_to_verdict(tmp_path, monkeypatch, capsys):
     assert all(
         (tmp_path / "runs" / "tiny" / "toybox" / name).is_file() for name in ("plot.png", "sheet.png", "table.csv")
     )
+
+
+# ---- the studies that wait to be run ---------------------------------------------------------------------------------
+
+
+def test_the_studies_beyond_the_paper_expand_and_share_runs(tmp_path):
+    for name, runs in (("stage-1", 9 * 20), ("stage-2", 2 * 252), ("factor-rates", 5 * 36), ("module-rates", 5 * 36)):
+        planner = Planner("toybox", load_base("toybox"), tmp_path, seeds=1 if name == "stage-1" else 3)
+        planner.expand(name, load_studies([name])[name], "toybox")
+        assert len(planner.tasks) == runs, name
+        assert name not in load_studies(["all"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "paper" / "planned").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_planned_study_waits_for_its_field_alone(path, tmp_path):
+    (study,) = load_studies([str(path)]).values()
+    with pytest.raises(ValueError, match="is not a known key|should be"):
+        Planner("toybox", load_base("toybox"), tmp_path, seeds=1).expand(path.stem, study, "toybox")
+
+
+def test_variants_have_the_parameters_of_lora():
+    """Equal layers and parameters: what is compared on toybox's own table of layers."""
+    from diffusekrona_train.adapters.inject import inject
+    from diffusekrona_train.config import make_config
+    from diffusekrona_train.models import open_model
+
+    unet = open_model("toybox").load("denoiser")["denoiser"]
+    counts = {}
+    for series in load_studies(["stage-1"])["stage-1"].series:
+        tree = {**load_base("toybox").config, "subject": {"images": "x", "class": "c"}, "output": "runs/x"}
+        config = make_config(tree, [f"{key}={json.dumps(value)}" for key, value in series.set.items()])
+        injection = inject(unet, config.adapter)
+        counts[series.label] = injection.count
+        injection.eject()
+    assert counts["LoRA"] == 125_952
+    assert all(0.98 * 125_952 <= count <= 125_952 for count in counts.values()), counts
