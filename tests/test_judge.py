@@ -225,6 +225,17 @@ def test_a_name_is_made_of_every_value_and_young_fields_are_left_out_at_their_ne
     assert records.without_neutral(tree, since)["train"] == {"average": 0.95, "rate": 1}
 
 
+def test_every_young_field_has_its_neutral_value_written_down():
+    """A field that is in no record yet belongs into records.SINCE, with the value that trains as it did before."""
+    from diffusekrona_train.config.run import RunConfig
+
+    config = RunConfig.model_validate({"subject": {"images": "x", "class": "dog"}, "output": "runs/x"})
+    mark = records.run_mark(config, "", [])["config"]
+    fields = {f"{section}.{name}" for section, own in mark.items() if isinstance(own, dict) for name in own}
+    known = {f"{s}.{name}" for s, own in rekey.DEFAULTS_OF_0_1.items() if isinstance(own, dict) for name in own}
+    assert fields == known and mark.keys() == rekey.DEFAULTS_OF_0_1.keys()
+
+
 def test_a_changed_default_finds_no_old_record(tmp_path, monkeypatch):
     from diffusekrona_train.config.training import TrainConfig
 
