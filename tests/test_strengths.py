@@ -7,6 +7,7 @@ import json
 import shutil
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.runs import make_run, make_world
 from tests.test_evaluate import a_plan, run_app
 from tests.test_sample import door, levels
 
+LEVELS = build_scheduler("ddim", open_model("toybox").load("scheduler")["scheduler"])
 PROMPT, SEED = "a sks dog on the grass", 3
 
 
@@ -93,17 +95,26 @@ def test_the_strength_is_set_where_the_noise_level_changes_it_and_is_1_afterward
             return sample
 
     denoiser, sample = Denoiser(), torch.zeros(1)
-    with scheduled(denoiser, "0.3@0.25", 1000, said.append):
+    with scheduled(denoiser, "0.3@0.25", LEVELS, said.append):
         for t in (999, 751, 750, 749, 500):
             denoiser(sample, torch.tensor(t))
             denoiser(sample, timestep=torch.tensor([t, t]).max())
     denoiser(sample, torch.tensor(999))
     assert said == [0.3, 999, 999, 751, 751, 750, 750, 1.0, 749, 749, 500, 500, 999]
     said.clear()
-    with pytest.raises(RuntimeError), scheduled(denoiser, "0.3@0.25", 1000, said.append):
+    with pytest.raises(RuntimeError), scheduled(denoiser, "0.3@0.25", LEVELS, said.append):
         denoiser(sample, torch.tensor(999))
         raise RuntimeError
     assert said == [0.3, 999, 1.0], "set back where sampling fails too"
+
+
+def test_a_model_without_noise_levels_is_told():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="strength_schedule: works for models with discrete noise levels"):
+        with scheduled(torch.nn.Identity(), "0.3@0.25", flow, print):
+            pass
+    with scheduled(torch.nn.Identity(), "", flow, print):
+        pass
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -128,14 +139,14 @@ def by_hand(source, unet, files: list, strength_of) -> np.ndarray:
     scheduler = build_scheduler("ddim", parts["scheduler"])
     scheduler.set_timesteps(4)
     texts = studio.encode_texts(source, [PROMPT], torch.device("cpu"))[PROMPT]
-    texts = {**texts, "size_ids": source.family.size_ids((64, 64), (0, 0), (64, 64)).reshape(1, 6)}
+    texts = source.family.collate([{**texts, **source.family.picture_conditioning((64, 64), (0, 0), (64, 64))}])
     side = unet.config.sample_size
     x = torch.randn((1, unet.config.in_channels, side, side), generator=noise_generator(PROMPT, SEED))
     made: dict[float, Any] = {}
     for t in scheduler.timesteps:
         strength = strength_of(float(t))
         made.setdefault(strength, with_delta(unet, files, strength))
-        x = scheduler.step(source.family.predict(made[strength], x, t, texts), t, x).prev_sample
+        x = scheduler.step(source.family.predict(made[strength], x, t[None], texts), t, x).prev_sample
     assert len(made) == 2, "both strengths are used"
     pixels = source.family.decode(parts["vae"], x)[0]
     return (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)

@@ -338,13 +338,13 @@ class Studio:
 
     def _scheduled(self, item: Planned, fuse: bool) -> contextlib.AbstractContextManager[None]:
         """The block in which the adapters follow the item's schedule of strengths, times its scale."""
-        scale, levels = item.scale, self.pipe.scheduler.config.num_train_timesteps
+        scale = item.scale
         if scale is None:
             return contextlib.nullcontext()
         return scheduled(
             self.denoiser,
             item.settings.strength_schedule,
-            levels,
+            self.pipe.scheduler,
             lambda strength: self.set_scale(scale * strength, fuse),
         )
 

@@ -56,8 +56,8 @@ class Gallery:
         pipe = self._pipeline()
         try:
             pipe.vae.to(self.objective.device)
-            schedule, levels = self.config.validation.strength_schedule, pipe.scheduler.config.num_train_timesteps
-            with scheduled(self.objective.denoiser, schedule, levels, self.objective.injection.set_strength):
+            schedule, apply = self.config.validation.strength_schedule, self.objective.injection.set_strength
+            with scheduled(self.objective.denoiser, schedule, pipe.scheduler, apply):
                 render(
                     pipe,
                     self.objective.family,
