@@ -285,7 +285,7 @@ def as_0_1_wrote(record: dict) -> dict:
     of = json.loads(json.dumps(record["of"]))
     for name in ("encoders", "gallery"):
         del of[name]
-    for name in ("negative", "scheduler", "strength", "strength_schedule", "batch_size"):
+    for name in ("negative", "scheduler", "noise", "strength", "strength_schedule", "batch_size"):
         del of["sampling"][name]
     config = of["run"]["config"]
     for section, value in list(config.items()):

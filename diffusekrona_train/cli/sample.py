@@ -170,14 +170,11 @@ def _draw(
     if missing:
         texts = [text for item in planned for text in (item.prompt, item.settings.negative)]
         room = studio.Studio(source, subjects, texts, memory, device)
+        varies = any(item.settings.strength_schedule for item in planned)
         written = pictures.draw(
             planned,
             folder,
-            room.painter(
-                [item.scale for item in planned],
-                keep=False,
-                varies=any(item.settings.strength_schedule for item in planned),
-            ),
+            room.painter([item.scale for item in planned], keep=False, varies=varies),
             batch_size=batch_size,
             overwrite=overwrite,
             rank=rank,

@@ -157,6 +157,7 @@ class Planner:
             "seeds": [seed * self.base.pictures + i for i in range(self.base.pictures)],
             "negative": "",
             "scheduler": None,
+            "noise": "prompt",
             "batch_size": self.base.batch_size,
         }
 

@@ -21,7 +21,12 @@ ASSETS = Path(__file__).resolve().parents[2] / "diffusekrona_train" / "assets"
 METRICS = ("clip_i", "clip_t", "dino")
 WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log_every", "trackers")
 """Fields of `train` that do not change the factors."""
-SINCE: dict[str, Any] = {}
+SINCE: dict[str, Any] = {
+    "subject.caption_key": None,
+    "subject.image_column": None,
+    "subject.caption_column": None,
+    "subject.split": None,
+}
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 
 A run with exactly this value is named as if there were no such field, so that older records are found. It is written

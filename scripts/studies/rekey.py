@@ -37,7 +37,7 @@ DEFAULTS_OF_0_1: dict[str, Any] = json.loads("""
 """)
 SOURCE = ("revision", "variant", "vae", "model_config_dir")
 """What names the base model of a record without training."""
-SAMPLING_OF_0_1 = {"negative": "", "scheduler": None, "strength": 1.0, "strength_schedule": ""}
+SAMPLING_OF_0_1 = {"negative": "", "scheduler": None, "noise": "prompt", "strength": 1.0, "strength_schedule": ""}
 ENCODERS_OF_0_1 = {
     True: {"CLIP": "toybox", "DINO": "toybox"},
     False: {"CLIP": "openai/clip-vit-base-patch32", "DINO": "facebook/dino-vits16"},

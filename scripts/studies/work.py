@@ -21,6 +21,8 @@ from diffusekrona_train.common.run_folder import claimed
 from scripts.studies import records
 from scripts.studies.task import Task, filled
 
+SETTINGS = ("steps", "guidance", "negative", "scheduler", "noise", "strength_schedule")
+"""What a record's sampling says of SampleSettings, by the same names."""
 STRIP_SIDE = 256
 """Pictures of a strip are at most this wide, in pixels."""
 
@@ -179,9 +181,10 @@ def _draw(task: Task, need: dict[str, Any], wearing: list, room: Path) -> tuple[
 
     asked, prompts = need["sampling"], filled(task, need)
     settings = SampleSettings(
-        asked["steps"], asked["guidance"], asked["negative"], asked["side"], asked["side"], asked["scheduler"],
-        asked["strength_schedule"],
-    )  # fmt: skip
+        height=asked["side"],
+        width=asked["side"],
+        **{name: asked[name] for name in SETTINGS},
+    )
     studio = open_studio(task, prompts)
     while studio.injections:
         studio.injections.pop().eject()
