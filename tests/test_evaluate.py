@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +27,11 @@ from scripts.train_suite import command_for, config_of
 from tests.runs import make_run, make_world
 
 
-def a_plan(log: Callable[[str], Any] = print, share: tuple[int, int] = (0, 1)) -> evaluate.Plan:
-    return evaluate.Plan(seeds=(0, 1), clip="toybox", dino="toybox", log=log, share=share)
+def a_plan(said: list[str] | None = None, share: tuple[int, int] = (0, 1)) -> evaluate.Plan:
+    """A plan of two seeds with toybox's encoders; `said` receives the messages."""
+    lines: list[str] = [] if said is None else said
+    progress = Progress(lambda event, fields: lines.append(fields["text"]) if event == "message" else None)
+    return evaluate.Plan(seeds=(0, 1), clip="toybox", dino="toybox", progress=progress, share=share)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def plan():
     said: list[str] = []
-    made = a_plan(said.append)
+    made = a_plan(said)
     made.said = said  # type: ignore[attr-defined]
     return made
 
@@ -57,7 +58,7 @@ def measured(world):
     """The run's best checkpoint, measured once."""
     said: list[str] = []
     run = shutil.copytree(world / "runs" / "dog", world / "measured" / "dog")
-    return run, evaluate.best_checkpoint(run, a_plan(said.append)), said
+    return run, evaluate.best_checkpoint(run, a_plan(said)), said
 
 
 def run_app(capsys, *words) -> tuple[int, str, str]:
