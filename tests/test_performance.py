@@ -14,11 +14,12 @@ import torch
 
 from diffusekrona_train.models import open_model
 from diffusekrona_train.training import memory, train
-from scripts.gpu.measure import chosen
-from scripts.gpu.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
-from scripts.gpu.watched import Watch
-from tests.runs import draw_photos, make_run
+from scripts.bench.__main__ import chosen
+from scripts.bench.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
+from scripts.bench.run import Watch
+from tests.runs import make_run
 from tests.tiny import packaged, real_part, write_pipeline
+from tests.tiny.photos import draw_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def small(tmp_path_factory):
     """The pipeline that the script makes, in a folder with photos."""
     folder = tmp_path_factory.mktemp("small")
-    script = [sys.executable, "scripts/make_random_pipeline.py", "--size", "small-sd15", str(folder / "model")]
+    script = [sys.executable, "-m", "tests.tiny", "--size", "small-sd15", str(folder / "model")]
     subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
     draw_photos(folder / "photos")
     return folder
@@ -146,9 +147,8 @@ def test_the_table_lands_between_the_marks_of_the_page(tmp_path):
         write_markdown(page, {**about, "rows": []}, {})
 
 
-def test_a_watch_gives_each_phase_its_own_time(monkeypatch):
+def test_a_watch_gives_each_phase_its_own_time():
     now = [100.0]
-    monkeypatch.setattr("scripts.gpu.watched.time.perf_counter", lambda: now[0])
 
     class Room:
         @staticmethod
@@ -161,7 +161,7 @@ def test_a_watch_gives_each_phase_its_own_time(monkeypatch):
         def inner():
             now[0] += 10
 
-    watch = Watch(now[0] - 7)
+    watch = Watch(now[0] - 7, clock=lambda: now[0])
     watch.around(Room, "outer", "set-up")
     watch.around(Room, "inner", "load")
     watch.enter("other")
@@ -189,7 +189,7 @@ def test_every_carried_wheel_has_a_tested_version():
 def test_living_tensors_are_counted_at_their_peak():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from scripts.gpu.trace import Peak, storages
+    from scripts.bench.trace import Peak, storages
 
     with FakeTensorMode():
         layer = torch.nn.Linear(1024, 1024, bias=False)
@@ -202,7 +202,7 @@ def test_living_tensors_are_counted_at_their_peak():
 
 def test_the_estimates_leave_room_over_what_is_counted():
     """SD 1.5 at 512 needs a quarter of a megapixel's figure beside its weights."""
-    code = [sys.executable, "-m", "scripts.gpu.trace", "--kind", "sd15", "--checkpointing"]
+    code = [sys.executable, "-m", "scripts.bench.trace", "--kind", "sd15", "--checkpointing"]
     said = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     base, more = (float(number) for number in re.findall(r"([\d.]+) GiB", said))
     assert base == pytest.approx(859_520_964 * 2 / memory.GIB, abs=0.01)

@@ -21,7 +21,8 @@ from diffusekrona_train.training.draw import Shelf, draw
 from diffusekrona_train.training.journal import Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import Descent
-from tests.runs import draw_photos, factors, make_run, make_world, newest_state, same_factors
+from tests.runs import factors, make_run, make_world, newest_state, same_factors
+from tests.tiny.photos import draw_photos
 
 
 @pytest.fixture(scope="module")
