@@ -16,7 +16,7 @@ from diffusekrona_train.models import open_model
 from diffusekrona_train.training import memory, train
 from scripts.bench.__main__ import chosen
 from scripts.bench.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
-from scripts.bench.run import Watch
+from scripts.bench.run import WATCHED, Watch, watching
 from tests.runs import make_run
 from tests.tiny import packaged, real_part, write_pipeline
 from tests.tiny.photos import draw_photos
@@ -34,9 +34,18 @@ def small(tmp_path_factory):
     return folder
 
 
-def test_a_random_pipeline_trains(small, tmp_path):
-    path = train(make_run(small, tmp_path / "run", train={"steps": 1, "batch_size": 1}, adapter={"a1": 4, "a2": 64}))
+def test_a_random_pipeline_trains_and_every_phase_is_watched(small, tmp_path):
+    run = {
+        "train": {"steps": 2, "batch_size": 1},
+        "validation": {"every": 2, "steps": 1},
+        "adapter": {"a1": 4, "a2": 64},
+    }
+    with watching(time.perf_counter()) as watch:
+        path = train(make_run(small, tmp_path / "run", **run))
     assert path.stat().st_size > 0
+    phases = {phase for _, _, phase in WATCHED} | {"first step", "steps"}
+    assert phases <= watch.summary()["seconds"].keys() and watch.level == "plain"
+    assert all(watch.calls[phase] >= 1 for phase in phases)
 
 
 def test_a_random_pipeline_is_diffusers_own(small):

@@ -37,7 +37,11 @@ def note(*_):
     times.append((time.time(), time.process_time()))
 register_optimizer_step_post_hook(note)
 run = runpy.run_module if kind == "module" else runpy.run_path
-run(program, run_name="__main__")
+try:
+    run(program, run_name="__main__")
+except SystemExit as ended:
+    if ended.code:
+        raise
 peaks = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
 json.dump({"times": times, "peak": [peak() / 2**30 if on_gpu else None for peak in peaks]}, open(result, "w"))
 """

@@ -14,10 +14,12 @@ import time
 BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
+import pkgutil  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -40,6 +42,8 @@ class Watch:
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, tuple[float, float]] = {}
         self.calls: dict[str, int] = {}
+        self.level = ""
+        """The memory level of the latest step."""
 
     def enter(self, phase: str) -> str:
         """Goes over to `phase`; returns the one before."""
@@ -80,7 +84,9 @@ class Watch:
         @functools.wraps(inner)
         def step(run: Any, number: int) -> Any:
             self.enter("first step" if number == run.start else "steps")
-            return inner(run, number)
+            wish = inner(run, number)
+            self.level = run.level.name
+            return wish
 
         return step
 
@@ -98,23 +104,38 @@ def cap_memory(gib: float, blind: bool) -> None:
         torch.cuda.mem_get_info = lambda device=None: (max(0, limit - torch.cuda.memory_reserved()), limit)
 
 
-def watch(room: Any, run: Any, setup: Any, began: float) -> Watch:
-    """A Watch with the doors of the training rooms hung."""
-    from diffusekrona_train.models.sd import SD
-    from diffusekrona_train.models.source import ModelSource
+WATCHED = (
+    ("training.run", "assemble", "set-up"),
+    ("training.setup", "build_training_set", "cache"),
+    ("models.source.ModelSource", "load_denoiser", "load"),
+    ("training.setup", "inject_factors", "adapters"),
+    ("training.loop", "validate", "validation"),
+    ("models.sd.SD", "decode", "decode"),
+    ("training.loop", "save", "save"),
+    ("training.loop", "refresh_report", "report"),
+    ("training.run", "finish", "end"),
+)
+"""(module or class of the package, function, phase): while the function runs, the run is in that phase."""
+
+
+@contextlib.contextmanager
+def watching(began: float) -> Iterator[Watch]:
+    """Watch the run that is trained inside; afterwards the package is as it was."""
+    from diffusekrona_train.training import loop
 
     made = Watch(began)
-    made.around(room, "assemble", "set-up")
-    made.around(run, "build_training_set", "cache")
-    made.around(ModelSource, "load_denoiser", "load")
-    made.around(setup, "inject_factors", "adapters")
-    made.around(room, "validate", "validation")
-    made.around(SD, "decode", "decode")
-    made.around(room, "save", "save")
-    made.around(room, "finish", "end")
-    made.around(room, "refresh_report", "report")
-    room.training_step = made.steps(room.training_step)
-    return made
+    kept = [(loop, "training_step", loop.training_step)]
+    for place, name, phase in WATCHED:
+        owner = pkgutil.resolve_name(f"diffusekrona_train.{place}")
+        kept.append((owner, name, getattr(owner, name)))
+        made.around(owner, name, phase)
+    loop.training_step = made.steps(loop.training_step)
+    made.enter("other")
+    try:
+        yield made
+    finally:
+        for owner, name, original in kept:
+            setattr(owner, name, original)
 
 
 # ---- point 4: whole runs ---------------------------------------------------------------------------------------------
@@ -182,26 +203,15 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true")
     given = parser.parse_args()
 
-    from diffusekrona_train import training as room
     from diffusekrona_train.config import load_config
-    from diffusekrona_train.training import setup
-    from diffusekrona_train.training import step as run
+    from diffusekrona_train.training import train
 
     config = load_config(given.config, given.set)
     if given.cap:
         cap_memory(given.cap, given.blind)
-    made = watch(room, run, setup, BEGAN)
-    level: list[str] = []
-    save = room.save
-
-    def noting(state: Any, done: int) -> None:
-        level[:] = [state.level.name]
-        save(state, done)
-
-    room.save = noting
-    made.enter("other")
-    room.train(config, overwrite=True)
-    found = {**made.summary(), "level": level[0], "steps": config.train.steps}
+    with watching(BEGAN) as made:
+        train(config, overwrite=True)
+    found = {**made.summary(), "level": made.level, "steps": config.train.steps}
     if torch.cuda.is_available():
         found["total"] = torch.cuda.get_device_properties(0).total_memory / GIB
     if given.json:
