@@ -101,6 +101,10 @@ class Contender:
     descent: Descent | None = None
     swaps: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Layer name -> (the frozen module, the module with its adapter)."""
+    hook: Any = None
+
+    def __post_init__(self) -> None:
+        self.enter()
 
     def step(self, number: int) -> None:
         (batch,) = self.objective.batches(number, 0)
@@ -109,7 +113,7 @@ class Contender:
 
     def passes(self, batch: Batch) -> None:
         if self.descent is None:
-            self.objective._predicted(batch.x_0.requires_grad_(), batch).square().mean().backward()
+            self.objective._predicted(batch.x_0, batch).square().mean().backward()
         else:
             self.descent.backward(self.objective.per_sample(batch).sum() / len(batch))
 
@@ -127,7 +131,6 @@ class Contender:
             for _ in range(3):
                 self.passes(first)
         torch.cuda.current_stream().wait_stream(side)
-        first.x_0.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.passes(first)
@@ -145,12 +148,20 @@ class Contender:
         return step
 
     def enter(self) -> None:
-        """Put the adapted layers into the UNet."""
+        """Put the adapted layers into the UNet; in the bare one, let the backward pass end where theirs ends."""
         self._put(1)
+        if self.descent is None and self.hook is None:
+            first = next(m for m in self.objective.denoiser.modules() if type(m).__name__ == "Transformer2DModel")
+            self.hook = first.register_forward_pre_hook(
+                lambda _, given: (given[0].detach().requires_grad_(), *given[1:])
+            )
 
     def leave(self) -> None:
         """Put the frozen layers back."""
         self._put(0)
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
 
     def _put(self, which: int) -> None:
         for name, pair in self.swaps.items():

@@ -17,6 +17,8 @@ from scripts.bench.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+BROKEN: dict[Path, str] = {}
+"""Models that could not be made, and why: they are not tried again for every row."""
 
 
 class Failed(RuntimeError):
@@ -52,12 +54,18 @@ class Setting:
     def model(self, kind: str) -> Path:
         """The random pipeline of `kind` ('sdxl', 'sd15', 'sd21'), made at the first call."""
         folder = self.out / "models" / (f"small-{kind}" if self.small else kind)
+        if (why := BROKEN.get(folder)) is not None:
+            raise Failed(why)
         if not (folder / "model_index.json").is_file():
             size = f"small-{kind}" if self.small else kind
             command = [sys.executable, "-m", "tests.tiny", "--size", size, "--device", self.device]
             if folder.exists():  # half-made by a run that was stopped
                 folder.rename(folder.with_name(f"{folder.name}-broken-{time.time():.0f}"))
-            run([*command, str(folder)])
+            try:
+                run([*command, str(folder)])
+            except Failed as error:
+                BROKEN[folder] = str(error)
+                raise
         return folder
 
     def photos(self) -> Path:
