@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusekrona_train.adapters.formats import load_adapter, set_scale, unload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "load_adapter", "set_scale", "unload"]
 
 

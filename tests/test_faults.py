@@ -10,6 +10,7 @@ from tests.faults.sandbox import Shared
 from tests.faults.tables import all_cases
 
 FAST = [case for case in all_cases() if case.fast]
+SLOW = [case for case in all_cases() if not case.fast]
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +19,19 @@ def shared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("area", sorted({case.area for case in FAST}))
-def test_every_case_of_an_area_holds(shared, area):
-    results = [run_case(case, shared) for case in FAST if case.area == area]
+def test_every_case_of_an_area_holds(shared, area, cases=FAST):
+    results = [run_case(case, shared) for case in cases if case.area == area]
     failed = [f"{result.case.name}: {'; '.join(result.problems)}" for result in results if result.problems]
     assert not failed, "\n".join(failed)
     assert not same_lines(results), "\n".join(same_lines(results))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("area", sorted({case.area for case in SLOW}))
+def test_every_slow_case_of_an_area_holds(shared, area):
+    doors.preload()
+    test_every_case_of_an_area_holds(shared, area, SLOW)
 
 
 @pytest.mark.parametrize("name", fuzz.FUZZERS)

@@ -47,7 +47,7 @@ def claimed(folder: Path, main: bool = True) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with open(path, "a+") as file:
+    with path.open("a+") as file:
         if not _lock(file):
             file.seek(0)
             raise ValueError(f"output: {folder} is being written by another run (process {file.read().strip() or '?'})")

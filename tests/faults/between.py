@@ -108,7 +108,7 @@ def _rights() -> list[Case]:
 
 def _locked(box: Sandbox) -> list[str]:
     arguments = fresh(box)
-    lock = open(box.path("runs/dog/.lock"), "w")  # noqa: SIM115 - held while the case runs, as another run would
+    lock = box.path("runs/dog/.lock").open("w")  # noqa: SIM115 - held while the case runs, as another run would
     fcntl.flock(lock, fcntl.LOCK_EX)
     _HELD.append(lock)
     return arguments

@@ -228,7 +228,7 @@ def _wait(child: int, kill_after: float, kill_with: int, seconds: float) -> tupl
 
 @contextlib.contextmanager
 def _surroundings(arguments: list[str], folder: Path, env: dict[str, str]) -> Iterator[None]:
-    kept_env, kept_folder, kept_argv = dict(os.environ), os.getcwd(), sys.argv
+    kept_env, kept_folder, kept_argv = dict(os.environ), Path.cwd(), sys.argv
     os.environ.update(QUIET | env)
     os.chdir(folder)
     sys.argv = [f"krona-{arguments[0]}", *arguments[1:]]
@@ -264,7 +264,10 @@ def _caught(out: Any, err: Any) -> Iterator[None]:
 @functools.cache
 def _streams() -> tuple[Any, Any]:
     """Text streams on descriptors 1 and 2 that are never closed: loggers keep the one they first saw."""
-    out, err = (open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False) for number in (1, 2))
+    out, err = (
+        open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        for number in (1, 2)
+    )
     err.reconfigure(line_buffering=True)
     return out, err
 
