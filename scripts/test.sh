@@ -19,7 +19,8 @@ step() {
 step .venv/bin/ruff check .
 step .venv/bin/ruff format --check .
 step .venv/bin/codespell
-step .venv/bin/mkdocs build --quiet --strict --site-dir build/site
+step "$python" -m scripts.docs
+step .venv/bin/zensical build --strict
 step .venv/bin/pyright --pythonpath "$python"
 step "$python" -m pytest -n 2 --dist loadfile "$@"   # one-thread processes
 if ! command -v chromium chromium-browser google-chrome >/dev/null; then

@@ -23,6 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+"""Settings of every typer.Typer: help without boxes, in which [V] is not taken for markup."""
+
 USER_MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
 """What a user can put right: shown as one line with exit status 2. pydantic's ValidationError is a ValueError."""
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter, read_prompts_file
+from diffusekrona_train.cli import PLAIN, door, enter, read_prompts_file
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(**PLAIN)
 
 ModelGroup, MemoryGroup, PictureGroup, OutputGroup = "Model", "Memory", "Picture", "Output"
 

@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from diffusekrona_train.cli import door, enter
+from diffusekrona_train.cli import PLAIN, door, enter
 
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, help="Train a Kronecker adapter on a few photos."
-)
+app = typer.Typer(**PLAIN, help="Train a Kronecker adapter on a few photos.")
 
 
 @app.callback(invoke_without_command=True)
@@ -25,7 +23,7 @@ def train(
     resume_from: Annotated[Path | None, typer.Option(help="Go on from a state: runs/dog/resume/step-000100.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Say what the config would do, without training.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train an adapter: krona-train --config dog.yaml"""
     if context.invoked_subcommand:
