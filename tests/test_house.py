@@ -175,3 +175,13 @@ def test_a_door_whose_reader_has_gone_ends_in_silence():
     done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_a_library_warns_of_on_import_does_not_reach_a_user():
+    """bitsandbytes warns on some processors of kernels that are not installed; its errors still come as exceptions."""
+    code = (
+        f"import logging, typer; from {PACKAGE.name}.cli import PLAIN, enter; app = typer.Typer(**PLAIN);"
+        "app.command()(lambda: logging.getLogger('bitsandbytes.backends.cpu.ops').warning('noise')); enter(app)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

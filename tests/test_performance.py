@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusekrona_train.models import open_model
+from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, train
 from scripts.bench.__main__ import chosen
 from scripts.bench.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
 from scripts.bench.run import WATCHED, Watch, watching
 from tests.runs import make_run
-from tests.tiny import packaged, real_part, write_pipeline
+from tests.tiny import real_part, write_pipeline
 from tests.tiny.photos import draw_photos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,17 +55,17 @@ def test_a_random_pipeline_is_diffusers_own(small):
     assert pipe.safety_checker is None and pipe.unet.config.block_out_channels[0] == 64
 
 
-def test_parts_of_real_size_are_made_in_the_type_asked_for(tmp_path, monkeypatch):
-    """With the published configs cut to a narrow UNet, as the whole would take gigabytes."""
-    whole = packaged("sd15")["unet"]
-    monkeypatch.setattr(
-        "tests.tiny.packaged",
-        lambda kind: {**packaged(kind), "unet": {**whole, "block_out_channels": [32, 64, 64, 64]}},
-    )
-    parts = {name: (lambda name=name: real_part("sd15", name)) for name in ("unet", "tokenizer", "scheduler")}
+def test_parts_of_real_size_are_made_in_the_type_asked_for(tmp_path):
+    """With the published config cut to a narrow UNet, as the whole would take gigabytes."""
+    narrow = {"block_out_channels": [32, 64, 64, 64]}
+    parts = {
+        "unet": lambda: real_part("sd15", "unet", **narrow),
+        "tokenizer": lambda: real_part("sd15", "tokenizer"),
+        "scheduler": lambda: real_part("sd15", "scheduler"),
+    }
     write_pipeline("sd15", tmp_path, parts, dtype="bfloat16")
     source = open_model(str(tmp_path))
-    unet = source.place.load_part("unet", type(real_part("sd15", "unet")), torch_dtype=torch.bfloat16)
+    unet = source.place.load_part("unet", type(parts["unet"]()), torch_dtype=torch.bfloat16)
     assert unet.dtype == torch.bfloat16 and all(parameter.isfinite().all() for parameter in unet.parameters())
     assert len(source.load("tokenizers")["tokenizers"][0]) == 49408
     assert torch.get_default_dtype() == torch.float32
@@ -215,4 +215,4 @@ def test_the_estimates_leave_room_over_what_is_counted():
     said = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     base, more = (float(number) for number in re.findall(r"([\d.]+) GiB", said))
     assert base == pytest.approx(859_520_964 * 2 / memory.GIB, abs=0.01)
-    assert 0.1 < more < memory.ACTIVATIONS_CHECKPOINTING / 4
+    assert 0.1 < more < family_named("sd").memory.checkpointing / 4

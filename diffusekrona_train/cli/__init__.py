@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import signal
 import sys
@@ -98,6 +99,7 @@ def with_options(command: Callable[..., R]) -> Callable[..., R]:
 def enter(app: Callable[..., Any]) -> NoReturn:
     """Run a door's typer app: a wrong option or argument is one line too (exit status 2); SIGTERM ends it cleanly."""
     signal.signal(signal.SIGTERM, _terminated)
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns on import of kernels that no one here needs
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()

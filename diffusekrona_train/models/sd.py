@@ -46,7 +46,7 @@ class SD:
     side_multiple = 8
     negative_prompt = True
     blocks = ("down_blocks", "mid_block", "up_blocks")
-    # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without the workspaces of cuDNN and fragmentation; stepping
+    # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without cuDNN's workspaces and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
     memory = MemoryFigures(plain=8.0, checkpointing=2.5, quantized_share=0.75)
 

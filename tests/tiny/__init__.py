@@ -101,9 +101,9 @@ def packaged(kind: str) -> dict[str, dict[str, Any]]:
     return {**{part: place.config(part) for part in parts}, "model_index": index}
 
 
-def real_part(kind: str, part: str) -> Any:
+def real_part(kind: str, part: str, **changes: Any) -> Any:
     """One part of the published size: a module in eval mode with random weights of torch's default type, a tokenizer
-    with CLIP's own vocabulary, or the scheduler."""
+    with CLIP's own vocabulary, or the scheduler. `changes` are made to its config."""
     import diffusers
     import transformers
 
@@ -111,7 +111,7 @@ def real_part(kind: str, part: str) -> Any:
     cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     if part.startswith("tokenizer"):
         return load_tokenizer(ASSETS / "configs" / kind / part, cls)
-    config = packaged(kind)[part]
+    config = packaged(kind)[part] | changes
     if part.startswith("text_encoder"):
         return cls(transformers.CLIPTextConfig(**config)).eval()
     made: Any = cls.from_config(config)
