@@ -15,6 +15,7 @@ from PIL import Image
 from diffusekrona_train import evaluation as evaluate
 from diffusekrona_train.adapters.formats import load_adapter
 from diffusekrona_train.cli.evaluate import app
+from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.evaluation.adapters import KEPT_CLIP_T, MOST_DRIFT, choose
 from diffusekrona_train.evaluation.inputs import Generated, read_generated, without_words
 from diffusekrona_train.evaluation.measure import Judges, measure

@@ -110,9 +110,11 @@ def test_the_strength_is_set_where_the_noise_level_changes_it_and_is_1_afterward
 
 def test_a_model_without_noise_levels_is_told():
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="strength_schedule: works for models with discrete noise levels"):
-        with scheduled(torch.nn.Identity(), "0.3@0.25", flow, print):
-            pass
+    with (
+        pytest.raises(ValueError, match="strength_schedule: works for models with discrete noise levels"),
+        scheduled(torch.nn.Identity(), "0.3@0.25", flow, print),
+    ):
+        pass
     with scheduled(torch.nn.Identity(), "", flow, print):
         pass
 

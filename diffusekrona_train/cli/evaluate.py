@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter, read_prompts_file, with_options
+from diffusekrona_train.cli import PLAIN, door, enter, read_prompts_file, with_options
 from diffusekrona_train.cli.terminal import Terminal
 from diffusekrona_train.config.strengths import LARGEST
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(**PLAIN, no_args_is_help=True)
 
 Photos = Annotated[str | None, typer.Option(help="The subject's photos: folder, data set, or toybox:NAME.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of scores.json and report.html.")]

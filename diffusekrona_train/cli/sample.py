@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter, read_prompts_file
+from diffusekrona_train.cli import PLAIN, door, enter, read_prompts_file
 from diffusekrona_train.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from diffusekrona_train.sampling import Call
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(**PLAIN)
 
 ModelGroup, MemoryGroup, PictureGroup, OutputGroup = "Model", "Memory", "Picture", "Output"
 

@@ -77,9 +77,12 @@ def ensure_trained(task: Task, folder: Path) -> tuple[float, bool]:
     if not stays(task.config["model"]):
         forget_studio()
     began = time.monotonic()
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            diverged = _train(config, bool(goes_on))
+    with (
+        (folder / "log.txt").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        diverged = _train(config, bool(goes_on))
     with contextlib.suppress(ValueError), claimed(folder):  # another call that trains on in it keeps it
         shutil.rmtree(folder / "resume", ignore_errors=True)  # three times the adapters, and needed no more
     return max(0.0, time.monotonic() - began - seconds_at(folder, wanted[-1])), diverged

@@ -267,8 +267,8 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str | Path):
         text = str(value)
         local = text.startswith(("/", "./", "../", "~", "\\")) or text[1:3] == ":\\"
-        if local or isinstance(value, Path) or (os.sep in text and len(text) < 1000 and os.path.exists(text)):
-            return os.path.basename(text.replace("\\", "/").rstrip("/"))
+        if local or isinstance(value, Path) or (os.sep in text and len(text) < 1000 and Path(text).exists()):
+            return text.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return value
 
 
