@@ -283,10 +283,10 @@ def test_several_captions_take_turns_and_both_photos_are_seen_equally_often(how,
     assert sum("caption of 1: 'sks" in line for line in prompt_lines(config, collection)) == 3
     data = build_training_set(config, Source(), device="cpu", log=lambda text: None)
     (bucket,) = data.instances
-    shelf = drawing.Shelf(2, 1, (3, 2, 2))
+    shelf, uniform = drawing.Shelf(2, 1, (3, 2, 2)), lambda generator: torch.randint(10, (), generator=generator)
     seen = {0: [], 1: []}
     for step in range(12):
-        drawn = drawing.draw(0, step, range(1), 1, [shelf], timesteps=10)
+        drawn = drawing.draw(0, step, range(1), 1, [shelf], draw_t=uniform)
         (index,) = bucket.captions_of(drawn.picture, drawn.turn).tolist()
         seen[int(drawn.picture)].append(data.captions[index])
     assert seen == {0: ["A sks dog"] * 6, 1: ["sks one", "sks two", "sks three"] * 2}

@@ -153,7 +153,7 @@ def test_a_cut_state_is_refused_in_one_line(tmp_path, length):
     with pytest.raises(ValueError, match="cannot be read") as error:
         checkpoint.read(path.parent)
     assert "\n" not in str(error.value)
-    assert checkpoint.newest(tmp_path, log=lambda _: None) is None
+    assert checkpoint.newest(tmp_path) is None
 
 
 def test_what_is_no_state_is_refused(tmp_path):

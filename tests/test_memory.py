@@ -61,7 +61,7 @@ def test_drawing_without_memory_says_what_to_take(error):
 
 @pytest.mark.parametrize("who", ["cublas", "driver"])
 def test_a_run_goes_a_level_down_for_libraries_too(world, tmp_path, monkeypatch, who):
-    straight = factors(train(make_run(world, tmp_path / "a", train={"memory": "checkpointing"})).parent)
+    straight = factors(train(make_run(world, tmp_path / "a", train={"memory": "checkpointing"})).file.parent)
     loss, failed = Objective.loss, []
 
     def short(self, step, micro):
@@ -71,7 +71,7 @@ def test_a_run_goes_a_level_down_for_libraries_too(world, tmp_path, monkeypatch,
         return loss(self, step, micro)
 
     monkeypatch.setattr(Objective, "loss", short)
-    stepped = factors(train(make_run(world, tmp_path / "b")).parent)
+    stepped = factors(train(make_run(world, tmp_path / "b")).file.parent)
     assert failed and newest_state(tmp_path / "b").about["level"] == "checkpointing"
     for name, tensor in straight.items():  # no step was lost or taken twice
         torch.testing.assert_close(stepped[name], tensor, rtol=1e-4, atol=1e-6)
@@ -223,7 +223,7 @@ def test_files_of_a_run_that_stepped_down_are_whole(world, tmp_path, monkeypatch
         return loss(self, step, micro)
 
     monkeypatch.setattr(Objective, "loss", short)
-    path = train(make_run(world, tmp_path / "run", train={"channels_last": True}))
+    path = train(make_run(world, tmp_path / "run", train={"channels_last": True})).file
     assert newest_state(tmp_path / "run").about["level"] == "nf4"
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 

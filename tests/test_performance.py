@@ -34,7 +34,9 @@ def small(tmp_path_factory):
 
 
 def test_a_random_pipeline_trains(small, tmp_path):
-    path = train(make_run(small, tmp_path / "run", train={"steps": 1, "batch_size": 1}, adapter={"a1": 4, "a2": 64}))
+    path = train(
+        make_run(small, tmp_path / "run", train={"steps": 1, "batch_size": 1}, adapter={"a1": 4, "a2": 64})
+    ).file
     assert path.stat().st_size > 0
 
 

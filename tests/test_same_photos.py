@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffusekrona_train.data.order import Row, order_as_before, read, refuse_changes, written
 from diffusekrona_train.training import checkpoint, train
-from tests.runs import draw_photos, factors, make_run, make_world, same_factors
+from tests.runs import Told, draw_photos, factors, make_run, make_world, same_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -49,7 +49,7 @@ def test_a_renamed_and_moved_photo_is_drawn_as_before(world, tmp_path):
     (photos / "1.txt").write_text("first of [V]\nsecond of [V]")
     subject = {"images": str(photos), "class": "dog"}
     config = make_run(world, tmp_path / "whole" / "run", subject=subject)
-    straight = factors(train(config).parent)
+    straight = factors(train(config).file.parent)
     train(make_run(world, tmp_path / "part" / "run", subject=subject, train={"steps": 2}))
     moved = tmp_path / "elsewhere"
     photos.rename(moved)
@@ -57,9 +57,9 @@ def test_a_renamed_and_moved_photo_is_drawn_as_before(world, tmp_path):
         (moved / old).rename(moved / new)
     there = {"images": str(moved), "class": "dog"}
     resumed = make_run(world, tmp_path / "part" / "run", subject=there)
-    assert same_factors(factors(train(resumed, resume=True).parent), straight)
+    assert same_factors(factors(train(resumed, resume=True).file.parent), straight)
     fresh = make_run(world, tmp_path / "fresh" / "run", subject=there)  # it begins in the order of today's names
-    assert not same_factors(factors(train(fresh).parent), straight)
+    assert not same_factors(factors(train(fresh).file.parent), straight)
 
 
 def test_another_picture_and_another_caption_are_refused_by_name(world, tmp_path):
@@ -81,7 +81,7 @@ def test_a_state_of_version_0_1_is_still_taken_up(world, tmp_path, monkeypatch):
     """It tells its pictures by a mark of names and captions alone."""
     from diffusekrona_train.training import setup
 
-    whole = factors(train(make_run(world, tmp_path / "whole" / "run")).parent)
+    whole = factors(train(make_run(world, tmp_path / "whole" / "run")).file.parent)
     short = make_run(world, tmp_path / "part" / "run", train={"steps": 2})
     save = checkpoint.save
 
@@ -96,12 +96,13 @@ def test_a_state_of_version_0_1_is_still_taken_up(world, tmp_path, monkeypatch):
         patched.setattr(checkpoint, "save", as_before)
         train(short)
     resumed = make_run(world, tmp_path / "part" / "run")
-    assert same_factors(factors(train(resumed, resume=True).parent), whole)
+    assert same_factors(factors(train(resumed, resume=True).file.parent), whole)
 
 
-def test_training_tells_of_prompts_that_are_not_read(world, tmp_path, capsys):
+def test_training_tells_of_prompts_that_are_not_read(world, tmp_path):
     validation = {"prompts": ["a ([V] dog:1.4)", "[V] dog " + "and " * 90], "every": 0}
-    train(make_run(world, tmp_path / "run", train={"steps": 1}, validation=validation))
-    said = capsys.readouterr().out
-    assert "warning: prompt 'a (sks dog:1.4)': '(sks dog:1.4)' means something" in said
+    told = Told()
+    train(make_run(world, tmp_path / "run", train={"steps": 1}, validation=validation), progress=told)
+    said = "\n".join(fields["text"] for fields in told.of("warning"))
+    assert "prompt 'a (sks dog:1.4)': '(sks dog:1.4)' means something" in said
     assert "and the text encoder reads 75" in said

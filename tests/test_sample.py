@@ -181,16 +181,16 @@ def test_stops_and_shares_leave_batches_alone(tmp_path):
     assert sorted(sum(whole, [])) == sorted(item.file for item in plan)
     assert all(len({(i.scale, i.settings) for i in batch}) == 1 for batch in pictures.batches(plan, 4))
     for rank in (0, 1):
-        pictures.draw(plan, tmp_path, paint, batch_size=4, rank=rank, world=2, log=lambda line: None)
+        list(pictures.draw(plan, tmp_path, paint, batch_size=4, rank=rank, world=2))
     assert sorted(drawn) == sorted(whole)
     gone = random.Random(0).sample([item.file for item in plan], 5)
     for name in gone:
         (tmp_path / name).unlink()
     drawn.clear()
-    assert pictures.draw(plan, tmp_path, paint, batch_size=4, log=lambda line: None) == 5
+    assert len(list(pictures.draw(plan, tmp_path, paint, batch_size=4))) == 5
     assert all(batch in whole and set(batch) & set(gone) for batch in drawn)
     drawn.clear()
-    assert pictures.draw(plan, tmp_path, paint, batch_size=4, log=lambda line: None) == 0 and not drawn
+    assert len(list(pictures.draw(plan, tmp_path, paint, batch_size=4))) == 0 and not drawn
 
 
 # --- the door

@@ -17,8 +17,8 @@ from diffusekrona_train.adapters import operator, triton_kernels
 from diffusekrona_train.adapters.blocks import Sizes
 
 SHAPES = {
-    "B first": [Sizes(1, 8, 20, 3), Sizes(3, 7, 150, 9), Sizes(12, 40, 30, 17), Sizes(4, 70, 9, 5)],
-    "A first": [Sizes(40, 12, 17, 30), Sizes(70, 4, 5, 90)],
+    "B first": [Sizes(1, 8, 20, 3), Sizes(3, 7, 150, 9), Sizes(6, 20, 30, 9), Sizes(4, 70, 9, 5)],
+    "A first": [Sizes(20, 6, 9, 30), Sizes(70, 4, 5, 90)],
 }
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALLS = {"add_product": 0, "factor_gradients": 0}

@@ -76,7 +76,7 @@ def product(sizes: Sizes, n: int, has_base: bool = True) -> Launch:
     shared, small = (a1, b2) if sizes.b_first else (a2, b1)
     P, T = power(shared), _block(small, LARGEST_SMALL)
     # each program reads both factors, so where there are many tokens it takes twice as many of them
-    rows, num_warps = (512, 8) if n >= MANY_TOKENS else (256, 4)
+    rows, num_warps, num_stages = (512, 8, 2) if n >= MANY_TOKENS else (256, 4, 3)
     tokens = max(LEAST_DOT // P, rows // T)
     constants = _named(sizes) | {"TOKENS": tokens, "P": P, "T": T, "COPIES": max(LEAST_DOT // P, 1)}
     if sizes.b_first:
@@ -84,7 +84,7 @@ def product(sizes: Sizes, n: int, has_base: bool = True) -> Launch:
     else:
         constants |= {"INNER": _block(a1, 32), "OUTER": _block(b2, min(64, 2048 * num_warps // (tokens * P)))}
     kernel = "b_first" if sizes.b_first else "a_first"
-    return Launch(kernel, constants | {"HAS_BASE": has_base}, (ceil(n, tokens),), num_warps, num_stages=2)
+    return Launch(kernel, constants | {"HAS_BASE": has_base}, (ceil(n, tokens),), num_warps, num_stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -94,7 +94,8 @@ def factor_gradients(sizes: Sizes, n: int) -> Launch:
     More chunks keep a card busier, but each writes its sums: they may come to 1.5 times the bytes of a 16-bit x.
     """
     a1, a2, b1, b2 = sizes
-    P, T, inner, outer = power(a1), _block(b2, LARGEST_SMALL), _block(b1, 128), _block(a2, 64)
+    P, T, outer = power(a1), _block(b2, LARGEST_SMALL), _block(a2, 64)
+    inner = _block(b1, 128 if P * T < 256 else 64)
     tokens = max(LEAST_DOT // P, 4096 // (T * outer))
     in_b1, in_a2, all_steps = ceil(b1, inner), ceil(a2, outer), max(1, ceil(n, tokens))
     sums = in_a2 * b1 * b2 + in_b1 * a1 * a2

@@ -246,14 +246,13 @@ def _grads_in_torch(x: Tensor, grad: Tensor, A: Tensor, B: Tensor) -> tuple[Tens
     (a1, a2, b1, b2), n = _sizes(A, B), len(x)
     A, B = A.to(x.dtype).expand(n, -1, -1), B.to(x.dtype)
     x, grad = x.reshape(n, a1, b1), grad.reshape(n, a2, b2)
-    over = [[0, 2], [0, 2]]  # tokens and the columns of a token (a list of lists, whatever the stub says)
     if Sizes(a1, a2, b1, b2).b_first:
         z = torch.mm(x.reshape(n * a1, b1), B.mT).view(n, a1, b2)
         grad_z = torch.bmm(A.mT, grad)
-        return torch.tensordot(grad, z, dims=over), torch.mm(grad_z.view(n * a1, b2).mT, x.reshape(n * a1, b1))
+        return torch.einsum("nat,npt->ap", grad, z), torch.mm(grad_z.view(n * a1, b2).mT, x.reshape(n * a1, b1))
     w = torch.bmm(A, x)
     grad_w = torch.mm(grad.reshape(n * a2, b2), B).view(n, a2, b1)
-    return torch.tensordot(grad_w, x, dims=over), torch.mm(grad.reshape(n * a2, b2).mT, w.view(n * a2, b1))
+    return torch.einsum("nat,npt->ap", grad_w, x), torch.mm(grad.reshape(n * a2, b2).mT, w.view(n * a2, b1))
 
 
 # --- registration ------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def free(device: torch.device) -> None:
-    """Gives memory of dropped modules back."""
+def free() -> None:
+    """Give back the memory of dropped modules: Python's cycles, then torch's cached blocks."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

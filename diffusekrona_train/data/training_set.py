@@ -126,7 +126,7 @@ def build_training_set(
     source: ModelSource,
     *,
     device: torch.device,
-    log: Callable[[str], object] = print,
+    log: Callable[[str], object] = lambda _: None,
     extra_prompts: Sequence[str] = (),
     accelerator: Processes | None = None,
     render: Renderer | None = None,

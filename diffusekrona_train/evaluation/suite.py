@@ -92,7 +92,7 @@ def evaluate_suite(
         raise ValueError(f"{folder} holds none of the suite's folders ({suite.rows[0].name}, …)")
     rank, world = plan.share
     for row in present[rank::world]:
-        plan.log(f"subject {row.name}")
+        plan.progress.message(f"subject {row.name}")
         real = photos_of(suite.images_of(row, photos))
         if runs:
             measured, about = _measure_run(suite, row, real, runs / row.name, plan, output, model, settings)
@@ -134,7 +134,7 @@ def _measure_run(
         device=plan.where(),
         memory=plan.memory,
         batch_size=plan.batch_size,
-        log=plan.log,
+        progress=plan.progress,
     )
     drawn, drifted = bench.pictures(subject, prompts, plan.seeds, class_prompt)
     _, class_base = bench.pictures(None, [], plan.seeds, class_prompt)
@@ -164,7 +164,7 @@ def _measure_pictures(
 def _tell_unread(judges: Judges, generated: Sequence[Generated], omit: Sequence[str], plan: Plan) -> None:
     """Warn of prompts that the judging CLIP does not read to their end."""
     for line in prompt_warnings((without_words(one.prompt, omit) for one in generated), [judges.clip.tokenizer]):
-        plan.log(f"warning: {line}")
+        plan.progress.warning(line)
 
 
 def _keep(path: Path, measured: Measured, about: dict[str, Any]) -> None:

@@ -157,7 +157,6 @@ def class_of(part: Part) -> Any:
     return getattr(importlib.import_module(part.library), part.cls)
 
 
-@functools.cache
 def quiet() -> None:
     """Keep the libraries' progress bars and advice out of a user's terminal; their errors still come through."""
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusekrona_train.config import RunConfig
 from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.models.contracts import Conditioning, Family, Loaded, Request, Tensors
 from diffusekrona_train.models.schedulers import build_scheduler
@@ -48,6 +49,12 @@ class SampleSettings:
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):
                 raise ValueError(f"{name} is {value}; give a multiple of 8 pixels")
+
+
+def settings_of(config: RunConfig) -> SampleSettings:
+    """Return how a run's own images are sampled: its validation settings, at the size that it trains at."""
+    wanted, side = config.validation, config.data.resolution
+    return SampleSettings(wanted.steps, wanted.guidance, config.subject.fill(wanted.negative), side, side)
 
 
 def noise_generator(prompt: str, seed: int) -> torch.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ import torch
 from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
 from diffusekrona_train.common.device import DTYPES, free, name_of, pick_dtype, ran_out
 from diffusekrona_train.common.files import sha256
+from diffusekrona_train.common.process import world_size
+from diffusekrona_train.common.run_folder import step_of
 from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
 from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models import near_miss
 from diffusekrona_train.models.contracts import Tensors
-from diffusekrona_train.models.source import ModelSource
+from diffusekrona_train.models.source import ModelSource, quiet
 from diffusekrona_train.sampling.plan import Planned
 from diffusekrona_train.sampling.render import SampleSettings, render
 
@@ -90,10 +91,7 @@ def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
         if checkpoint is not None:
             raise ValueError(f"--checkpoint {checkpoint} needs a run folder; {str(source)!r} is a file")
         return source
-    steps = {
-        int(path.parent.name.removeprefix("step-")): path
-        for path in sorted((source / "checkpoints").glob("step-*/adapter.safetensors"))
-    }
+    steps = {step_of(path.parent): path for path in sorted((source / "checkpoints").glob("step-*/adapter.safetensors"))}
     if checkpoint is not None:
         if checkpoint not in steps:
             known = ", ".join(map(str, sorted(steps))) or "none"
@@ -203,7 +201,7 @@ def check_base(source: ModelSource, subjects: Sequence[Subject]) -> None:
 
 def processes() -> Any:
     """accelerate's view of the processes under `accelerate launch` or torchrun, None for a lone one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if world_size() < 2:
         return None
     from accelerate import PartialState
 
@@ -303,6 +301,7 @@ class Studio:
             if batch[0].scale != self._scale:
                 self.set_scale(batch[0].scale, fuse, keep)
             self.offload()
+            quiet()  # between two images the caller's log levels are back
             jobs = [(item.prompt, item.seed) for item in batch]
             return render(
                 self.pipe,
@@ -322,5 +321,5 @@ def encode_texts(source: ModelSource, texts: Sequence[str], device: torch.device
     encode = source.family.encode_prompt
     rows = {text: encode(parts["tokenizers"], parts["text_encoders"], text) for text in dict.fromkeys(texts)}
     del parts
-    free(device)
+    free()
     return {text: {name: value.cpu() for name, value in row.items()} for text, row in rows.items()}

@@ -8,9 +8,8 @@ draws depends on (seed, step, index) alone, so there is no state of a random gen
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from diffusekrona_train.adapters import formats
 from diffusekrona_train.adapters.flat import ALIGN, FlatFactors
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.files import atomic
+from diffusekrona_train.common.run_folder import adapter_file, step_name, step_of
 
 FORMAT = "2"
 OLDER = "1"
@@ -81,14 +81,14 @@ def save(
     OSError (a full disk) leaves what stood before as it was.
     """
     faults.reach("adapter", step)
-    adapter = folder / "checkpoints" / name_of(step) / "adapter.safetensors"
+    adapter = adapter_file(folder, step)
     formats.save_adapter(adapter, injection, info)
     moments, numbers = moments_by_name(injection.flat, optimizer)
     tensors = {f"factors/{name}": value for name, value in injection.state_dict().items()}
     tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items()}
     header = {**about, "step": step, "format": FORMAT, "optimizer": numbers}
-    target = folder / "resume" / name_of(step) / "state.safetensors"
+    target = folder / "resume" / step_name(step) / "state.safetensors"
     with atomic(target) as temporary:
         # Clones: bitsandbytes shares its quantisation maps between parameters, and a file holds each tensor once.
         copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
@@ -103,11 +103,7 @@ def save(
 def _later(folder: Path, step: int) -> list[Path]:
     """What a run left behind that was rewound to before it: it belongs to another line of steps."""
     found = [*(folder / "resume").glob("step-*"), *(folder / "checkpoints").glob("step-*")]
-    return [path for path in found if (_step_of(path) or 0) > step]
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:06d}"
+    return [path for path in found if step_of(path) > step]
 
 
 # ---- the optimiser's state: flat in memory, by name in a file -------------------------------------------------------
@@ -195,12 +191,7 @@ def _of_the_older_format(state: State, names: list[str], moments: dict, numbers:
 def states(folder: Path) -> list[Path]:
     """Folders of complete resume states, the newest first."""
     found = [path for path in (folder / "resume").glob("step-*") if (path / "state.safetensors").is_file()]
-    return sorted((path for path in found if _step_of(path) is not None), key=_step_of, reverse=True)  # type: ignore[arg-type]
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    return int(match[1]) if match else None
+    return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def read(path: Path) -> State:
@@ -219,13 +210,13 @@ def read(path: Path) -> State:
     return State(file, tensors, about)
 
 
-def newest(folder: Path, log=print) -> State | None:
-    """The newest state that can be read, None where there is none; a damaged one is named and passed over."""
+def newest(folder: Path, warn: Callable[[str], object] = lambda _: None) -> State | None:
+    """Return the newest state that can be read, None without one; a damaged one is reported to `warn` and skipped."""
     for path in states(folder):
         try:
             return read(path)
         except ValueError as error:
-            log(f"{error}; taking the one before")
+            warn(f"{error}; taking the one before")
     return None
 
 

@@ -24,6 +24,7 @@ from diffusekrona_train.adapters import formats, plan_notes
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import free, precision
+from diffusekrona_train.common.progress import EventLog
 from diffusekrona_train.config import RunConfig, dump_config
 from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.config.training import Tracker
@@ -32,7 +33,7 @@ from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_tr
 from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
-from diffusekrona_train.sampling.render import SampleSettings, render
+from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.training import checkpoint, memory
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
@@ -71,17 +72,23 @@ class Run:
         return self.accelerator.is_main_process
 
 
-def assemble(
-    config: RunConfig,
-    place: Path,
-    accelerator: Accelerator,
-    dtype: torch.dtype,
-    state: checkpoint.State | None,
-    stop: Stop,
-) -> Run:
-    """Everything that the loop needs, at the step where `state` left off."""
-    tell = print if accelerator.is_main_process else lambda *_: None
+@dataclass(frozen=True)
+class Start:
+    """What a run is assembled from."""
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    dtype: torch.dtype
+    """Of the frozen base."""
+    events: EventLog
+
+
+def assemble(start: Start, state: checkpoint.State | None) -> Run:
+    """Return everything that the loop needs, at the step where `state` left off."""
+    config, accelerator, dtype, tell = start.config, start.accelerator, start.dtype, start.events.message
     device = accelerator.device
+    stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
     source = configured_model(config)
     check_start(config, source)
     draw, forget = class_image_maker(config, source, dtype, device)
@@ -106,25 +113,33 @@ def assemble(
     }
     if state is not None:
         take_up(state, injection, descent, accelerator)
-    start = state.step if state else 0
-    seconds = state.about.get("seconds", 0.0) if state else 0.0
+    first = state.step if state else 0
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
     for line in plan_lines(injection):
         tell(line)
     if state is not None:
-        tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
+        tell(f"resuming after step {first} of {config.train.steps} from {state.path.parent}")
     if config.train.compile:
         tell("train.compile: the first step compiles the transformer blocks, which takes minutes")
-    if start > config.train.steps:
-        raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
+    if first > config.train.steps:
+        raise ValueError(f"train.steps: {config.train.steps} lies before step {first} that the run has reached")
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
-        tell(f"warning: {line}")
-    gallery = Gallery(config, source, objective, place)
-    if accelerator.is_main_process:
-        run_folder.prepare(place, start, dump_config(config))
-    accelerator.wait_for_everyone()
-    journal = Journal(place, accelerator, start, config.train.steps, about["config"], seconds)
-    return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
+        start.events.warning(line)
+    gallery = Gallery(config, source, objective, start.folder, start.events)
+    journal = open_folder(start, state, first, about["config"])
+    return Run(
+        config, start.folder, source, accelerator, level, objective, descent, gallery, journal, stop, first, about
+    )
+
+
+def open_folder(start: Start, state: checkpoint.State | None, first: int, config: dict[str, Any]) -> Journal:
+    """Make the run folder hold this run up to step `first`, and open its journal."""
+    if start.accelerator.is_main_process:
+        run_folder.prepare(start.folder, first, dump_config(start.config))
+        start.events.open(start.folder / "events.jsonl")
+    start.accelerator.wait_for_everyone()
+    seconds = state.about.get("seconds", 0.0) if state else 0.0
+    return Journal(start.folder, start.accelerator, start.events, first, start.config.train.steps, config, seconds)
 
 
 def take_up(state: checkpoint.State, injection: Injection, descent: Descent, accelerator: Accelerator) -> None:
@@ -291,13 +306,11 @@ def class_image_maker(
             parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
             parts["denoiser"] = source.load_denoiser(dtype, device)
             held["pipe"] = source.family.pipeline(parts)
-        wanted, side = config.validation, config.data.resolution
-        settings = SampleSettings(wanted.steps, wanted.guidance, config.subject.fill(wanted.negative), side, side)
-        return render(held["pipe"], source.family, [(prompt, seed)], settings)[0]
+        return render(held["pipe"], source.family, [(prompt, seed)], settings_of(config))[0]
 
     def forget() -> None:
         held.clear()
-        free(torch.device(device))
+        free()
 
     return draw, forget
 

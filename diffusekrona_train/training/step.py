@@ -58,7 +58,7 @@ def go_down(run: Run) -> None:
         factors = {name: value.detach().cpu().clone() for name, value in injection.state_dict().items()}
         moments = run.descent.optimizer.state_dict()
         run.objective.denoiser = run.objective.injection = injection = None  # or the old one stays beside the new one
-        free(device)
+        free()
         denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
         run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
@@ -67,7 +67,7 @@ def go_down(run: Run) -> None:
         run.descent.optimizer.load_state_dict(moments)
         run.descent.meters = meters
     run.level = lower
-    free(run.accelerator.device)
+    free()
 
 
 def training_step(run: Run, step: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def training_step(run: Run, step: int) -> torch.Tensor:
         fit_gradients(run, step)
     else:
         gradients(run, step)
-    return run.descent.step(learning_rate(run, step), run.stop.signum is not None)
+    return run.descent.step(learning_rate(run, step), run.stop.wanted())
 
 
 def learning_rate(run: Run, step: int) -> float:

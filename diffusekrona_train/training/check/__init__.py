@@ -1,6 +1,6 @@
 """What a config would do, before it does it: photos, prompts, identifier, layers, steps, memory, disk.
 
-Loads no weights. Every section is a function that gives lines; `check_config` prints them and draws the contact sheet.
+Loads no weights. Every section is a function that gives lines; `check_config` gathers them and makes the contact sheet.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ MOST_REASONS = 20
 COLOURS = ("#e8710a", "#1a73e8", "#188038", "#a142f4")
 
 
-def check_config(config: RunConfig) -> None:
-    """Print what training would do and draw the contact sheet; ValueError where it could not start."""
+def check_config(config: RunConfig) -> list[tuple[str, list[str]]]:
+    """Return (title, lines) of what training would do; make the contact sheet. ValueError where it could not start."""
     from diffusekrona_train.models import configured_model
     from diffusekrona_train.training.setup import check_start
 
@@ -61,25 +61,21 @@ def check_config(config: RunConfig) -> None:
     check_start(config, source)
     collection = collect(config)
     crops = plan_crops(collection.pictures, config.data, config.train.seed)
-    _print("photos", photo_lines(config, collection))
-    _print("advice", advise(crops))
     sheet = draw_sheet(config, crops, Path(config.output).expanduser() / "check.png")
-    _print("sheet", [f"{sheet}: the crop drawn on each photo, and the crop"])
-    _print("model", model_lines(config, source))
-    _print("prompts", prompt_lines(config, collection))
-    _print("identifier", identifier_lines(config, source, collection))
-    trainable, lines = adapter_lines(config, source)
-    _print("adapter", lines)
-    _print("steps", step_lines(config, collection))
-    _print("memory", memory_lines(config, source))
-    _print("disk", disk_lines(config, source, collection, trainable))
-    _print("device", device_lines())
-    print("nothing was trained: run it without --check")
-
-
-def _print(title: str, lines: Iterable[str]) -> None:
-    for index, line in enumerate(lines):
-        print(f"{title if index == 0 else '':<11} {line}")
+    trainable, adapter = adapter_lines(config, source)
+    return [
+        ("photos", photo_lines(config, collection)),
+        ("advice", list(advise(crops))),
+        ("sheet", [f"{sheet}: the crop drawn on each photo, and the crop"]),
+        ("model", model_lines(config, source)),
+        ("prompts", prompt_lines(config, collection)),
+        ("identifier", identifier_lines(config, source, collection)),
+        ("adapter", adapter),
+        ("steps", step_lines(config, collection)),
+        ("memory", memory_lines(config, source)),
+        ("disk", disk_lines(config, source, collection, trainable)),
+        ("device", device_lines()),
+    ]
 
 
 def photo_lines(config: RunConfig, collection: Collection) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
+from diffusekrona_train.common.process import world_size
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data import Collection
 from diffusekrona_train.data.training_set import cache_folder
@@ -31,19 +31,13 @@ def layers_of(source: ModelSource) -> list[Layer]:
     return tables.layer_table(source.alias) if source.alias in tables.TABLES else source.layers()
 
 
-def processes() -> int:
-    """How many processes the launcher started."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    return max(1, int(world)) if world.isdigit() else 1
-
-
 def step_lines(config: RunConfig, collection: Collection) -> list[str]:
     """Steps, passes over the photos, and the same in kohya's way of counting."""
     train = config.train
     photos, pass_views = len(collection.pictures), sum(picture.repeats for picture in collection.pictures)
-    batch = train.batch_size * train.gradient_accumulation * processes()
+    batch = train.batch_size * train.gradient_accumulation * world_size()
     views = train.steps * batch
-    parts = f"{train.batch_size} a process x {train.gradient_accumulation} accumulated x {processes()} processes"
+    parts = f"{train.batch_size} a process x {train.gradient_accumulation} accumulated x {world_size()} processes"
     lines = [
         f"{train.steps} optimiser steps x batch {batch} ({parts}) = {views:,} views, "
         f"each of {photos} photos about {views / photos:.0f} times"

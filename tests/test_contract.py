@@ -1,0 +1,220 @@
+"""Every family keeps its contract, on a tiny pipeline of it, against what diffusers does with the same weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.models import FAMILIES, family_named, family_of, open_model
+from diffusekrona_train.models import layers as tables
+from diffusekrona_train.models.contracts import Family, Request
+from diffusekrona_train.models.quantize import quantize_linears
+from diffusekrona_train.models.source import ModelSource
+from tests.tiny_families import HEIGHT, TINY, WIDTH, Tiny
+
+PROMPTS = ["A photo of a dog on the beach, in the snow", "a cat"]
+CROP = ((100, 80), (4, 2), (HEIGHT, WIDTH))
+
+
+@dataclass
+class Case:
+    tiny: Tiny
+    source: ModelSource
+    parts: dict[str, Any]
+    pipe: Any
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    def row(self, prompt: str) -> dict[str, torch.Tensor]:
+        return self.family.encode_prompt(self.parts["tokenizers"], self.parts["text_encoders"], prompt)
+
+    def told(self, count: int) -> dict[str, torch.Tensor]:
+        extras = self.family.picture_conditioning(*CROP)
+        return {name: torch.stack([value] * count) for name, value in extras.items()}
+
+    def noise(self, count: int, seed: int = 0) -> torch.Tensor:
+        shape = self.family.latent_shape(self.source.vae_config, HEIGHT, WIDTH)
+        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_family_has_a_tiny_pipeline():
+    assert TINY.keys() == FAMILIES.keys()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    tiny = TINY[request.param]
+    source = open_model(str(tiny.make(tmp_path_factory.mktemp(request.param))))
+    assert source.family.name == request.param
+    parts = source.load()
+    return Case(tiny, source, parts, source.family.pipeline(parts))
+
+
+def test_a_familys_name_parts_and_config_are_its_own(case):
+    assert family_named(case.family.name) is case.family
+    assert family_of(case.source.denoiser_config, "x") is case.family
+    matching = [name for name in FAMILIES if family_named(name).matches(case.source.denoiser_config)]
+    assert matching == [case.family.name]
+    assert type(case.parts["denoiser"]).__name__ == case.family.parts.denoiser.cls
+    for block in case.family.blocks:
+        assert case.parts["denoiser"].get_submodule(block) is not None
+
+
+@torch.no_grad()
+def test_a_picture_becomes_a_latent_of_the_promised_shape_and_comes_back(case):
+    pixels = torch.rand(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = case.family.encode_image(case.parts["vae"], pixels)
+    assert tuple(latents.shape[1:]) == case.family.latent_shape(case.source.vae_config, HEIGHT, WIDTH)
+    one = case.family.encode_image(case.parts["vae"], pixels[1:])
+    torch.testing.assert_close(latents[1:], one, rtol=1e-4, atol=1e-5)
+    pictures = case.family.decode(case.parts["vae"], latents)
+    assert pictures.shape == pixels.shape and pictures.dtype == torch.float32
+    assert pictures.min() >= 0 and pictures.max() <= 1
+    assert HEIGHT % case.family.side_multiple == WIDTH % case.family.side_multiple == 0
+
+
+@torch.no_grad()
+def test_a_prompt_is_encoded_as_the_pipeline_encodes_it(case):
+    for prompt in [*PROMPTS, ""]:
+        ours, theirs = case.row(prompt), case.tiny.encoded(case.pipe, prompt)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), prompt
+
+
+@torch.no_grad()
+def test_a_batch_of_unequal_captions_predicts_what_each_would_alone_and_by_hand(case):
+    process = case.source.process(HEIGHT)
+    t = torch.stack([process.quantile(0.3), process.quantile(0.8)])
+    x_t = process.noised(case.noise(2, 1), case.noise(2, 2), t)
+    rows = [case.row(prompt) for prompt in PROMPTS]
+    batch = case.family.predict(case.parts["denoiser"], x_t, t, {**case.family.collate(rows), **case.told(2)})
+    assert batch.shape == x_t.shape
+    for i, row in enumerate(rows):
+        one = slice(i, i + 1)
+        alone = {**case.family.collate([row]), **case.told(1)}
+        torch.testing.assert_close(
+            case.family.predict(case.parts["denoiser"], x_t[one], t[one], alone), batch[one], rtol=1e-4, atol=2e-5
+        )
+        by_hand = case.tiny.step(case.pipe, x_t[one], t[one], row)
+        torch.testing.assert_close(by_hand, batch[one], rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_noise_comes_in_as_the_models_own_scheduler_brings_it(case):
+    process, scheduler = case.source.process(HEIGHT), case.parts["scheduler"]
+    x_0, eps = case.noise(1, 1), case.noise(1, 2)
+    t = process.quantile(0.4)[None]
+    if process.prediction_type == "flow":
+        theirs = scheduler.__class__.from_config({**scheduler.config, "shift": 1.0, "use_dynamic_shifting": False})
+        time = theirs.timesteps[((theirs.timesteps / 1000 - t).abs().argmin())][None]
+        ours = process.noised(x_0, eps, time / 1000)
+        torch.testing.assert_close(ours, theirs.scale_noise(x_0, time, eps))
+        assert torch.equal(process.target(x_0, eps, t), eps - x_0)
+    else:
+        from diffusers import DDPMScheduler
+
+        theirs = DDPMScheduler.from_config(dict(scheduler.config))
+        torch.testing.assert_close(process.noised(x_0, eps, t), theirs.add_noise(x_0, eps, t))
+        wanted = {"epsilon": eps, "v_prediction": theirs.get_velocity(x_0, eps, t), "sample": x_0}
+        torch.testing.assert_close(process.target(x_0, eps, t), wanted[process.prediction_type])
+    drawn = torch.stack([process.draw_t(torch.Generator().manual_seed(seed)) for seed in range(400)])
+    below = (drawn <= process.quantile(0.3)).float().mean()
+    assert 0.2 < below < 0.4
+
+
+@pytest.mark.parametrize(("negative", "guidance"), [("", 5.0), ("a cat", 5.0), ("", 1.0)])
+@torch.no_grad()
+def test_sampling_is_the_pipelines_own_call(case, negative, guidance):
+    noise, family = case.noise(1), case.family
+    rows = [family.collate([case.row(text)]) for text in (PROMPTS[0], negative)]
+    request = Request(2, guidance, HEIGHT, WIDTH, [torch.Generator().manual_seed(0)], not negative)
+    ours = family.sample(case.pipe, noise, rows[0], rows[1] if family.negative_prompt else None, request)
+    theirs = case.tiny.call(case.pipe, noise, PROMPTS[0], negative, 2, guidance)
+    assert ours.shape == noise.shape
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_named_without_weights_are_those_of_the_built_denoiser(case):
+    built = tables.find_layers(case.parts["denoiser"], None)
+    assert case.source.layers() == built and len(built) > 0
+    for layer in built:
+        module = case.parts["denoiser"].get_submodule(layer.name)
+        assert (module.in_features, module.out_features) == (layer.in_features, layer.out_features)
+        assert layer == case.family.describe(layer.name, layer.in_features, layer.out_features)
+        assert layer.block and layer.name.startswith(layer.block + ".")
+        assert set(layer.projection) <= set("qkvo") or layer.projection == "ffn"
+    assert len({layer.name for layer in built}) == len(built)
+
+
+def test_layers_of_one_group_are_given_the_same_input_and_no_others(case):
+    """Read from the tensors that really come in."""
+    denoiser, seen, hooks = case.parts["denoiser"], {}, []
+    built = tables.find_layers(denoiser, None)
+    for layer in built:
+
+        def hook(module, args, name=layer.name):
+            seen[name] = args[0]
+
+        hooks.append(denoiser.get_submodule(layer.name).register_forward_pre_hook(hook))
+    process = case.source.process(HEIGHT)
+    with torch.no_grad():
+        conditioning = {**case.family.collate([case.row(PROMPTS[0])]), **case.told(1)}
+        case.family.predict(denoiser, case.noise(1), process.quantile(0.5)[None], conditioning)
+    for hook in hooks:
+        hook.remove()
+    attention = [layer for layer in built if layer.kind != "ffn"]
+    for one in attention:
+        for other in attention:
+            if one.block == other.block and one.group == other.group:
+                assert seen[one.name] is seen[other.name], (one.name, other.name)
+            elif one.block == other.block and one.kind == other.kind and one.stream == other.stream:
+                assert seen[one.name] is not seen[other.name], (one.name, other.name)
+
+
+def test_every_layer_learns_and_eject_restores_every_bit(case):
+    denoiser = case.parts["denoiser"]
+    before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    process, spec = case.source.process(HEIGHT), AdapterConfig(a1=4, a2=4, ffn=True, init_b="same")
+    injection = inject(denoiser, spec, seed=0)
+    conditioning = {**case.family.collate([case.row(PROMPTS[0])]), **case.told(1)}
+    predicted = case.family.predict(denoiser, case.noise(1), process.quantile(0.5)[None], conditioning)
+    predicted.square().mean().backward()
+    dead = [name for name, value in injection.named_parameters() if value.grad is None or not value.grad.any()]
+    injection.eject()
+    after = denoiser.state_dict()
+    assert dead == [] and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_names_in_files_lead_back_to_their_layers(case):
+    names = [layer.name for layer in case.source.layers()]
+    per_block = int(case.source.denoiser_config.get("layers_per_block", 2))
+    files = tables.file_names(case.family.name, names, per_block)
+    known = tables.known_names(names, per_block, case.family.name)
+    assert len(set(files.values())) == len(names)
+    assert all(known[files[name]] == name and known[name] == name for name in names)
+    said = case.family.metadata(case.source.layers(), case.source.prediction_type)
+    assert {"ss_base_model_version", "modelspec.architecture"} <= said.keys()
+    assert json.loads(json.dumps(said)) == said
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_is_quantised_where_its_family_says(case, kind):
+    small = case.source.load_denoiser(torch.float32, quantize=kind)
+    plain = dict(case.parts["denoiser"].named_modules())
+    changed = {name for name, module in small.named_modules() if type(module) is not type(plain.get(name))}
+    assert changed and all(case.family.quantizes(name) for name in changed)
+    linears = tables.linears_of(case.parts["denoiser"])
+    weight = sum(linears[name][0] * linears[name][1] for name in changed)
+    assert weight / case.source.base_parameters() > 0.1
+    assert tables.find_layers(small, None) == case.source.layers()
+    with pytest.raises(ValueError, match="finds no linear"):
+        quantize_linears(small, kind, torch.float32, lambda name: False)
