@@ -29,9 +29,10 @@ from tests.runs import make_run, make_world
 
 
 def a_plan(said: list[str] | None = None, share: tuple[int, int] = (0, 1)) -> evaluate.Plan:
-    """A plan of two seeds with toybox's encoders; `said` receives the messages."""
-    lines: list[str] = [] if said is None else said
-    progress = Progress(lambda event, fields: lines.append(fields["text"]) if event == "message" else None)
+    """A plan whose messages are appended to `said`."""
+    progress = Progress(
+        lambda event, fields: said.append(fields["text"]) if said is not None and event == "message" else 0
+    )
     return evaluate.Plan(seeds=(0, 1), clip="toybox", dino="toybox", progress=progress, share=share)
 
 
@@ -171,7 +172,7 @@ def test_adapters_are_compared_on_a_quantised_base(world, tmp_path, capsys):
         capsys, "compare", world / "runs" / "dog", "--num-images", 1, "--steps", 1, "--quantize", "nf4", "--vae-tiling",
         "--clip", "toybox", "--dino", "toybox", "--output", tmp_path / "out",
     )  # fmt: skip
-    assert status == 0 and "drawing" in out, error
+    assert status == 0 and "generating" in out, error
     about = (tmp_path / "out" / "pictures" / "manifest.jsonl").read_text()
     assert {json.loads(line)["quantize"] for line in about.splitlines()} == {"nf4"}
     status, _, error = run_app(capsys, "compare", world / "runs" / "dog", "--quantize", "nf3")
@@ -196,10 +197,10 @@ def test_prompts_that_are_not_read_are_told_by_krona_eval(world, foreign, tmp_pa
     few = ["--steps", 1, "--num-images", 1, "--output", tmp_path / "out"]
     status, out, err = run_app(capsys, "compare", world / "runs" / "dog", *few, *words)
     assert status == 0, err
-    assert "on the beach' is not read" in out and "'(sks dog:1.4)' means something to other programs" in out
+    assert "on the beach' is not read" in err and "'(sks dog:1.4)' means something to other programs" in err
     status, out, err = run_app(capsys, "images", foreign, "--photos", world / "photos", *words)
     assert status == 0, err
-    assert "on the beach' is not read" in out and "the text encoder reads 22" in out
+    assert "on the beach' is not read" in err and "the text encoder reads 22" in err
 
 
 # ---- images and suites ---------------------------------------------------------------------------------------------
