@@ -346,7 +346,7 @@ def test_a_run_that_diverges_is_a_result(world, tmp_path, monkeypatch):
 def test_a_state_that_cannot_go_on_is_left_behind(monkeypatch):
     asked = []
 
-    def refuse_to_resume(config, resume=False, overwrite=False):
+    def refuse_to_resume(config, resume=False, overwrite=False, **_):
         asked.append((resume, overwrite))
         if resume:
             raise ValueError("cannot resume: changed subject.images")
