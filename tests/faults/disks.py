@@ -145,7 +145,12 @@ def _goes_on() -> list[Case]:
         return training_case(f"no space for {name}", fresh, 0, says, exists=(FINAL,), **settings)
 
     return [
-        shown("metrics", "*metrics.jsonl", r"metrics\.jsonl cannot be written.*No space", absent=("runs/dog/metrics.jsonl",)),
+        shown(
+            "metrics",
+            "*metrics.jsonl",
+            r"metrics\.jsonl cannot be written.*No space",
+            absent=("runs/dog/metrics.jsonl",),
+        ),
         shown("samples", "*/samples/*", r"validation failed .*No space", absent=("runs/dog/samples/*/*.png",)),
         shown("the report", "*report.html", r"report\.html was not written .*No space", absent=("runs/dog/*.html",)),
         shown("the plot", "*loss.png", r"loss\.png was not written .*No space", absent=("runs/dog/loss.png",)),
