@@ -87,7 +87,7 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema(by_alias=True)}
 
 
-def model_defaults(model: Any) -> dict[str, Any]:
+def model_defaults(model: object) -> dict[str, Any]:
     """Defaults that `model` brings, by alias, by hub name, or from the sample size that a local folder states."""
     if not isinstance(model, str):
         return {}
@@ -164,7 +164,7 @@ def _cut(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+def _did_you_mean(word: object, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 

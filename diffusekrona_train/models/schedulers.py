@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from diffusekrona_train.models.contracts import Loaded
+
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
@@ -28,7 +30,7 @@ def check_scheduler(name: str) -> str:
     return name
 
 
-def build_scheduler(name: str, model_scheduler: Any) -> Any:
+def build_scheduler(name: str, model_scheduler: Loaded) -> Any:
     """Scheduler `name` with the model's betas, prediction type and timestep spacing."""
     import diffusers
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusekrona_train.adapters import formats
+from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.files import atomic
 
@@ -61,7 +62,7 @@ class State:
 def save(
     folder: Path,
     step: int,
-    injection: Any,
+    injection: Injection,
     optimizer: torch.optim.Optimizer,
     *,
     info: dict,
@@ -181,7 +182,7 @@ def refuse_lost(folder: Path) -> None:
         )
 
 
-def restore(state: State, injection: Any, optimizer: torch.optim.Optimizer) -> None:
+def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer) -> None:
     """Puts factors and optimiser back, bit for bit. ValueError where the state belongs to other factors."""
     wanted = {name: tuple(value.shape) for name, value in injection.state_dict().items()}
     factors = state.part("factors")

@@ -10,16 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 
 class Journal:
     """Bar, metrics.jsonl and trackers; silent on all processes but the main one."""
 
     def __init__(
-        self, folder: Path, accelerator: Any, start: int, steps: int, config: dict, seconds_before: float = 0.0
+        self, folder: Path, accelerator: Accelerator, start: int, steps: int, config: dict, seconds_before: float = 0.0
     ):
         from tqdm import tqdm
 
@@ -121,7 +123,7 @@ class Stop:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.in_loop and self.signum is None:
             self.signum = number
             print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)

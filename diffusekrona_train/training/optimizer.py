@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from diffusekrona_train.config.training import TrainConfig
+
 BAD_IN_A_ROW = 3
 """Non-finite steps in a row that end a run."""
 OVERFLOWS_IN_A_ROW = 20
@@ -26,7 +28,7 @@ class Descent:
     in a row now and at most, the last gradient norm.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], train: Any, accelerator: Any):
+    def __init__(self, parameters: list[torch.nn.Parameter], train: TrainConfig, accelerator: Any):
         assert all(parameter.dtype == torch.float32 for parameter in parameters), "trained parameters are fp32 masters"
         self.train = train
         self.accelerator = accelerator
@@ -113,7 +115,7 @@ class Descent:
         self.flat.zero_()
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], train: Any) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
     settings = {
         "lr": train.learning_rate,
         "betas": tuple(train.betas),

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ def family_name(model: nn.Module) -> str:
     return family_of(config, type(model).__name__).name
 
 
-def layers_per_block(config: Any) -> int:
+def layers_per_block(config: Mapping[str, Any] | None) -> int:
     """Layers in each block of a denoiser's config; 2, as in SDXL, where it does not say one number."""
     value = dict(config or {}).get("layers_per_block", 2)
     return value if isinstance(value, int) else 2
