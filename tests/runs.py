@@ -18,9 +18,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from diffusekrona_train.cli.train import run as command
+from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config import RunConfig, make_config
 from diffusekrona_train.training.checkpoint import State, newest
 from tests.tiny import make_pipeline
+
+__all__ = ["command"]
 
 
 def draw_photos(folder: Path, count: int = 3, sizes=((80, 72), (64, 96), (100, 64))) -> Path:
@@ -43,7 +47,7 @@ def make_world(folder: Path, kind: str = "sdxl") -> Path:
     return folder
 
 
-def make_run(world: Path, output: Path, **sections: dict) -> RunConfig:
+def make_run(world: Path, output: Path, **sections: Any) -> RunConfig:
     """A config of 6 steps at 64 pixels; sections are merged over it, as train={"steps": 9}."""
     tree = {
         "model": str(world / "model"),
@@ -72,6 +76,25 @@ def newest_state(folder: Path) -> State:
     state = newest(folder)
     assert state is not None, f"{folder} has no resume state"
     return state
+
+
+class Told(Progress):
+    """Keeps what a run reports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def report(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    @property
+    def text(self) -> str:
+        """Messages and warnings, one a line."""
+        return "\n".join(fields["text"] for event, fields in self.events if event in ("message", "warning"))
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in self.events if name == event]
 
 
 def _child(target, env: dict, log: Path) -> None:

@@ -38,10 +38,9 @@ def run(photos, **more):
     return make_config(tree | {"output": str(photos.parent / "runs" / "dog")} | more)
 
 
-def test_it_says_everything_and_loads_no_weights(photos, capsys):
+def test_it_says_everything_and_loads_no_weights(photos):
     config = run(photos, train={"steps": 30, "batch_size": 2, "gradient_accumulation": 3})
-    check_config(config)
-    said = capsys.readouterr().out
+    said = "\n".join(line for _, lines in check_config(config) for line in lines)
     for part in (
         "3 from",
         "captions: 2 from subject.prompt",
@@ -83,7 +82,7 @@ def test_the_sheet_shows_the_crop_on_the_photo(photos, tmp_path):
     config = run(photos)
     crops = plan_crops(collect(config).pictures, config.data, 0)
     wide = crops[2]
-    marked = np.asarray(check._with_boxes(wide)).astype(int)
+    marked = np.asarray(check._with_boxes(wide, wide[0].picture.open())).astype(int)
     photo = np.asarray(wide[0].picture.open()).astype(int)
     left, _, right, _ = (round(edge) for edge in wide[0].box())
     assert np.array_equal(marked[20:70, left + 6 : right - 6], photo[20:70, left + 6 : right - 6])
@@ -179,3 +178,49 @@ def test_a_resolution_the_model_was_not_made_for_and_missing_weights_are_told(ph
     assert any(
         "not on this machine" in line for line in check.model_lines(run(photos, model="sd15"), open_model("sd15"))
     )
+
+
+def test_one_decoded_photo_is_held_at_a_time(photos, monkeypatch):
+    """Sixty photos of 24 megapixels would be 4 GiB. Counted: whole photos alive whenever the next one is decoded."""
+    import gc
+    import weakref
+
+    from diffusekrona_train.data import images
+
+    rng = np.random.default_rng(1)
+    for index in range(4):
+        pixels = rng.integers(0, 200, (400, 600, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"large{index}.png")
+    held: list[weakref.ref] = []
+    most = []
+    decode = images._decode
+
+    def counted(content, shown):
+        gc.collect()
+        most.append(sum(image() is not None for image in held))
+        opened, nothing_left = decode(content, shown)
+        held.append(weakref.ref(opened.image))
+        return opened, nothing_left
+
+    monkeypatch.setattr(images, "_decode", counted)
+    check_config(run(photos))
+    assert len(most) >= 3 * 7 and max(most) == 0
+
+
+def test_prompts_that_mean_something_elsewhere_or_are_too_long_are_told(photos):
+    (photos / "b.txt").write_text("a [V] <lora:dog:1>")
+    long = "A [V] {class}, sitting, standing, looking, small, large, brown, white, black, young, on the beach"
+    sections = check_config(run(photos, validation={"prompts": ["a ([V] dog:1.4)", long]}))
+    said = "\n".join(line for _, lines in sections for line in lines)
+    assert "validation prompt 'a (sks dog:1.4)': '(sks dog:1.4)' means something to other programs" in said
+    assert "caption 'a sks <lora:dog:1>': '<lora:dog:1>' means" in said
+    assert "on the beach' is not read: it has" in said
+
+
+def test_missing_trackers_are_told_before_anything_else(photos, monkeypatch):
+    from diffusekrona_train.training import setup
+
+    monkeypatch.setattr(setup, "_is_installed", lambda module: False)
+    with pytest.raises(ValueError, match="wandb is not installed; pip install wandb"):
+        check_config(run(photos, train={"trackers": ["wandb"]}))
+    assert not (photos.parent / "runs").exists()

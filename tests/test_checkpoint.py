@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 
 import pytest
 import torch
@@ -27,12 +28,13 @@ CONFIG = {
 def make(optimizer="adamw"):
     """An injection in a tiny denoiser and an optimiser that has made three steps."""
     injection = inject(make_unet("sd15"), AdapterConfig(type="lora", rank=64, blocks=["mid_block"]), seed=1)
+    flat = injection.flatten()
     if optimizer == "adamw":
-        descent = torch.optim.AdamW(injection.parameters(), lr=1e-2, fused=True)
+        descent = torch.optim.AdamW([flat.master], lr=1e-2, fused=True)
     else:
         import bitsandbytes
 
-        descent = bitsandbytes.optim.AdamW8bit(injection.parameters(), lr=1e-2)
+        descent = bitsandbytes.optim.AdamW8bit([flat.master], lr=1e-2)
     walk(injection, descent, 3)
     return injection, descent
 
@@ -41,7 +43,7 @@ def walk(injection, descent, steps, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for parameter in injection.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad.copy_(torch.randn(parameter.shape, generator=generator))
         descent.step()
 
 
@@ -71,6 +73,38 @@ def test_restored_state_goes_on_bitwise(tmp_path, optimizer):
     walk(injection, descent, 3, seed=4)
     walk(other, fresh, 3, seed=4)
     assert equal_trees(injection.state_dict(), other.state_dict())
+
+
+def as_version_0_1(path, names, eight_bit=False):
+    """Rewrite a state as version 0.1 wrote it: moments by number, of an optimiser that had each factor by itself."""
+    state = checkpoint.read(path)
+    tensors = {name: value for name, value in state.tensors.items() if not name.startswith("optimizer/")}
+    for number, name in enumerate(names):
+        shape = tensors[f"factors/{name}"].shape
+        for key in () if eight_bit else ("exp_avg", "exp_avg_sq"):
+            moment = state.tensors[f"optimizer/{key}/{name}"][: shape.numel()]
+            tensors[f"optimizer/#{number}/{key}"] = moment.reshape(shape).contiguous()
+        tensors[f"optimizer/#{number}/step"] = torch.tensor(3.0)
+        if eight_bit:
+            tensors[f"optimizer/#{number}/__bnb_optimizer_quant_state__/state1"] = torch.zeros(shape).byte()
+    save_file(tensors, path, metadata={"krona": json.dumps({**state.about, "format": "1", "optimizer": {}})})
+
+
+def test_a_state_of_version_0_1_is_taken_up_bitwise(tmp_path):
+    injection, descent = make()
+    write(tmp_path, 3, injection, descent)
+    path = tmp_path / "resume" / "step-000003" / "state.safetensors"
+    as_version_0_1(path, list(injection.state_dict()))
+    other, fresh = make()
+    walk(other, fresh, 2, seed=9)
+    checkpoint.restore(checkpoint.read(path), other, fresh)
+    walk(injection, descent, 3, seed=4)
+    walk(other, fresh, 3, seed=4)
+    assert equal_trees(injection.state_dict(), other.state_dict())
+    write(tmp_path, 3, injection, descent)
+    as_version_0_1(path, list(injection.state_dict()), eight_bit=True)
+    with pytest.raises(ValueError, match="written by version 0.1 with train.optimizer: adamw8bit"):
+        checkpoint.restore(checkpoint.read(path), other, fresh)
 
 
 def test_the_adapter_of_a_checkpoint_is_a_whole_adapter_file(tmp_path):
@@ -119,7 +153,7 @@ def test_a_cut_state_is_refused_in_one_line(tmp_path, length):
     with pytest.raises(ValueError, match="cannot be read") as error:
         checkpoint.read(path.parent)
     assert "\n" not in str(error.value)
-    assert checkpoint.newest(tmp_path, log=lambda _: None) is None
+    assert checkpoint.newest(tmp_path) is None
 
 
 def test_what_is_no_state_is_refused(tmp_path):

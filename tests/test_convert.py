@@ -18,12 +18,18 @@ from diffusekrona_train.adapters.formats import (
     import_diffusekrona,
     load_adapter,
     read_adapter,
+    save_adapter,
     unload,
+    write_sidecar,
 )
 from diffusekrona_train.adapters.formats.exports import delta
+from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.cli.convert import app
 from diffusekrona_train.config import AdapterConfig
+from diffusekrona_train.models import open_model
 from diffusekrona_train.models.layers import find_layers
+from scripts.faults.adapter_files import native
+from tests.original_layout import write_checkpoint
 from tests.test_weights import INPUTS, assert_close, predict, saved
 from tests.tiny import make_pipeline, make_unet
 
@@ -324,3 +330,130 @@ def test_their_checkpoint_for_sdxl_needs_no_weights(tmp_path):
     convert(tmp_path / "a.bin", out, "--to", "lora", "--from", "diffusekrona", "--model", "sdxl", fails="no such file")
     torch.save(state, tmp_path / "a.bin")
     convert(tmp_path / "a.bin", out, "--to", "lora", "--from", "diffusekrona", "--model", "sdxl", fails="is a pickle")
+
+
+# ---- one merged file for other programs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "predicts"), [("sd15", "epsilon"), ("sd21", "v_prediction"), ("sdxl", "v_prediction")]
+)
+def test_a_checkpoint_is_what_diffusers_and_the_original_layout_make_of_the_merged_pipeline(tmp_path, kind, predicts):
+    """Its keys, shapes and values are those of the layout of the releases; diffusers' own loader reads it back."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    folder = make_pipeline(kind, tmp_path / "base", prediction_type=predicts)
+    pipe, path, out = load(folder), tmp_path / "dog.safetensors", tmp_path / "model.safetensors"
+    saved(pipe.unet, SPECS["krona"], path)
+    output = convert(path, out, "--to", "checkpoint", "--model", folder)
+    assert "checkpoint, fp32" in output and not (tmp_path / "model.json").exists()
+    convert(path, tmp_path / "merged", "--to", "merged", "--model", folder)
+    parts = open_model(str(tmp_path / "merged")).load()
+    expected = load_file(write_checkpoint(kind, parts, tmp_path / "expected.safetensors"))
+    got = load_file(out)
+    marks = {"v_pred"} if predicts == "v_prediction" else set()
+    assert got.keys() == {name for name in expected if not name.endswith("position_ids")} | marks
+    assert all(torch.equal(got[name], expected[name]) for name in got.keys() - marks)
+    for cls, part, name in ((UNet2DConditionModel, "unet", "denoiser"), (AutoencoderKL, "vae", "vae")):
+        theirs = cls.from_single_file(str(out), config=str(folder), subfolder=part).state_dict()
+        ours = parts[name].state_dict()
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+    again = open_model(str(out), model_config_dir=str(folder))
+    again.check()
+    for one, other in zip(again.load("text_encoders")["text_encoders"], parts["text_encoders"], strict=True):
+        state = other.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+    with safe_open(out, "pt") as file:
+        about = file.metadata()
+    assert about["modelspec.architecture"] == {
+        "sd15": "stable-diffusion-v1", "sd21": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base"
+    }[kind]  # fmt: skip
+    assert about["modelspec.prediction_type"] == {"epsilon": "epsilon", "v_prediction": "v"}[predicts]
+
+
+def test_a_checkpoint_is_refused_before_anything_is_written(pipelines, tmp_path):
+    path, out = tmp_path / "dog.safetensors", tmp_path / "model.safetensors"
+    saved(load(pipelines["sd15"]).unet, SPECS["krona"], path)
+    convert(path, tmp_path / "model", "--to", "checkpoint", "--model", pipelines["sd15"], fails="ends in .safetensors")
+    convert(path, out, "--to", "checkpoint", "--model", pipelines["sd15"], "--rank", 4, fails="--rank 4")
+    convert(path, out, "--to", "checkpoint", "--model", pipelines["sdxl"], fails="family 'sd'")
+    convert(path, out, "--to", "merged", "--model", pipelines["sd15"], fails="--to checkpoint for one file")
+    assert not out.exists()
+    convert(path, tmp_path / "MODEL.SAFETENSORS", "--to", "checkpoint", "--model", pipelines["sd15"], "--dtype", "fp16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "MODEL.SAFETENSORS").values()} == {torch.float16}
+
+
+def test_the_original_layout_has_no_name_for_other_blocks(tmp_path):
+    from diffusekrona_train.models.original import original_tensors
+
+    with pytest.raises(ValueError, match="no name for mid_block.motion_modules.0.norm.weight"):
+        original_tensors(
+            "unet", "sd", {"mid_block.motion_modules.0.norm.weight": torch.zeros(1)}, {"layers_per_block": 2}
+        )
+
+
+# ---- what other programs look for ------------------------------------------------------------------------------------
+
+
+def test_the_diffusers_export_says_who_does_not_read_it(pipelines, tmp_path):
+    path = tmp_path / "dog.safetensors"
+    saved(load(pipelines["sd15"]).unet, SPECS["lora"], path)
+    output = convert(path, tmp_path / "peft.safetensors", "--to", "diffusers")
+    assert "ComfyUI, A1111, Forge and InvokeAI do not read this file: --to lora" in output
+    assert "do not read" not in convert(path, tmp_path / "kohya.safetensors", "--to", "lora")
+    help_text = " ".join(CliRunner().invoke(app, ["--help"]).output.replace("│", " ").split())
+    assert "PEFT keys, which ComfyUI, A1111, Forge and InvokeAI do not read" in help_text
+
+
+@pytest.mark.parametrize(("to", "noted"), [("native", True), ("lora", True), ("lokr", True), ("diffusers", False)])
+def test_trigger_words_lie_where_programs_look(pipelines, tmp_path, to, noted):
+    pipe, path, out = load(pipelines["sdxl"]), tmp_path / "dog.safetensors", tmp_path / "out" / "dog.safetensors"
+    injection = inject(pipe.unet, SPECS["krona"])
+    save_adapter(path, injection, {"token": "sks", "class": "dög", "model": "owner/name"})
+    convert(path, out, "--to", to)
+    note = tmp_path / "out" / "dog.json"
+    assert note.exists() == noted
+    if noted:
+        assert json.loads(note.read_text(encoding="utf-8")) == {"activation text": "sks dög", "sd version": "SDXL"}
+        with safe_open(out, "pt") as file:
+            about = file.metadata()
+        assert about["modelspec.trigger_phrase"] == "sks dög"
+        assert json.loads(about["ss_tag_frequency"]) == {"sks dög": {"sks dög": 1}}
+
+
+@pytest.mark.parametrize(
+    ("alias", "predicts", "base", "version"),
+    [
+        ("sd15", "epsilon", "sd_v1", "SD1"),
+        ("sd15", "v_prediction", "sd_v1", "SD1"),
+        ("sd21", "v_prediction", "sd_v2_v", "SD2"),
+        ("sd21", "epsilon", "sd_v2", "SD2"),
+        ("sdxl", "v_prediction", "sdxl_base_v1-0", "SDXL"),
+    ],
+)
+def test_the_base_is_told_by_its_widths(tmp_path, alias, predicts, base, version):
+    info = {"token": "sks", "class": "dog", "prediction_type": predicts}
+    path = native(tmp_path / "dog.safetensors", alias, info, type="lora", rank=1)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["ss_base_model_version"] == base
+    write_sidecar(path)
+    assert json.loads((tmp_path / "dog.json").read_text())["sd version"] == version
+
+
+def test_a_users_notes_and_other_files_stay(pipelines, tmp_path):
+    path, out, note = tmp_path / "dog.safetensors", tmp_path / "new.safetensors", tmp_path / "new.json"
+    injection = inject(load(pipelines["sd15"]).unet, SPECS["krona"])
+    save_adapter(path, injection, {"token": "sks", "class": "dog"})
+    note.write_text(json.dumps({"notes": "mine", "preferred weight": 0.7, "activation text": "old"}))
+    convert(path, out, "--to", "native")
+    assert json.loads(note.read_text()) == {
+        "notes": "mine", "preferred weight": 0.7, "activation text": "sks dog", "sd version": "SD1"
+    }  # fmt: skip
+    for other in ('{"some": "config"}', "[1]", "{", "\xff"):
+        note.write_text(other, encoding="latin-1")
+        assert "stays; the trigger words are 'sks dog'" in convert(path, out, "--to", "native")
+        assert note.read_text(encoding="latin-1") == other
+    note.unlink()
+    save_adapter(path, injection, {})
+    convert(path, out, "--to", "native")
+    assert not note.exists()

@@ -92,8 +92,11 @@ def test_transparency_lies_over_white(tmp_path):
     palette = np.asarray(open_image(tmp_path / "p.png", "p")).astype(int)
     assert palette[5, 12].tolist() == [255, 255, 255] and palette[5, 5].tolist() == [0, 0, 255]
     grey = Image.new("LA", (20, 20), (10, 0))
+    grey.putpixel((3, 4), (10, 255))
     grey.save(tmp_path / "la.png")
-    assert np.asarray(open_image(tmp_path / "la.png", "la")).min() == 255
+    expected = np.full((20, 20, 3), 255)
+    expected[4, 3] = 10
+    assert np.array_equal(np.asarray(open_image(tmp_path / "la.png", "la")), expected)
 
 
 def test_palette_with_one_transparent_colour(tmp_path):
@@ -361,7 +364,7 @@ def test_a_single_image_and_explicit_files(tmp_path):
     ("content", "caption"),
     [
         ("a photo of [V] dog\n", "a photo of sks dog"),
-        ("two\nlines  and\tspaces", "two lines and spaces"),
+        ("one  line\tand spaces\n\n", "one line and spaces"),
         ("", "A sks dog"),
         (" \n", "A sks dog"),
         ("фото [V] 犬", "фото sks 犬"),
@@ -416,7 +419,9 @@ def test_metadata_jsonl(tmp_path):
         ('{"file_name": "link.png"}', "leads out of the folder"),
         ('{"file_name": "notes.md"}', "is no image"),
         ('{"file_name": "a.png", "text": "again"}', "has a line already"),
-        ('{"file_name": "b.png", "text": ["x"]}', "caption should be text"),
+        ('{"file_name": "b.png", "text": 7}', "caption should be text and is int"),
+        ('{"file_name": "b.png", "text": ["x", 7]}', "caption should be text and is int"),
+        ('{"file_name": "b.png", "text": {"en": "x"}}', "caption should be text and is dict"),
         ('{"file_name": "a\\u0000.png"}', "should read"),
         ("[" * 100_000, "is not JSON"),
         (b"\xff", "is not UTF-8"),

@@ -187,6 +187,19 @@ def test_shares_of_two_processes_are_one(world, plan, tmp_path):
     assert evaluate.compare(files, None, first, tmp_path / "two", settings={"steps": 2}) == alone
 
 
+def test_prompts_that_are_not_read_are_told_by_krona_eval(world, foreign, tmp_path, capsys):
+    """By what draws (`compare`), and by what only judges (`images`)."""
+    long = "a [V] dog, " + "sitting, standing, looking, " * 20 + "on the beach"
+    words = ["--prompt", long, "--prompt", "a ([V] dog:1.4)", "--clip", "toybox", "--dino", "toybox"]
+    few = ["--steps", 1, "--num-images", 1, "--output", tmp_path / "out"]
+    status, out, err = run_app(capsys, "compare", world / "runs" / "dog", *few, *words)
+    assert status == 0, err
+    assert "on the beach' is not read" in out and "'(sks dog:1.4)' means something to other programs" in out
+    status, out, err = run_app(capsys, "images", foreign, "--photos", world / "photos", *words)
+    assert status == 0, err
+    assert "on the beach' is not read" in out and "the text encoder reads 22" in out
+
+
 # ---- images and suites ---------------------------------------------------------------------------------------------
 
 

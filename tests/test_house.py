@@ -33,10 +33,11 @@ ONLY_IN = {
     "diffusers": {"models"},
     "transformers": {"models", "evaluation/metrics", "training/check"},
     "datasets": {"data"},
+    "tqdm": {"cli"},
     "jinja2": {"report"},
 }
 TORCH_ALONE = {"adapters/kron.py", "models/noise.py", "training/draw.py"}
-NO_TORCH = {"config", "common/files.py", "common/run_folder.py"}
+NO_TORCH = {"config", "common/files.py", "common/progress.py", "common/run_folder.py"}
 
 
 def room_of(path: Path) -> str:
@@ -175,3 +176,36 @@ def test_a_door_whose_reader_has_gone_ends_in_silence():
     done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def speaks(tree: ast.AST) -> set[str]:
+    """What only a command may do: print, read or write the terminal, read its arguments, exit, handle signals."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in ("print", "input", "exit", "quit", "SystemExit", "breakpoint"):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            if name in ("sys.argv", "sys.exit", "sys.stdout", "sys.stderr", "os._exit", "signal.signal"):
+                found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_commands_print_exit_and_handle_signals(path):
+    if room_of(path) in ("cli", "__main__"):
+        return
+    assert speaks(TREES[path]) == set(), "a library reports to a Progress and raises; the commands print and exit"
+
+
+def test_the_old_names_of_0_1_still_work_and_say_what_to_write():
+    code = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "try:\n    import diffusekrona_train.weights\n"
+        "except DeprecationWarning as warned:\n    print(warned)\n"
+        "warnings.simplefilter('ignore')\n"
+        "from diffusekrona_train.weights import load_adapter, read_adapter, set_scale, unload\n"
+        "import diffusekrona_train; print(load_adapter is diffusekrona_train.load_adapter)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "from diffusekrona_train import load_adapter" in done.stdout and done.stdout.endswith("True\n"), done.stderr

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusekrona_train.common.device import ran_out
+from diffusekrona_train.common.device import pick_dtype, ran_out
 from diffusekrona_train.models import open_model
+from diffusekrona_train.models.layers import base_parameters, layer_table
+from diffusekrona_train.models.quantize import quantize_linears
+from diffusekrona_train.models.sdxl import SDXL
 from diffusekrona_train.sampling.session import while_drawing
-from diffusekrona_train.training import train
+from diffusekrona_train.training import memory, setup, train
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import OVERFLOWS_IN_A_ROW, Descent
+from diffusekrona_train.training.step import FIRST_STEPS
 from tests.runs import factors, make_run, make_world, newest_state
+from tests.tiny import make_unet
 
 OUT = {
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -51,7 +61,7 @@ def test_drawing_without_memory_says_what_to_take(error):
 
 @pytest.mark.parametrize("who", ["cublas", "driver"])
 def test_a_run_goes_a_level_down_for_libraries_too(world, tmp_path, monkeypatch, who):
-    straight = factors(train(make_run(world, tmp_path / "a", train={"memory": "checkpointing"})).parent)
+    straight = factors(train(make_run(world, tmp_path / "a", train={"memory": "checkpointing"})).file.parent)
     loss, failed = Objective.loss, []
 
     def short(self, step, micro):
@@ -61,7 +71,7 @@ def test_a_run_goes_a_level_down_for_libraries_too(world, tmp_path, monkeypatch,
         return loss(self, step, micro)
 
     monkeypatch.setattr(Objective, "loss", short)
-    stepped = factors(train(make_run(world, tmp_path / "b")).parent)
+    stepped = factors(train(make_run(world, tmp_path / "b")).file.parent)
     assert failed and newest_state(tmp_path / "b").about["level"] == "checkpointing"
     for name, tensor in straight.items():  # no step was lost or taken twice
         torch.testing.assert_close(stepped[name], tensor, rtol=1e-4, atol=1e-6)
@@ -213,6 +223,137 @@ def test_files_of_a_run_that_stepped_down_are_whole(world, tmp_path, monkeypatch
         return loss(self, step, micro)
 
     monkeypatch.setattr(Objective, "loss", short)
-    path = train(make_run(world, tmp_path / "run", train={"channels_last": True}))
+    path = train(make_run(world, tmp_path / "run", train={"channels_last": True})).file
     assert newest_state(tmp_path / "run").about["level"] == "nf4"
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+# ---- nothing large stays behind, and what is estimated is counted --------------------------------------------------
+
+
+def noted_denoisers(monkeypatch, module, name):
+    """Weak references to the UNets that are made, and whether an older one lived when another was asked for."""
+    made, alive = [], []
+    load = getattr(module, name)
+
+    def noting(*args, **kwargs):
+        alive.append([reference() is not None for reference in made])
+        result = load(*args, **kwargs)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(module, name, noting)
+    return made, alive
+
+
+def test_stepping_down_lets_the_16_bit_model_go_before_the_other_comes(world, tmp_path, monkeypatch):
+    _, alive = noted_denoisers(monkeypatch, setup, "load_denoiser")
+    loss, failed = Objective.loss, []
+
+    def short(self, step, micro):
+        if len(failed) < 2:
+            failed.append(step)
+            raise OUT["torch"]
+        return loss(self, step, micro)
+
+    monkeypatch.setattr(Objective, "loss", short)
+    train(make_run(world, tmp_path / "run"))
+    assert newest_state(tmp_path / "run").about["level"] == "nf4"
+    assert alive == [[], [False]]
+
+
+def test_keep_best_lets_the_trained_model_go_first(world, tmp_path, monkeypatch):
+    made, _ = noted_denoisers(monkeypatch, setup, "load_denoiser")
+    seen = []
+    monkeypatch.setattr("diffusekrona_train.evaluation.best_checkpoint", lambda *_, **__: seen.append(made[0]()))
+    train(make_run(world, tmp_path / "run", train={"keep_best": True}))
+    assert seen == [None]
+
+
+def test_one_process_goes_down_at_any_step(world, tmp_path, monkeypatch):
+    loss, failed = Objective.loss, []
+
+    def short(self, step, micro):
+        if step == FIRST_STEPS + 1 and not failed:
+            failed.append(step)
+            raise OUT["torch"]
+        return loss(self, step, micro)
+
+    monkeypatch.setattr(Objective, "loss", short)
+    train(make_run(world, tmp_path / "run", train={"steps": FIRST_STEPS + 2}))
+    assert newest_state(tmp_path / "run").about["level"] == "checkpointing"
+
+
+def test_checkpointing_leaves_the_generator_alone(monkeypatch):
+    from torch.utils import checkpoint
+
+    unet = make_unet("sd15").requires_grad_(False)
+    setup.enable_checkpointing(unet)
+    asked = []
+    get = checkpoint.torch.get_rng_state
+    monkeypatch.setattr(checkpoint.torch, "get_rng_state", lambda: asked.append(1) or get())
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    unet(x, 1, torch.randn(1, 7, unet.config.cross_attention_dim)).sample.sum().backward()
+    assert x.grad is not None and not asked
+
+
+def sized(world, tmp_path, adapter, **section):
+    return make_run(world, tmp_path / "x", adapter=adapter, train=section)
+
+
+def test_estimates_count_what_is_trained_and_what_int8_keeps(world, tmp_path):
+    layers, base = layer_table("sdxl"), base_parameters("sdxl")
+    full = {"type": "full", "targets": ["q", "k", "v", "o"]}
+    linears = [layer for layer in layers if layer.kind != "ffn"]
+    wanted = sum(layer.in_features * layer.out_features for layer in linears)
+    config = sized(world, tmp_path, full)
+    assert memory.trained_parameters(config, layers, base) == wanted == pytest.approx(955e6, rel=0.01)
+    assert memory.trained_parameters(sized(world, tmp_path, {"type": "full", "targets": "all"}), layers, base) == base
+    assert memory.trained_parameters(sized(world, tmp_path, {"a1": 4, "a2": 64}), layers, base) < 1e7
+    assert (
+        memory.trained_bytes(config),
+        memory.trained_bytes(sized(world, tmp_path, full, optimizer="adamw8bit")),
+    ) == (16, 10)
+    figures = SDXL().memory
+    assert figures.plain > 5.3 and figures.checkpointing > 0.56  # what was counted
+    levels = [memory.Level("", kind, True) for kind in ("int8", "nf4")]
+    int8, nf4 = (memory.estimate(level, base, 1.0, torch.bfloat16, figures) for level in levels)
+    assert int8 - nf4 > figures.plain - figures.checkpointing
+
+
+def test_the_level_of_full_fine_tuning_counts_its_moments(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * memory.GIB, 24 * memory.GIB))
+    config = sized(world, tmp_path, {"type": "full", "targets": ["q"]})
+    given = (config, base_parameters("sdxl"), 1, torch.bfloat16, torch.device("cuda"), SDXL().memory)
+    assert memory.choose(*given)[0].name == "plain"
+    assert memory.choose(*given, trained=400_000_000)[0].name == "checkpointing"
+
+
+def test_eight_bit_linears_look_for_no_outliers():
+    linear = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    quantize_linears(linear, "int8", torch.bfloat16, lambda name: True)
+    assert linear[0].state.threshold == 0.0  # type: ignore[union-attr]
+
+
+def test_pictures_are_made_in_fp16_on_a_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
+    assert pick_dtype("bf16", torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float16, 0.1), (torch.bfloat16, 1.0)])
+def test_a_small_adapter_survives_fusing_in_fp16_alone(dtype, most):
+    """Why: with |ΔW| = 0.4 % of |W|, bf16 loses a third of what fusing adds."""
+    generator = torch.Generator().manual_seed(0)
+    weight, delta = (torch.randn(256, 256, generator=generator) * size for size in (0.05, 0.05 * 0.004))
+    weight = weight.to(dtype)
+    lost = ((weight.float() + delta).to(dtype).float() - weight.float() - delta).norm() / delta.norm()
+    assert (lost < 0.1) == (dtype == torch.float16) and lost < most
+
+
+def test_commands_ask_for_segments_that_grow():
+    code = "import diffusekrona_train.cli, os, sys; print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules)"
+    clean = {key: value for key, value in os.environ.items() if key != "PYTORCH_ALLOC_CONF"}
+    said = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["expandable_segments:True", "False"]

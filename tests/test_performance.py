@@ -34,7 +34,9 @@ def small(tmp_path_factory):
 
 
 def test_a_random_pipeline_trains(small, tmp_path):
-    path = train(make_run(small, tmp_path / "run", train={"steps": 1, "batch_size": 1}, adapter={"a1": 4, "a2": 64}))
+    path = train(
+        make_run(small, tmp_path / "run", train={"steps": 1, "batch_size": 1}, adapter={"a1": 4, "a2": 64})
+    ).file
     assert path.stat().st_size > 0
 
 
@@ -207,3 +209,17 @@ def test_the_estimates_leave_room_over_what_is_counted():
     base, more = (float(number) for number in re.findall(r"([\d.]+) GiB", said))
     assert base == pytest.approx(859_520_964 * 2 / memory.GIB, abs=0.01)
     assert 0.1 < more < memory.ACTIVATIONS_CHECKPOINTING / 4
+
+
+# ---- kernels counted without a GPU ----------------------------------------------------------------------------------
+
+
+def test_a_step_of_sdxl_launches_few_kernels():
+    """Version 0.1 by the same count: 11,020 with LoRA, 13,820 with KronA."""
+    code = [sys.executable, "-m", "scripts.bench.kernels", "--json"]
+    said = json.loads(subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert set(said) == {"sdxl", "sd15"}
+    for row in said.values():
+        assert row["bare"] < row["krona_operator"] <= row["lora"] <= row["krona"]
+    sdxl = said["sdxl"]
+    assert sdxl["krona"] <= 6500 and sdxl["krona_operator"] <= 5200 and sdxl["lora"] <= 7500

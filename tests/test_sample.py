@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 
@@ -180,16 +181,16 @@ def test_stops_and_shares_leave_batches_alone(tmp_path):
     assert sorted(sum(whole, [])) == sorted(item.file for item in plan)
     assert all(len({(i.scale, i.settings) for i in batch}) == 1 for batch in pictures.batches(plan, 4))
     for rank in (0, 1):
-        pictures.draw(plan, tmp_path, paint, batch_size=4, rank=rank, world=2, log=lambda line: None)
+        list(pictures.draw(plan, tmp_path, paint, batch_size=4, rank=rank, world=2))
     assert sorted(drawn) == sorted(whole)
     gone = random.Random(0).sample([item.file for item in plan], 5)
     for name in gone:
         (tmp_path / name).unlink()
     drawn.clear()
-    assert pictures.draw(plan, tmp_path, paint, batch_size=4, log=lambda line: None) == 5
+    assert len(list(pictures.draw(plan, tmp_path, paint, batch_size=4))) == 5
     assert all(batch in whole and set(batch) & set(gone) for batch in drawn)
     drawn.clear()
-    assert pictures.draw(plan, tmp_path, paint, batch_size=4, log=lambda line: None) == 0 and not drawn
+    assert len(list(pictures.draw(plan, tmp_path, paint, batch_size=4))) == 0 and not drawn
 
 
 # --- the door
@@ -318,6 +319,52 @@ def test_the_bare_base_prompts_file_and_quantised(tmp_path):
     assert "2 pictures" in door(*words).output
     quantised = door(*words, "--quantize", "nf4", "--vae-tiling", "--vae-slicing")
     assert quantised.exit_code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 4
+
+
+def test_noise_by_seed_alone_is_the_same_for_every_prompt(world):
+    """What the pipeline is handed as its first latents."""
+    pipe, family = world["pipes"]["toybox"], world["sources"]["toybox"].family
+    blind = SampleSettings(steps=1, guidance=1.0, height=64, width=64, noise="seed")
+    starts = []
+    pipe_call = type(pipe).__call__
+
+    def listening(self, *arguments, latents, **more):
+        starts.append(latents.clone())
+        return pipe_call(self, *arguments, latents=latents, **more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(pipe), "__call__", listening)
+        render(pipe, family, [("a dog", 3), ("a cat", 3), ("a cat", 4)], blind, batch_size=3)
+        render(pipe, family, [("a dog", 3), ("a cat", 3)], FEW, batch_size=2)
+    by_seed, by_prompt = starts
+    assert torch.equal(by_seed[0], by_seed[1]) and not torch.equal(by_seed[1], by_seed[2])
+    assert torch.equal(by_seed[0], torch.randn(by_seed[0].shape, generator=noise_generator("", 3)))
+    assert not torch.equal(by_prompt[0], by_prompt[1])
+    with pytest.raises(ValueError, match="noise is 'sed'; give prompt or seed"):
+        SampleSettings(noise="sed")
+
+
+def test_the_door_takes_noise_and_pictures_of_before_keep_their_names(world, tmp_path):
+    words = ("--model", "toybox", "a dog on the grass", "--steps", 1, "--output", tmp_path)
+    assert door(*words).exit_code == 0 and door(*words, "--noise", "seed").exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and sorted(row.get("noise", "-") for row in rows) == ["-", "seed"]
+    before = next(row for row in rows if "noise" not in row)
+    key = hashlib.sha256(json.dumps({k: v for k, v in before.items() if k != "file"}, sort_keys=True).encode())
+    assert before["file"].endswith(f"-{key.hexdigest()[:8]}.png")
+    wrong = door(*words, "--noise", "sed")
+    assert wrong.exit_code == 2 and "noise is 'sed'" in wrong.output
+
+
+def test_what_a_prompt_says_in_vain_is_told_and_kept(world, tmp_path):
+    long = "a (small:1.3) dog, sitting, standing, looking, small, large, brown, white, black, young, on the beach"
+    words = ("--model", "toybox", long, "--steps", 1, "--output", tmp_path)
+    for _ in range(2):  # the second call draws nothing and tells it again
+        done = door(*words)
+        assert done.exit_code == 0 and "on the beach' is not read: it has" in done.output
+        assert "'(small:1.3)' means something to other programs" in done.output
+        (row,) = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+        assert row["not_read"].endswith("on the beach") and long.endswith(row["not_read"])
 
 
 def test_two_adapters_with_one_identifier_are_told():

@@ -186,7 +186,7 @@ def learn_poodle(folder: Path, steps: int, learning_rate: float) -> Path:
         "validation": {"every": 0, "loss": False},
         "output": str(folder / "poodle"),
     }
-    return train(make_config(tree))
+    return train(make_config(tree)).file
 
 
 def learnt(base: np.ndarray, adapted: np.ndarray) -> bool:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusekrona_train.adapters import formats as weights
 from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models import family_named, noise, open_model
 from diffusekrona_train.models.conditioning import collate
 from diffusekrona_train.models.process import Ddpm
+from diffusekrona_train.sampling.session import Subject, base_model_of
 from diffusekrona_train.training import Diverged, checkpoint, memory, train
 from diffusekrona_train.training.draw import Shelf, draw
 from diffusekrona_train.training.journal import Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import Descent
-from tests.runs import draw_photos, factors, make_run, make_world, newest_state, same_factors
+from tests.runs import Told, command, draw_photos, factors, make_run, make_world, newest_state, same_factors
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def metrics(folder):
 
 def test_a_run_leaves_everything_and_says_what_to_do_next(world, tmp_path, capsys):
     watch = {"every": 2, "loss": True, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
-    path = train(make_run(world, tmp_path / "dog", train={"steps": 4, "log_every": 2}, validation=watch))
-    assert path == tmp_path / "dog" / "dog.safetensors"
+    command(make_run(world, tmp_path / "dog", train={"steps": 4, "log_every": 2}, validation=watch))
+    path = tmp_path / "dog" / "dog.safetensors"
     for name in ("dog.png", "config.yaml", "metrics.jsonl", "report.html", "loss.png"):
         assert (tmp_path / "dog" / name).stat().st_size > 0
     pictures = sorted(file.name for file in (tmp_path / "dog" / "samples" / "step-000004").iterdir())
@@ -63,7 +66,7 @@ def test_a_run_leaves_everything_and_says_what_to_do_next(world, tmp_path, capsy
 
 
 def test_the_file_holds_no_local_path(world, tmp_path):
-    file = weights.read_adapter(train(make_run(world, tmp_path / "dog", train={"steps": 1})))
+    file = weights.read_adapter(train(make_run(world, tmp_path / "dog", train={"steps": 1})).file)
     assert str(tmp_path) not in json.dumps(file.metadata) and str(world) not in json.dumps(file.metadata)
     assert file.info["token"] == "sks" and file.info["class"] == "dog" and file.info["step"] == 1
 
@@ -93,13 +96,13 @@ def test_ways_to_train(world, world_sd, tmp_path, kind, sections):
     if "type" in adapter:
         sections = {**sections, "adapter": {**adapter, "a1": 4, "a2": 4}}
     place = world if kind == "sdxl" else world_sd
-    path = train(make_run(place, tmp_path / "run", **{**sections, "train": train_section}))
+    path = train(make_run(place, tmp_path / "run", **{**sections, "train": train_section})).file
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
 
 
-def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_path, monkeypatch, capsys):
+def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_path, monkeypatch):
     """The graphs are run as they were traced (aot_eager): what inductor's kernels would round, no test can hold."""
     from torch._dynamo.utils import counters
 
@@ -109,12 +112,12 @@ def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_p
     torch._dynamo.reset()
     counters.clear()
     config = make_run(world, tmp_path / "b" / "run", train={"steps": 3, "compile": True}, validation=watch)
-    train(config)
-    said = capsys.readouterr()
+    told = Told()
+    train(config, progress=told)
     for key in ("loss", "validation_loss"):
         eager, compiled = ([x[key] for x in metrics(tmp_path / name / "run") if key in x] for name in "ab")
         assert compiled == pytest.approx(eager, rel=1e-5) and len(compiled) == len(eager) > 2
-    assert "first step compiles" in said.out and "the first step took" in said.out + said.err
+    assert "first step compiles" in told.text and "the first step took" in told.text
     # two widths at two sides each (down and up the UNet), and eight blocks; pictures and held-out loss add none
     assert 1 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
 
@@ -135,7 +138,7 @@ def test_training_lowers_the_held_out_loss(world, tmp_path):
     assert after < before
 
 
-def test_class_images_are_made_once(world, tmp_path, capsys):
+def test_class_images_are_made_once(world, tmp_path):
     prior = {"kind": "images", "count": 2, "images": str(tmp_path / "class")}
     for name in ("a", "b"):
         train(make_run(world, tmp_path / name, train={"steps": 2}, prior=prior))
@@ -144,9 +147,9 @@ def test_class_images_are_made_once(world, tmp_path, capsys):
 
 
 def test_init_from_continues_the_factors_and_refuses_other_ones(world, tmp_path):
-    first = train(make_run(world, tmp_path / "first", train={"steps": 2}))
+    first = train(make_run(world, tmp_path / "first", train={"steps": 2})).file
     second = make_run(world, tmp_path / "second", train={"steps": 1, "init_from": str(first), "learning_rate": 1e-9})
-    before, after = load_file(first), factors(train(second).parent)
+    before, after = load_file(first), factors(train(second).file.parent)
     assert max((before[name] - after[name]).abs().max() for name in before) < 1e-6
     other = make_run(world, tmp_path / "third", train={"init_from": str(first)}, adapter={"a1": 2, "a2": 4})
     with pytest.raises(ValueError, match="init_from.*adapter.a1: 4"):
@@ -155,7 +158,7 @@ def test_init_from_continues_the_factors_and_refuses_other_ones(world, tmp_path)
 
 def test_init_from_is_looked_at_before_anything_is_computed(world, world_sd, tmp_path, monkeypatch):
     """Unreadable, of another adapter, of another model: each is told before a latent is made, and leaves nothing."""
-    first = train(make_run(world, tmp_path / "first", train={"steps": 1}))
+    first = train(make_run(world, tmp_path / "first", train={"steps": 1})).file
     (tmp_path / "cut.safetensors").write_bytes(first.read_bytes()[:300])
     monkeypatch.setattr(
         "diffusekrona_train.training.setup.build_training_set", lambda *_, **__: pytest.fail("caches are made")
@@ -173,10 +176,11 @@ def test_init_from_is_looked_at_before_anything_is_computed(world, world_sd, tmp
         assert said in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_notes_on_the_factors_are_printed_by_a_run_too(world, tmp_path, capsys):
+def test_notes_on_the_factors_are_reported_by_a_run_too(world, tmp_path):
     adapter = {"a1": 3, "a2": 3, "on_indivisible": "nearest"}
-    train(make_run(world, tmp_path / "run", adapter=adapter, train={"steps": 1}))
-    assert "factors moved to the nearest divisors in" in capsys.readouterr().out
+    told = Told()
+    train(make_run(world, tmp_path / "run", adapter=adapter, train={"steps": 1}), progress=told)
+    assert "factors moved to the nearest divisors in" in told.text
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_the_export_that_a_run_proposes_works(world, tmp_path, capsys, monkeypat
     from diffusekrona_train.cli.convert import main
     from diffusekrona_train.training.page import write_run_report
 
-    train(make_run(world, tmp_path / "my dog", adapter=adapter, train={"steps": 1}))
+    command(make_run(world, tmp_path / "my dog", adapter=adapter, train={"steps": 1}))
     line = next(line for line in capsys.readouterr().out.splitlines() if "krona-convert" in line)
     words = shlex.split(line)
     assert words[0] == "krona-convert" and ("merged" in words) == (adapter.get("targets") == "all")
@@ -207,7 +211,7 @@ def test_the_export_that_a_run_proposes_works(world, tmp_path, capsys, monkeypat
     assert "krona-convert" in write_run_report(tmp_path / "my dog").read_text()
 
 
-def test_keep_best_measures_the_checkpoints_and_costs_nothing_where_it_fails(world, tmp_path, monkeypatch, capsys):
+def test_keep_best_measures_the_checkpoints_and_costs_nothing_where_it_fails(world, tmp_path, monkeypatch):
     from diffusekrona_train import evaluation as evaluate
 
     measure = evaluate.best_checkpoint
@@ -215,15 +219,15 @@ def test_keep_best_measures_the_checkpoints_and_costs_nothing_where_it_fails(wor
     monkeypatch.setattr(evaluate, "best_checkpoint", lambda folder, **_: measure(folder, plan))
     best = {"steps": 4, "keep_best": True}
     watch = {"prompts": ["A [V] {class}"]}
-    path = train(make_run(world, tmp_path / "a" / "run", train=best, validation=watch))
+    told = Told()
+    path = train(make_run(world, tmp_path / "a" / "run", train=best, validation=watch), progress=told).file
     chosen = json.loads((path.parent / "evaluation" / "best.json").read_text())
     assert chosen["chosen_step"] in (2, 4) and [row["step"] for row in chosen["checkpoints"]] == [2, 4]
-    said = "".join(capsys.readouterr())
-    assert f"best checkpoint: {path.parent / chosen['adapter']} (step {chosen['chosen_step']})" in said
+    assert f"best checkpoint: {path.parent / chosen['adapter']} (step {chosen['chosen_step']})" in told.text
     monkeypatch.setattr(evaluate, "best_checkpoint", lambda *_, **__: 1 / 0)
-    again = train(make_run(world, tmp_path / "b" / "run", train=best, validation=watch))
+    again = train(make_run(world, tmp_path / "b" / "run", train=best, validation=watch), progress=told).file
     assert same_factors(load_file(path), load_file(again))
-    assert "the checkpoints were not measured (ZeroDivisionError" in "".join(capsys.readouterr())
+    assert "the checkpoints were not measured (ZeroDivisionError" in told.text
 
 
 def test_a_v_prediction_model_is_named_in_the_file(tmp_path):
@@ -231,7 +235,7 @@ def test_a_v_prediction_model_is_named_in_the_file(tmp_path):
 
     make_pipeline("sd21", tmp_path / "model", prediction_type="v_prediction")
     draw_photos(tmp_path / "photos")
-    file = weights.read_adapter(train(make_run(tmp_path, tmp_path / "run", train={"steps": 1})))
+    file = weights.read_adapter(train(make_run(tmp_path, tmp_path / "run", train={"steps": 1})).file)
     assert file.info["prediction_type"] == "v_prediction" and file.metadata["modelspec.prediction_type"] == "v"
     assert file.metadata["ss_base_model_version"] == "sd_v2_v" and file.metadata["ss_v2"] == "True"
 
@@ -368,7 +372,7 @@ def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, optimizer, f
         descent.step(0.1)
 
     def everything():
-        moments, numbers = checkpoint._flatten(descent.optimizer.state_dict()["state"])
+        moments, numbers = checkpoint.moments_by_name(descent.factors, descent.optimizer)
         return [p.detach().clone() for p in parameters], {k: v.clone() for k, v in moments.items()}, numbers
 
     step()
@@ -409,8 +413,37 @@ def test_three_bad_steps_end_the_run_with_the_last_good_checkpoint(world, tmp_pa
     assert same_factors(good, load_file(last)) and f"train.init_from: {last} lets" in str(error.value)
     monkeypatch.undo()
     advised = {"steps": 1, "learning_rate": 1e-9, "init_from": str(last)}
-    begun = factors(train(make_run(world, tmp_path / "again", train=advised)).parent)
+    begun = factors(train(make_run(world, tmp_path / "again", train=advised)).file.parent)
     assert max((begun[name] - good[name]).abs().max() for name in good) < 1e-6
+
+
+def test_a_base_that_gives_nan_is_blamed_and_not_the_rate(world, tmp_path):
+    """Every weight of it is a finite number, so that loading finds nothing; its answer is infinite."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    file = next((tmp_path / "model" / "unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["conv_out.weight"].fill_(3e38)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(Diverged, match="the base model model sha256.* gives NaN or infinity in float32. Take") as error:
+        train(make_run(world, tmp_path / "run", model=str(tmp_path / "model")))
+    assert "the learning rate is not the reason" in str(error.value) and "below" not in str(error.value)
+
+
+def test_the_prediction_type_of_the_config_is_trained_and_kept(world_sd, tmp_path):
+    """Said of a model whose own files say epsilon: the target, the file's description and its header follow."""
+    said = {"adapter": {"a1": 1, "a2": 1}, "train": {"steps": 1}}
+    first = train(make_run(world_sd, tmp_path / "epsilon", **said))
+    other = train(make_run(world_sd, tmp_path / "v", prediction_type="v_prediction", **said))
+    losses = [metrics(path.parent)[-1]["loss"] for path in (first, other)]
+    assert losses[0] != losses[1]
+    file = weights.read_adapter(other)
+    assert file.info["prediction_type"] == "v_prediction" == file.said_prediction()
+    assert file.metadata["modelspec.prediction_type"] == "v" and weights.read_adapter(first).said_prediction() is None
+    # who renders with it at the same base, by its path, need not say it again; another base has its own
+    model = str(world_sd / "model")
+    assert base_model_of([Subject(file)], model) == {"model": model, "prediction_type": "v_prediction"}
+    assert base_model_of([Subject(file)], "elsewhere/other") == {"model": "elsewhere/other"}
+    assert json.loads(other.with_suffix(".json").read_text())["activation text"] == "sks dog"
 
 
 def test_two_bad_steps_are_skipped_and_counted(world, tmp_path, monkeypatch):
@@ -445,26 +478,27 @@ def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monke
         train(make_run(world, tmp_path / "run"))
 
 
-def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkeypatch, capsys):
-    straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
+def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkeypatch):
+    straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     monkeypatch.setattr("diffusekrona_train.training.preview.render", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(Objective, "held_out_loss", lambda self: 1 / 0)
     monkeypatch.setattr("diffusekrona_train.training.page.write_run_report", lambda folder: 1 / 0)
     watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
-    assert same_factors(factors(train(watched).parent), straight)
-    said = "".join(capsys.readouterr())
+    told = Told()
+    assert same_factors(factors(train(watched, progress=told).file.parent), straight)
+    said = told.text
     assert "after step 0: validation failed (ZeroDivisionError" in said
     for what in ("validation failed", "the held-out loss failed", "report.html was not written"):
         assert said.count(what) == 1, "the same failure is told once"
 
 
 def test_validation_does_not_change_the_run_and_loads_no_text_encoder(world, tmp_path, monkeypatch):
-    straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
+    straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     config = make_run(world, tmp_path / "b" / "run", validation={"every": 3, "loss": True})
     train(config)  # fills the cache with the prompts
     monkeypatch.setattr("diffusekrona_train.models.source.ModelSource._load_text_encoders", lambda *_: 1 / 0)
     again = make_run(world, tmp_path / "c" / "run", validation={"every": 3, "loss": True})
-    assert same_factors(factors(train(again).parent), straight)
+    assert same_factors(factors(train(again).file.parent), straight)
     assert len(list((tmp_path / "c" / "run" / "samples").iterdir())) == 3
 
 
@@ -505,13 +539,13 @@ def test_a_mistake_before_the_first_step_leaves_the_old_run_alone(world, tmp_pat
 
 
 def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(world, tmp_path, monkeypatch):
-    straight = factors(train(make_run(world, tmp_path / "a" / "run")).parent)
+    straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     config = make_run(world, tmp_path / "b" / "run")
     monkeypatch.setenv("KRONA_FAULT", "state:4:full")
     monkeypatch.setattr("diffusekrona_train.common.faults._done", False)
     with pytest.raises(RuntimeError, match="step 4.*No space left.*step-000002.*--resume"):
         train(config)
-    assert same_factors(factors(train(config, resume=True).parent), straight)
+    assert same_factors(factors(train(config, resume=True).file.parent), straight)
 
 
 def test_the_folder_removed_under_a_run_is_made_again(world, tmp_path, monkeypatch):
@@ -525,7 +559,7 @@ def test_the_folder_removed_under_a_run_is_made_again(world, tmp_path, monkeypat
         return loss(self, step, micro)
 
     monkeypatch.setattr(Objective, "loss", remove)
-    assert train(make_run(world, tmp_path / "run")).exists()
+    assert train(make_run(world, tmp_path / "run")).file.exists()
 
 
 def test_fp16_on_a_cpu_is_refused(world, tmp_path):
@@ -538,7 +572,7 @@ def test_tensorboard_gets_the_metrics(world, tmp_path):
     assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
 
 
-def test_a_tracker_that_fails_is_told_once_and_ends_nothing(world, tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_told_once_and_ends_nothing(world, tmp_path, monkeypatch):
     import errno
 
     from accelerate import Accelerator
@@ -547,8 +581,9 @@ def test_a_tracker_that_fails_is_told_once_and_ends_nothing(world, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Accelerator, "log", full)
-    train(make_run(world, tmp_path / "run", train={"steps": 3, "trackers": ["tensorboard"]}))
-    assert "".join(capsys.readouterr()).count("a tracker failed (OSError: No space left on device)") == 1
+    told = Told()
+    train(make_run(world, tmp_path / "run", train={"steps": 3, "trackers": ["tensorboard"]}), progress=told)
+    assert told.text.count("a tracker failed (OSError: No space left on device)") == 1
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
@@ -573,11 +608,12 @@ def test_memory_levels_go_from_fast_to_small(world, tmp_path, monkeypatch):
 
 
 def test_processes_agree_on_a_stop_by_the_averaged_wish():
-    stop = Stop()
+    progress = Progress()
+    stop = Stop(progress)
     assert not stop.agreed(torch.tensor(0.0), 2) and stop.agreed(torch.tensor(0.5), 2)
     assert not stop.agreed(torch.tensor(0.5), 1)
-    stop.signum = 2
-    assert stop.agreed(torch.tensor(0.0), 1) and stop.status == 130
+    progress.stop()
+    assert stop.agreed(torch.tensor(0.0), 1) and stop.wanted()
 
 
 def test_checkpointing_and_strength_leave_the_gradient_alone(world):

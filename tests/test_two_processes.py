@@ -15,7 +15,7 @@ import yaml
 from diffusekrona_train.common.run_folder import read_metrics
 from diffusekrona_train.config import dump_config
 from diffusekrona_train.training import train
-from tests.runs import factors, finish, make_run, make_world, newest_state, start, world_env
+from tests.runs import command, factors, finish, make_run, make_world, newest_state, start, world_env
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ def world(tmp_path_factory):
 def start_two(config, folder: Path, **env):
     """Two forked processes that train together."""
     shared = [{**own, **env} for own in world_env(2)]
-    return [start(lambda: train(config), folder / f"log{rank}", **own) for rank, own in enumerate(shared)]
+    return [start(lambda: command(config), folder / f"log{rank}", **own) for rank, own in enumerate(shared)]
 
 
 def apart(a, b) -> float:
@@ -44,13 +44,13 @@ def test_two_processes_are_one_with_batch_2_or_accumulation_2(world, tmp_path, p
     def run(name, **more):
         return make_run(world, tmp_path / name, train={**settings, **more}, prior=prior)
 
-    one = factors(train(run("one", batch_size=2)).parent)
+    one = factors(train(run("one", batch_size=2)).file.parent)
     two = run("two")
     assert [finish(child) for child in start_two(two, tmp_path)] == [0, 0]
     state = newest_state(tmp_path / "two")
     assert state.about["processes"] == 2
     assert apart(one, factors(tmp_path / "two")) < 2e-3
-    accumulated = factors(train(run("sum", gradient_accumulation=2)).parent)
+    accumulated = factors(train(run("sum", gradient_accumulation=2)).file.parent)
     assert apart(one, accumulated) < 2e-3
     lines = read_metrics(tmp_path / "two" / "metrics.jsonl")
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
@@ -86,8 +86,8 @@ def test_out_of_memory_on_one_process_takes_both_down_a_level(world, tmp_path):
     config = make_run(world, tmp_path / "run", train={"steps": 2, "batch_size": 1})
     first, second = world_env(2)
     children = [
-        start(lambda: train(config), tmp_path / "log0", **first),
-        start(lambda: train(config), tmp_path / "log1", **second, KRONA_FAULT="step:1:oom"),
+        start(lambda: command(config), tmp_path / "log0", **first),
+        start(lambda: command(config), tmp_path / "log1", **second, KRONA_FAULT="step:1:oom"),
     ]
     assert [finish(child) for child in children] == [0, 0]
     assert newest_state(tmp_path / "run").about["level"] == "checkpointing"

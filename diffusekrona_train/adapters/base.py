@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from diffusekrona_train.adapters.products import Sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
 
@@ -26,12 +27,28 @@ class Fp32Module(nn.Module):
         return super()._apply(keep_type, recurse)
 
 
+class Lane(Protocol):
+    """One adapter's place among those that are computed together (see `grouped`)."""
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """x (..., in) -> base(x) and what the adapter adds (..., out)."""
+        ...
+
+
 class Adapter(Fp32Module):
     """What is added to one linear layer.
 
     `scale` is the config's and goes into files; `strength` is a runtime multiplier, and 0 leaves exactly the base
     layer. A type says the `shapes` of its file tensors (the first one carries the scale in a file) and what it adds.
     """
+
+    lane: Lane | None = None
+    """Where it is computed together with others while it trains."""
+
+    @property
+    def sides(self) -> Sides | None:
+        """The two products that this adapter is, None where it is made of anything else."""
+        return None
 
     def __init__(self, layer: Layer, options: Options, spec: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()

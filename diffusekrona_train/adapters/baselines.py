@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from diffusekrona_train.adapters.base import Adapter, Options, Shapes, kaiming, scaled
 from diffusekrona_train.adapters.kron import kron_delta, kron_linear
+from diffusekrona_train.adapters.products import Right, Sides, kron_sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.config.factors import factorization, pair_cost
 from diffusekrona_train.models.layers import Layer
@@ -31,6 +32,10 @@ class LoRA(Adapter):
 
     def initialise(self, spec: AdapterConfig, generator: torch.Generator | None) -> None:
         kaiming(self.lora_down, generator)
+
+    @property
+    def sides(self) -> Sides | None:
+        return (Right, "lora_down"), (Right, "lora_up")
 
     def forward(self, x: Tensor) -> Tensor:
         up = scaled(self.lora_up, self.multiplier())
@@ -77,6 +82,12 @@ class LoKr(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         """w1 and w2, multiplied out where they are pairs."""
         return self._whole("lokr_w1"), self._whole("lokr_w2")
+
+    @property
+    def sides(self) -> Sides | None:
+        if not {"lokr_w1", "lokr_w2"} <= set(self.suffixes):
+            return None
+        return kron_sides(self.get_parameter("lokr_w1"), self.get_parameter("lokr_w2"), "lokr_w1", "lokr_w2")
 
     def forward(self, x: Tensor) -> Tensor:
         w1, w2 = self.factors()

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
+from diffusekrona_train.adapters.flat import FlatFactors
+from diffusekrona_train.adapters.grouped import flatten
 from diffusekrona_train.adapters.wrappers import AdaptedLinear, WholeModule, owners_of_parameters
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models.layers import find_layers, select_layers
+from diffusekrona_train.models.layers import find_layers, find_projections, select_layers
 
 __all__ = ["AdaptedLinear", "Injection", "find_layers", "inject", "select_layers"]
 
@@ -41,6 +43,7 @@ class Injection:
     def __init__(self, model: nn.Module, spec: AdapterConfig, seed: int = 0, options: dict[str, Options] | None = None):
         self.model, self.spec, self.seed = model, spec, seed
         self._sites: dict[str, AdaptedLinear | WholeModule] = {}
+        self.flat: FlatFactors | None = None
         self._thawed = [parameter for parameter in _foreign_parameters(model) if parameter.requires_grad]
         if spec.type == "full" and spec.targets == "all":
             self.options = options or {}
@@ -56,7 +59,9 @@ class Injection:
             layers = find_layers(self.model, self.spec)
             self.options = plan(self.spec, layers)
         else:
-            everything = {layer.name: layer for layer in find_layers(self.model, None)}
+            everything = {
+                layer.name: layer for layer in [*find_layers(self.model, None), *find_projections(self.model)]
+            }
             if unknown := [name for name in options if name not in everything]:
                 raise ValueError(
                     f"{unknown[0]} is no attention or feed-forward layer of this {type(self.model).__name__}"
@@ -85,6 +90,11 @@ class Injection:
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """("layer|parameter", fp32 parameter) in a fixed order."""
         return [(f"{n}|{p}", value) for n, adapter in self.adapters.items() for p, value in adapter.named_parameters()]
+
+    def flatten(self, spare: int = 0) -> FlatFactors:
+        """Move parameters and gradients into flat buffers (see `flat`), for an optimiser."""
+        self.flat = flatten([self.adapters], spare)
+        return self.flat
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -123,6 +133,8 @@ class Injection:
                 )
         for name, parameter in own.items():
             parameter.copy_(state[name])
+        if self.flat is not None:
+            self.flat.refresh()
         self.assert_fp32()
 
     # --- how strongly it acts

@@ -1,4 +1,4 @@
-"""The mathematics of A ⊗ B: apply it, write it out, cut it, count it. Needs torch alone.
+"""The mathematics of A ⊗ B: apply it, write it out, cut it, count it. Needs only torch.
 
 Everywhere A is (a2, a1) and B is (b2, b1), torch's (out, in) layout: a1 and b1 split the input width a1*b1, a2 and b2
 the output width a2*b2. Row α*b2+β, column p*b1+q of A ⊗ B is A[α, p] * B[β, q], as in `torch.kron`.
@@ -148,8 +148,13 @@ def _split(factor: Tensor) -> tuple[Tensor, Tensor]:
     return (factor, identity) if columns <= rows else (identity, factor)
 
 
+def computes_in_own_type(x: Tensor) -> bool:
+    """False where autocast would have the products in another type."""
+    return _compute_dtype(x) == x.dtype
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):  # meta knows no autocast
         return torch.get_autocast_dtype(kind)
     return x.dtype

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusekrona_train.adapters.base import Adapter, Options, Shapes, kaiming, scaled
 from diffusekrona_train.adapters.kron import kron_delta, kron_linear
+from diffusekrona_train.adapters.products import Sides, kron_sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.config.factors import pair_cost
 from diffusekrona_train.models.layers import Layer
@@ -54,6 +55,12 @@ class KronA(Adapter):
                 nn.init.xavier_uniform_(factor, generator=generator)
             else:
                 factor.normal_(0.0, std[spec.init_a], generator=generator)
+
+    @property
+    def sides(self) -> Sides | None:
+        if self.row_permutation:
+            return None
+        return kron_sides(self.A, self.B, "A", "B")
 
     def forward(self, x: Tensor) -> Tensor:
         y = kron_linear(x, scaled(self.A, self.multiplier()), self.B)

@@ -7,19 +7,30 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffusekrona_train.adapters import Adapter, Fp32Module, check_tensors, to_file
+from diffusekrona_train.adapters.kron import computes_in_own_type
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen layer and what is added to it, in the layer's output type. The base may be adapted itself."""
+    """A frozen layer and what is added to it, in the layer's output type. The base may be adapted itself.
+
+    The layer is linear, or a 1x1 convolution, which is the same on channels (proj_in and proj_out of SD 1).
+    """
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
         self.base, self.adapter, self.fused = base, adapter, False
+        self.channels_first = isinstance(self._innermost(), nn.Conv2d)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = self.base(x, *args, **kwargs)
+        lane = self.adapter.lane
         if self.fused or self.adapter.strength == 0:
-            return y
+            return self.base(x, *args, **kwargs)
+        plain = not (args or kwargs or self.channels_first or torch.compiler.is_compiling())
+        if lane is not None and plain and computes_in_own_type(x):
+            return lane.forward(self.base, x)
+        y = self.base(x, *args, **kwargs)
+        if self.channels_first:
+            return y + self.adapter(x.movedim(1, -1)).movedim(-1, 1).to(y.dtype)
         return y + self.adapter(x).to(y.dtype)
 
     @property
@@ -32,11 +43,11 @@ class AdaptedLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.base.in_features  # type: ignore[return-value]
+        return self.base.in_channels if self.channels_first else self.base.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
-        return self.base.out_features  # type: ignore[return-value]
+        return self.base.out_channels if self.channels_first else self.base.out_features  # type: ignore[return-value]
 
     def check_fusable(self) -> None:
         """ValueError where the weights cannot be changed."""
@@ -46,7 +57,8 @@ class AdaptedLinear(nn.Module):
         """As `fuse`, without the copy that `unfuse` needs; for a layer with one adapter, so that it is rounded once."""
         linear = self._innermost()
         with torch.no_grad():
-            linear.weight.copy_(linear.weight.float() + self.adapter.delta())  # type: ignore[operator,union-attr]
+            difference = self.adapter.delta().view_as(linear.weight)  # type: ignore[arg-type]
+            linear.weight.copy_(linear.weight.float() + difference)  # type: ignore[operator,union-attr]
         self.fused = True
 
     def fuse(self) -> None:
@@ -210,7 +222,7 @@ def _sum_into(linear: nn.Module) -> None:
     kept, fused = linear.__dict__["_unfused_weight"], linear.__dict__["_fused_adapters"]
     total = kept
     for adapter in fused:
-        total = total.float() + adapter.delta()
+        total = total.float() + adapter.delta().view_as(kept)
     linear.weight.copy_(total)  # type: ignore[operator]
     if not fused:
         del linear.__dict__["_unfused_weight"], linear.__dict__["_fused_adapters"]

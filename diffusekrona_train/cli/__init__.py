@@ -19,6 +19,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 
 # Read when torch is loaded: OpenMP threads that spin while they wait make a step many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when CUDA begins: pictures of other shapes and validations would else leave holes that nothing fits in.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +38,7 @@ def door(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            return command(*args, **{name: _filled(name, value) for name, value in kwargs.items()})  # type: ignore[arg-type]
         except USER_MISTAKES as error:
             _leave("error", error, 2)
         except KeyboardInterrupt:
@@ -50,6 +52,15 @@ def door(command: Callable[P, R]) -> Callable[P, R]:
             _leave("fault", error, 1)
 
     return guarded
+
+
+def _filled(name: str, value: Any) -> Any:
+    """An option's path, or list of paths, with `~` and environment variables filled in."""
+    from diffusekrona_train.config.paths import user_path
+
+    if isinstance(value, list):
+        return [_filled(name, item) for item in value]
+    return Path(user_path(str(value), f"--{name.replace('_', '-')}")).expanduser() if isinstance(value, Path) else value
 
 
 def with_options(command: Callable[..., R]) -> Callable[..., R]:
@@ -112,10 +123,10 @@ def read_prompts_file(path: Path | None) -> list[str]:
     """The lines of a text file that are no comment; ValueError where there is none. No file holds no prompt."""
     if path is None:
         return []
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts-file {str(path)!r} is no UTF-8 text") from None
+    from diffusekrona_train.common.files import decode_text
+
+    text = decode_text(path.read_bytes(), f"--prompts-file {str(path)!r} is no UTF-8 text")
+    lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"--prompts-file {str(path)!r} holds no prompt; write one a line")
@@ -161,5 +172,6 @@ def _leave(word: str, error: BaseException, status: int) -> NoReturn:
     if os.environ.get("KRONA_DEBUG", "") not in ("", "0") or "--debug" in sys.argv:
         traceback.print_exc()
     name = "" if word == "error" else f"{type(error).__name__}: "
-    print(f"{word}: {name}{one_line(error)}", file=sys.stderr)
+    line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in one_line(error))
+    print(f"{word}: {name}{line}", file=sys.stderr)
     raise SystemExit(status) from None

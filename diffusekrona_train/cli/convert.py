@@ -19,6 +19,7 @@ class Target(StrEnum):
     lora = "lora"
     diffusers = "diffusers"
     merged = "merged"
+    checkpoint = "checkpoint"
 
 
 class Origin(StrEnum):
@@ -32,6 +33,10 @@ class DType(StrEnum):
     bf16 = "bf16"
 
 
+WHOLE = (Target.merged, Target.checkpoint)
+"""Formats that hold the base model too."""
+
+
 @app.command()
 @door
 def convert(
@@ -41,7 +46,8 @@ def convert(
         Target,
         typer.Option(
             help="native: ours with its JSON; lokr: plain LoKr (ComfyUI, A1111, Forge); lora: exact LoRA in kohya "
-            "keys; diffusers: LoRA in PEFT keys; merged: a pipeline folder."
+            "keys, for whatever does not read LoKr; diffusers: LoRA in PEFT keys, which ComfyUI, A1111, Forge and "
+            "InvokeAI do not read; merged: a pipeline folder; checkpoint: a merged single file for ComfyUI and A1111."
         ),
     ],
     from_: Annotated[
@@ -53,34 +59,51 @@ def convert(
         str | None,
         typer.Option(
             help="The model that the file is for, where the file does not say: sdxl, sd15, sd21, toybox, a hub name or "
-            "a pipeline folder. For merged: the base."
+            "a pipeline folder. For merged and checkpoint: the base."
         ),
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="merged, checkpoint: another VAE (hub name, folder, file).")] = None,
+    model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file --model.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
     ] = None,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
 ) -> None:
     """Converts an adapter file; what is written is read back and compared before it takes its name."""
-    from diffusekrona_train.adapters.formats import EXPORTERS, open_adapter
+    from diffusekrona_train.adapters.formats import EXPORTERS, open_adapter, write_sidecar
     from diffusekrona_train.models import open_model
 
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ValueError(f"{target}: is the input itself; give another name")
-    if to is Target.merged:
-        if target.suffix == ".safetensors":
-            raise ValueError(f"{target}: --to merged writes a pipeline folder; give a name without .safetensors")
-    elif target.suffix != ".safetensors":
-        raise ValueError(f"{target}: give a name that ends in .safetensors")
-    file = open_adapter(source, model, authors=from_ is Origin.diffusekrona)
+    _check_target(source, target, to)
+    given = {"vae": vae, "model_config_dir": model_config_dir}
+    file = open_adapter(source, model, authors=from_ is Origin.diffusekrona, model_config_dir=model_config_dir)
     base = None
-    if to is Target.merged:
+    if to in WHOLE:
         named = model or str(file.info.get("model", ""))
         if not named or "sha256:" in named:
-            raise ValueError(f"{source}: --to merged needs the base model's weights; give --model")
-        base = open_model(named)
+            raise ValueError(f"{source}: --to {to.value} needs the base model's weights; give --model")
+        given["prediction_type"] = prediction_type or file.said_prediction(model)
+        base = open_model(named, **given)
     remarks = EXPORTERS[to.value](file, target, dtype=dtype.value, rank=rank, source=base)
     size = sum(part.stat().st_size for part in ([target] if target.is_file() else target.rglob("*")) if part.is_file())
     print(f"{target}: {to.value}, {dtype.value}, {size / 2**20:.1f} MiB, read back and equal")
-    for remark in remarks:
+    if to in (Target.native, Target.lokr, Target.lora):
+        remarks = [*remarks, write_sidecar(target)]
+    for remark in filter(None, remarks):
         print(f"  {remark}")
+
+
+def _check_target(source: Path, target: Path, to: Target) -> None:
+    """ValueError where the name of what is to be written does not suit its format, or is the input's."""
+    is_file = target.suffix.lower() in (".safetensors", ".sft")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"{target}: is the input itself; give another name")
+    if to is Target.merged and is_file:
+        raise ValueError(
+            f"{target}: --to merged writes a pipeline folder; give a name without {target.suffix}, "
+            "or use --to checkpoint for one file"
+        )
+    if to is not Target.merged and not is_file:
+        raise ValueError(f"{target}: give a name that ends in .safetensors")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffusekrona_train.cli import door, enter, read_prompts_file, with_options
+from diffusekrona_train.cli.terminal import Terminal
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -79,7 +80,9 @@ def images(
 
     generated = evaluate.read_generated(folder, prompts.read())
     real = evaluate.photos_of(photos)
-    plan = evaluate.Plan(clip=judging.clip, dino=judging.dino, keep_identifier=judging.keep_identifier)
+    plan = evaluate.Plan(
+        clip=judging.clip, dino=judging.dino, keep_identifier=judging.keep_identifier, progress=Terminal()
+    )
     place = output or folder / "evaluation"
     result = evaluate.evaluate_images(generated, real, plan, place, identifiers=token or [], name=folder.resolve().name)
     _print_rows([(result["name"], result["scores"])])
@@ -223,6 +226,7 @@ def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
         keep_identifier=drawing.keep_identifier,
         batch_size=drawing.batch_size,
         memory=studio.Memory(drawing.dtype, drawing.quantize, vae_tiling=drawing.vae_tiling),
+        progress=Terminal(),
     ).shared()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusekrona_train.cli import door, enter, read_prompts_file
+from diffusekrona_train.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from diffusekrona_train.sampling import Call
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -44,6 +47,9 @@ def sample(
     variant: Annotated[str | None, typer.Option(help="Weight variant of --model, such as fp16.")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE: hub name, folder or file.")] = None,
     model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file model.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
@@ -60,6 +66,9 @@ def sample(
     output: Annotated[Path | None, typer.Option(help="Folder of the pictures (pictures/ beside the adapter).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Draw pictures again that are there.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
+    noise: Annotated[
+        str, typer.Option(help="prompt: noise by prompt and seed; seed: by seed alone, to compare prompts.")
+    ] = "prompt",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8.")] = "none",
     no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Keep the adapter apart from the weights.")] = False,
@@ -77,100 +86,58 @@ def sample(
     if not prompts:
         raise ValueError('no prompt is given; write krona-sample RUN_OR_FILE "A [V] dog on the beach"')
     wanted = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "height": height, "width": width}
-    wanted |= {"negative": negative or None}
+    wanted |= {"negative": negative or None, "noise": noise}
     _check_early(wanted, sweep or [])
 
-    from diffusekrona_train.sampling import session as studio
+    from diffusekrona_train.common.process import as_found
+    from diffusekrona_train.sampling import Memory, SampleRequest, open_call
 
-    memory = studio.Memory(dtype, quantize, offload, vae_tiling, vae_slicing, not no_fuse)
-    if checkpoint is not None and run is None:
-        raise ValueError(f"--checkpoint {checkpoint} needs a run folder before the prompts")
-    uses = [(studio.find_adapter(run, checkpoint), 1.0)] if run else []
-    uses += [studio.parse_use(text) for text in adapter or []]
-    subjects = studio.subjects_of(uses, token or [], class_noun)
-    found = studio.base_model_of(subjects, model, run if run and run.is_dir() else None)
-    given = {"revision": revision, "variant": variant, "vae": vae, "model_config_dir": model_config_dir}
-    found |= {name: value for name, value in given.items() if value is not None}
-    home = run if run and run.is_dir() else uses[0][0].parent if uses else Path.cwd()
-    folder = output or home / "pictures"
-    drawn = {"prompts": prompts, "seeds": range(seed, seed + num_images), "wanted": wanted, "sweeps": sweep or []}
-    _draw(subjects, found, memory, drawn, folder, scale, base, sheet, batch_size, overwrite)
+    memory = Memory(dtype, quantize, offload, vae_tiling, vae_slicing, not no_fuse)
+    request = SampleRequest(
+        run, prompts, adapter or [], checkpoint, token or [], class_noun, model, revision, variant, vae,
+        model_config_dir, range(seed, seed + num_images), scale, **wanted, sweeps=sweep or [], base=base,
+        memory=memory, batch_size=batch_size, output=output or _home(run, adapter or []) / "pictures",
+        overwrite=overwrite, prediction_type=prediction_type,
+    )  # fmt: skip
+    with as_found():
+        call = open_call(request, Terminal(images=True))
+    _generate(call, sheet)
 
 
-def _draw(
-    subjects: list,
-    found: dict[str, Any],
-    memory: Any,
-    drawn: dict[str, Any],
-    folder: Path,
-    scale: float,
-    base: bool,
-    sheet: bool,
-    batch_size: int,
-    overwrite: bool,
-) -> None:
-    """Plan, draw this process' share, and let the first process write the manifest and the sheet."""
-    from dataclasses import replace
+def _generate(call: Call, sheet: bool) -> None:
+    """Make what is missing, then say what is there."""
+    from diffusekrona_train.sampling.plan import write_sheet
 
-    from diffusekrona_train.common import device as devices
-    from diffusekrona_train.models import open_model
-    from diffusekrona_train.sampling import plan as pictures
-    from diffusekrona_train.sampling import session as studio
-
-    source = open_model(**found)
-    studio.check_base(source, subjects)
-    settings = studio.default_settings(source, subjects)
-    settings = replace(settings, **{name: value for name, value in drawn["wanted"].items() if value is not None})
-    crowd = studio.processes()
-    device = devices.pick_device(crowd.local_process_index if crowd else 0)
-    rank, world = (crowd.process_index, crowd.num_processes) if crowd else (0, 1)
-
-    prompts = list(dict.fromkeys(studio.fill_prompt(text, subjects) for text in drawn["prompts"]))
-    negative = studio.fill_prompt(settings.negative, subjects)
-    if rank == 0:
-        warnings = [warning for text in prompts for warning in studio.missing_identifiers(text, subjects)]
-        for warning in (*studio.shared_identifiers(subjects), *warnings):
-            print(f"warning: {warning}", file=sys.stderr)
-    planned = pictures.plan_pictures(
-        prompts,
-        drawn["seeds"],
-        replace(settings, negative=negative),
-        scale=scale if subjects else None,
-        sweeps=[pictures.parse_sweep(text) for text in drawn["sweeps"]],
-        with_base=base,
-        about=studio.about_models(source, subjects, devices.pick_dtype(memory.dtype, device), memory),
-    )
-    missing = [item for item in planned if overwrite or not (folder / item.file).exists()]
-    written = 0
-    if missing:
-        texts = [text for item in planned for text in (item.prompt, item.settings.negative)]
-        room = studio.Studio(source, subjects, texts, memory, device)
-        written = pictures.draw(
-            planned,
-            folder,
-            room.painter([item.scale for item in planned], keep=False),
-            batch_size=batch_size,
-            overwrite=overwrite,
-            rank=rank,
-            world=world,
-        )
-    if crowd:
-        crowd.wait_for_everyone()
-    if rank == 0:
-        pictures.settle_manifest(planned, folder)
+    folder = call.request.output
+    assert folder is not None
+    there = len(call.planned) - len(call.missing)
+    written = sum(1 for _ in call.images())
+    if call.rank == 0:
         if sheet:
-            print(pictures.write_sheet(planned, folder))
-        there = f"; {len(planned) - len(missing)} were there already" if len(missing) < len(planned) else ""
-        mine = f"{written} by this process" if crowd else f"{written} new"
-        print(f"{len(planned)} pictures in {folder} ({mine}{there})")
+            print(write_sheet(call.planned, folder))
+        mine = f"{written} by this process" if call.world > 1 else f"{written} new"
+        already = f"; {there} were there already" if there else ""
+        print(f"{len(call.planned)} pictures in {folder} ({mine}{already})")
+
+
+def _home(run: Path | None, adapters: list[str]) -> Path:
+    """The run folder, the folder of the first adapter file, or the working folder."""
+    from diffusekrona_train.sampling.session import parse_use
+
+    if run is not None:
+        return run if run.is_dir() else run.parent
+    return parse_use(adapters[0])[0].parent if adapters else Path.cwd()
 
 
 def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Path | None:
     """The first word as run folder or file; with --adapter, or with --model and no such path, all words are prompts."""
     if not words or has_adapters:
         return None
-    path = Path(words[0]).expanduser()
-    if model is not None and not path.exists() and not words[0].endswith(".safetensors"):
+    from diffusekrona_train.config.paths import user_path
+    from diffusekrona_train.models.checkpointfile import SAFETENSORS
+
+    path = Path(words[0]) if " " in words[0] else Path(user_path(words[0], "RUN_OR_FILE")).expanduser()
+    if model is not None and not path.exists() and not words[0].lower().endswith(SAFETENSORS):
         return None
     if " " in words[0] and not path.exists():
         raise ValueError(f"{words[0]!r} is a prompt; put a run folder or adapter file before it, or give --model")

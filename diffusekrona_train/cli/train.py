@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffusekrona_train.cli import door, enter
+from diffusekrona_train.cli.terminal import Terminal, first_process
+
+if TYPE_CHECKING:
+    from diffusekrona_train.common.progress import TrainResult
+    from diffusekrona_train.config import RunConfig
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, help="Train a Kronecker adapter on a few photos."
@@ -21,8 +27,12 @@ def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="The YAML of the run (krona-train init writes one).")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one field.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest state in the output folder.")] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Go on from a state: runs/dog/resume/step-000100.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest state in the output folder.")
+    ] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="Continue from a state: runs/dog/resume/step-000100.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Say what the config would do, without training.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -40,11 +50,57 @@ def train(
     if check:
         from diffusekrona_train.training.check import check_config
 
-        check_config(settings)
+        for title, lines in check_config(settings):
+            for index, line in enumerate(lines):
+                print(f"{title if index == 0 else '':<11} {line}")
+        print("nothing was trained: run it without --check")
         return
-    from diffusekrona_train.training import train as run
+    started_by = " ".join([f"krona-train --config {config}", *(f"--set {one}" for one in set_ or [])])
+    run(settings, resume=resume, resume_from=resume_from, overwrite=overwrite, started_by=started_by)
 
-    run(settings, resume=resume, resume_from=str(resume_from) if resume_from else None, overwrite=overwrite)
+
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    resume_from: Path | None = None,
+    overwrite: bool = False,
+    started_by: str = "krona-train --config CONFIG.yaml",
+) -> None:
+    """Train with the run's events in the terminal; SystemExit(130 or 143) where a signal or a file stopped it."""
+    from diffusekrona_train.training import Stopped, train
+
+    terminal = Terminal()
+    with terminal.listening():
+        try:
+            result = train(config, progress=terminal, resume=resume, resume_from=resume_from, overwrite=overwrite)
+        except Stopped as stopped:
+            if first_process():
+                where = f"stopped after step {stopped.step} of {stopped.steps}; saved."
+                print(f"{where} Continue with: {started_by} --resume", file=sys.stderr)
+            terminal.leave()
+        if first_process():
+            print(what_next(config, result))
+        if terminal.signum is not None:
+            terminal.leave()
+
+
+def what_next(config: RunConfig, result: TrainResult) -> str:
+    """Return what a user can do with the adapter of a finished run."""
+    from diffusekrona_train.adapters.formats import export_command, read_adapter
+
+    minutes, seconds = divmod(round(result.seconds), 60)
+    prompt = config.validation.prompts[0] if config.validation.prompts else config.subject.prompt
+    prompt = prompt.replace("{class}", config.subject.class_noun)
+    size = result.file.stat().st_size / 2**20
+    return (
+        f"done: {result.steps} steps in {minutes} min {seconds} s: {result.file} ({size:.1f} MiB)\n"
+        f'try it:    krona-sample {result.file.parent} "{prompt}"\n'
+        f"in code:   from diffusekrona_train import load_adapter\n"
+        f'           load_adapter(pipe, "{result.file}")\n'
+        f"elsewhere: ComfyUI, A1111, Forge and InvokeAI read the file as it is; for diffusers and others:\n"
+        f"           {export_command(read_adapter(result.file), result.file, config.model)}"
+    )
 
 
 @app.command()

@@ -48,16 +48,20 @@ def pick_device(local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 where the card is fast at it, else fp16; fp32 on a CPU."""
+    """Return the type to generate in; auto: fp16 on a GPU, fp32 on a CPU.
+
+    fp16 also where bf16 is as fast: adapters are added to the weights, and bf16 rounds a small ΔW away (of one of 0.4 %
+    of W a third is lost, in fp16 a twentieth). SD and SDXL are published in fp16, and the VAE runs in fp32.
+    """
     if name != "auto":
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.float16
 
 
-def free(device: torch.device) -> None:
-    """Gives memory of dropped modules back."""
+def free() -> None:
+    """Give back the memory of dropped modules: Python's cycles, then torch's cached blocks."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

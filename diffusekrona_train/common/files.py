@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import os
@@ -92,3 +93,21 @@ def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: str | Path, advice: str = "save it as UTF-8") -> str:
+    """Read a text file in UTF-8, or in UTF-16 where it begins with its mark; a byte-order mark is taken off.
+
+    ValueError naming the file and the byte that is not UTF-8. Notepad, Excel and PowerShell write such marks.
+    """
+    path = Path(path)
+    return decode_text(path.read_bytes(), repr(path.name)[1:-1], advice)
+
+
+def decode_text(content: bytes, name: str, advice: str = "save it as UTF-8") -> str:
+    """The text of `content`, as `read_text`; `name` is what messages call it."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: byte {error.start} is not UTF-8; {advice}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,10 +11,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from diffusekrona_train.common.files import atomic
 
-OWN = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "resume", "report.html", "loss.png", "trackers")
+OWN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "events.jsonl",
+    "samples",
+    "checkpoints",
+    "resume",
+    "report.html",
+    "loss.png",
+    "trackers",
+)
 """What a run writes besides `<name>.safetensors` and `<name>.png`; --overwrite removes these and nothing else."""
+STOP_FILE = "stop"
+"""A file of this name in a run folder ends its run at the next step, with a checkpoint."""
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What a file system answers that has no locks."""
 
 
 def own_entries(folder: Path) -> list[Path]:
@@ -37,44 +54,35 @@ def refuse_existing(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(folder: Path, main: bool = True) -> Iterator[None]:
-    """Holds the folder for this run (its main process); ValueError where another writes in it. A kill lets go.
+    """Hold the folder for this run (its main process); ValueError where another writes in it. A kill lets go.
 
-    Folders that it makes and that are still empty at the end, of a run that was refused, go again.
+    Folders that it makes and that are still empty at the end, of a run that was refused, are removed again.
     """
     if not main:
         yield
         return
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with open(path, "a+") as file:
-        if not _lock(file):
-            file.seek(0)
-            raise ValueError(f"output: {folder} is being written by another run (process {file.read().strip() or '?'})")
-        file.truncate(0)
-        with suppress(OSError):  # the lock holds on a full disk too; only the number is missing in another's message
-            os.write(file.fileno(), str(os.getpid()).encode())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):
-                for place in made:
-                    place.rmdir()
-
-
-def _lock(file) -> bool:
+    lock = FileLock(path, blocking=False)
     try:
-        import fcntl
-    except ImportError:  # Windows has no flock: there two runs in one folder are the user's care
-        return True
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text(errors="replace").strip() if path.is_file() else ""
+        raise ValueError(f"output: {folder} is being written by another run (process {holder or '?'})") from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:  # there, two runs in one folder are the user's care
+            raise
+    with suppress(OSError):  # the lock holds on a full disk too; only the number is missing in another's message
+        path.write_text(str(os.getpid()))
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks
-    return True
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
 
 
 def prepare(folder: Path, start: int, config_yaml: str) -> None:
@@ -95,8 +103,18 @@ def prepare(folder: Path, start: int, config_yaml: str) -> None:
         temporary.write_text(config_yaml)
 
 
+def step_name(step: int) -> str:
+    """Return the name of a step's folder: step-000100."""
+    return f"step-{step:06d}"
+
+
+def adapter_file(folder: Path, step: int) -> Path:
+    """Return the adapter file of a run's checkpoint at `step`."""
+    return folder / "checkpoints" / step_name(step) / "adapter.safetensors"
+
+
 def step_of(path: Path) -> int:
-    """100 of step-000100; -1 for another name."""
+    """Return 100 for a path that ends in step-000100; -1 for another name."""
     match = re.fullmatch(r"step-(\d+)", path.name)
     return int(match[1]) if match else -1
 

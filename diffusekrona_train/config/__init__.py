@@ -18,8 +18,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from diffusekrona_train.common.files import read_text
 from diffusekrona_train.config.base import parse_count
 from diffusekrona_train.config.factors import check_factors
+from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.config.run import MODEL_ALIASES, MODEL_DEFAULTS, RunConfig
 from diffusekrona_train.config.sections import (
     PROJECTIONS,
@@ -95,8 +97,8 @@ def model_defaults(model: object) -> dict[str, Any]:
         if model in (alias, hub_name):
             return MODEL_DEFAULTS.get(alias, {})
     try:
-        unet = json.loads(Path(model, "unet", "config.json").read_text(encoding="utf-8"))
-        vae = json.loads(Path(model, "vae", "config.json").read_text(encoding="utf-8"))
+        folder = Path(user_path(model, "model")).expanduser()
+        unet, vae = (json.loads(read_text(folder / part / "config.json")) for part in ("unet", "vae"))
         resolution = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError):
         return {}

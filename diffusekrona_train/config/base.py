@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from diffusekrona_train.config.paths import user_path
 
 
 class Strict(BaseModel):
+    PATHS: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold paths: their environment variables are filled in, control characters refused."""
+
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
@@ -16,6 +22,18 @@ class Strict(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
     )
+
+    @model_validator(mode="after")
+    def _fill_paths(self) -> Self:
+        for name in self.PATHS:
+            value = getattr(self, name)
+            if isinstance(value, str) and (filled := user_path(value, name)) != value:
+                setattr(self, name, filled)
+            elif isinstance(value, list):
+                filled = [user_path(item, f"{name}[{index}]") for index, item in enumerate(value)]
+                if filled != value:
+                    setattr(self, name, filled)
+        return self
 
 
 def check_prompt(field: str, text: str) -> None:

@@ -6,7 +6,7 @@ What one section can find wrong by itself is found there; what needs two section
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -41,6 +41,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class RunConfig(Strict):
+    PATHS = ("model", "vae", "model_config_dir", "output")
     model: str = "sdxl"
     """Hub name, local diffusers folder, one .safetensors file, or an alias: sdxl, sd15, sd14, sd21, toybox."""
     revision: str | None = None
@@ -51,6 +52,8 @@ class RunConfig(Strict):
     """Another VAE: hub name, folder or file."""
     model_config_dir: str | None = None
     """Folder with the configs and tokenizers for a single-file model; none takes the package's own."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the model predicts, where its files do not say (or say it wrongly); none takes what they say."""
     subject: SubjectConfig
     """The subject: its photos, class noun and identifier."""
     adapter: AdapterConfig = AdapterConfig()

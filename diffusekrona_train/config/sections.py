@@ -16,6 +16,7 @@ FactorPair = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, ma
 
 
 class SubjectConfig(Strict):
+    PATHS = ("images", "files")
     images: str | None = None
     """Folder of photos (with .txt captions or metadata.jsonl or neither), a hub or Arrow data set, or toybox:NAME."""
     files: list[str] | None = None
@@ -30,6 +31,14 @@ class SubjectConfig(Strict):
     """Caption of a photo that has none of its own."""
     captions: bool = True
     """Use captions found beside the images; false gives every image `prompt`."""
+    caption_key: Annotated[str, Field(min_length=1)] | None = None
+    """Key of metadata.jsonl, or column of metadata.csv, with the captions (default: text, caption or prompt)."""
+    image_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of a data set with the photos (default: image, or the only column of images)."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of a data set with the captions (default: text, caption or prompt)."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Split of a data set (default: train, or the only one)."""
 
     @model_validator(mode="after")
     def _no_conflicts(self) -> SubjectConfig:
@@ -121,6 +130,7 @@ class AdapterConfig(Strict):
 
 
 class DataConfig(Strict):
+    PATHS = ("cache_dir",)
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 1024
     """Side of the square training crop in pixels (with buckets: the area is resolution squared)."""
     crop: Literal["center", "random"] = "center"
@@ -148,6 +158,7 @@ class DataConfig(Strict):
 
 
 class PriorConfig(Strict):
+    PATHS = ("images",)
     kind: Literal["none", "images", "teacher"] = "none"
     """Prior preservation: none, class images, or the frozen model as a teacher (no images)."""
     weight: Annotated[float, Field(ge=0)] = 1.0

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+
+from diffusekrona_train.common.files import decode_text
 
 MAX_BYTES = 1_000_000
 
@@ -20,7 +22,7 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
     yaml_constructors: dict = {}
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.MarkedYAMLError(
@@ -29,7 +31,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _mapping(loader: Any, node: Any) -> dict:
+def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict:
     if not isinstance(node, yaml.MappingNode):
         raise yaml.MarkedYAMLError(problem="expected a mapping", problem_mark=node.start_mark)
     result: dict = {}
@@ -43,11 +45,11 @@ def _mapping(loader: Any, node: Any) -> dict:
     return result
 
 
-def _sequence(loader: Any, node: Any) -> list:
+def _sequence(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> list:
     return loader.construct_sequence(node, deep=True)
 
 
-def _number(loader: Any, node: Any) -> int | float:
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     text = loader.construct_scalar(node)
     if len(text) > 100:
         raise yaml.MarkedYAMLError(problem="a number of more than 100 digits", problem_mark=node.start_mark)
@@ -56,11 +58,11 @@ def _number(loader: Any, node: Any) -> int | float:
     return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
 
 
-def _text(loader: Any, node: Any) -> str:
+def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
     return loader.construct_scalar(node)
 
 
-def _other(loader: Any, node: Any) -> Any:
+def _other(loader: yaml.SafeLoader, node: yaml.Node) -> NoReturn:
     raise yaml.MarkedYAMLError(
         problem=f"the tag {_short(node.tag)} is not taken; a config holds text, numbers, lists and mappings",
         problem_mark=node.start_mark,
@@ -110,7 +112,10 @@ def _describe(error: yaml.MarkedYAMLError, text: str) -> str:
         place = f"line {mark.line + 1}, column {mark.column + 1}: "
         if any("\t" in line[: mark.column + 1] for line in text.splitlines()[mark.line : mark.line + 1]):
             return f"line {mark.line + 1}: a tab in the indentation; YAML takes spaces alone"
-    return place + " ".join((error.problem or error.context or "not YAML").split())
+    problem = " ".join((error.problem or error.context or "not YAML").split())
+    if "escape" in problem:  # "C:\\Users\\me"
+        problem += "; in double quotes a backslash begins an escape: use single quotes or forward slashes"
+    return place + problem
 
 
 def read_yaml(
@@ -133,9 +138,7 @@ def read_yaml(
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{shown}: {path.stat().st_size:,} bytes are too many for a config (at most {MAX_BYTES:,})")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{shown}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        text = decode_text(path.read_bytes(), shown, "save the file as UTF-8")
     except OSError as error:
         raise ValueError(f"{shown}: cannot be read ({error.strerror})") from None
     try:
@@ -149,7 +152,7 @@ def read_yaml(
     return tree
 
 
-def _short(value: Any, limit: int = 60, quote: bool = True) -> str:
+def _short(value: object, limit: int = 60, quote: bool = True) -> str:
     text = repr(value)
     text = text if quote or not isinstance(value, str) else text[1:-1]
     return text if len(text) <= limit or not quote else text[: limit - 1] + "…"

@@ -13,6 +13,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Strict):
+    PATHS = ("init_from",)
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Optimiser steps: 500 for simple subjects and prompts, 1000 for complex ones."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4

@@ -19,9 +19,10 @@ from diffusekrona_train.common.files import ASSETS
 from diffusekrona_train.config import RunConfig, SubjectConfig
 from diffusekrona_train.data.crops import Crop, bucket_sizes, crop_pixels, plan_crops
 from diffusekrona_train.data.datasets import HUB_NAME, is_dataset, read_dataset, read_hub
-from diffusekrona_train.data.folders import Found, from_file, is_image, read_files, read_folder
-from diffusekrona_train.data.images import open_image, printable
-from diffusekrona_train.data.pictures import Candidate, Collection, Picture, open_all
+from diffusekrona_train.data.folders import is_image, read_file, read_files, read_folder
+from diffusekrona_train.data.images import open_image
+from diffusekrona_train.data.names import existing, printable
+from diffusekrona_train.data.pictures import Candidate, Collection, Found, Picture, Wanted, open_all
 
 __all__ = [
     "Collection",
@@ -38,67 +39,96 @@ __all__ = [
     "toybox_subjects",
 ]
 
+Source = Callable[[str, SubjectConfig], Found]
 TOYBOX_SUBJECTS = ASSETS / "toybox" / "subjects"
 
 
 def collect(config: RunConfig) -> Collection:
-    """All images of the subject with their captions, each decoded once; ValueError where one is unusable."""
+    """Return all images of the subject with their captions, each decoded once; ValueError where one is unusable."""
     subject = config.subject
-    candidates, skipped = _find(subject)
+    found = _find(subject)
     if subject.limit is not None:
-        skipped += [(item.name, f"beyond subject.limit: {subject.limit}") for item in candidates[subject.limit :]]
-        candidates = candidates[: subject.limit]
-    if not candidates:
+        found.skipped += [
+            (item.name, f"beyond subject.limit: {subject.limit}") for item in found.candidates[subject.limit :]
+        ]
+        found.candidates = found.candidates[: subject.limit]
+    if not found.candidates:
+        skipped = found.skipped
         first = f" ({len(skipped)} skipped, as {printable(skipped[0][0])}: {skipped[0][1]})" if skipped else ""
         raise ValueError(f"subject.images: {printable(str(subject.images))} holds no image{first}")
     if not subject.captions:
-        candidates = [replace(item, caption=None, caption_source="subject.prompt") for item in candidates]
-    return open_all(candidates, skipped, lambda caption: subject.fill(caption or subject.prompt), is_prior=False)
+        bare = [replace(item, captions=(), caption_source="subject.prompt") for item in found.candidates]
+        found.candidates = bare
+    return open_all(found, lambda caption: subject.fill(caption or subject.prompt), is_prior=False)
 
 
 def collect_prior(config: RunConfig, folder: Path) -> Collection:
-    """The class images in `folder`, at most `prior.count`, captioned by their .txt or the class prompt; maybe none."""
+    """Return the class images in `folder`, at most `prior.count`, captioned as photos are or by the class prompt."""
     if not folder.is_dir():
         return Collection([])
-    candidates, skipped = read_folder(folder)
+    found = read_folder(folder, Wanted(subject=config.subject.class_noun))
     count, prompt = config.prior.count, config.prior.prompt
-    skipped += [(item.name, f"beyond prior.count: {count}") for item in candidates[count:]]
-    candidates = [
+    found.skipped += [(item.name, f"beyond prior.count: {count}") for item in found.candidates[count:]]
+    found.candidates = [
         replace(item, caption_source=item.caption_source.replace("subject.prompt", "prior.prompt"))
-        for item in candidates[:count]
+        for item in found.candidates[:count]
     ]
-    return open_all(candidates, skipped, lambda caption: config.subject.fill(caption or prompt), is_prior=True)
+    return open_all(found, lambda caption: config.subject.fill(caption or prompt), is_prior=True)
 
 
 def _find(subject: SubjectConfig) -> Found:
     where = subject.images
     if where is None:
-        return read_files(subject.files or [], None)
+        _refuse_fields(subject, _read_folder, "the list subject.files")
+        return read_files(subject.files or [], None, _wanted(subject))
     try:
         source = next((read for is_it, read in SOURCES if is_it(where)), None)
         if source is not None:
             if subject.files and source is not _read_folder:
                 raise ValueError(f"subject.files: can only be picked from a folder, and {printable(where)} is none")
+            _refuse_fields(subject, source, printable(where))
             return source(where, subject)
     except OSError as error:
         raise ValueError(f"subject.images: {printable(where)} cannot be read ({error.strerror})") from None
-    if Path(where).expanduser().exists():
+    if _path(where).exists():
         raise ValueError(f"subject.images: {printable(where)} is no folder, image or data set")
-    raise ValueError(f"subject.images: {printable(where)} is not there{_nearest(Path(where).expanduser())}")
+    raise ValueError(f"subject.images: {printable(where)} is not there{_nearest(_path(where))}")
+
+
+def _refuse_fields(subject: SubjectConfig, source: Source, shown: str) -> None:
+    """ValueError where a field is set that this source of images would pass over."""
+    is_table = source in (_read_dataset, _read_hub)
+    for name in ("image_column", "caption_column", "split"):
+        if getattr(subject, name) is not None and not is_table:
+            raise ValueError(f"subject.{name} is for data sets, and {shown} is none; take it out")
+    if subject.caption_key is not None and (source is not _read_folder or subject.files):
+        instead = "; a data set takes subject.caption_column" if is_table else ""
+        raise ValueError(f"subject.caption_key is for a folder's metadata.jsonl or metadata.csv{instead}")
+
+
+def _wanted(subject: SubjectConfig) -> Wanted:
+    return Wanted(subject.captions, subject.caption_key, subject.class_noun)
+
+
+def _path(where: str) -> Path:
+    return existing(Path(where).expanduser())
 
 
 def _read_folder(where: str, subject: SubjectConfig) -> Found:
-    folder = Path(where).expanduser()
-    return read_files(subject.files, folder) if subject.files else read_folder(folder)
+    folder, wanted = _path(where), _wanted(subject)
+    return read_files(subject.files, folder, wanted) if subject.files else read_folder(folder, wanted)
 
 
 def _read_image(where: str, subject: SubjectConfig) -> Found:
-    path = Path(where).expanduser()
-    return [from_file(path, path.name)], []
+    return read_file(_path(where), _wanted(subject))
 
 
 def _read_dataset(where: str, subject: SubjectConfig) -> Found:
-    return read_dataset(Path(where).expanduser(), subject.limit)
+    return read_dataset(_path(where), subject)
+
+
+def _read_hub(where: str, subject: SubjectConfig) -> Found:
+    return read_hub(where.removeprefix("hub:"), subject)
 
 
 def _read_toybox(where: str, subject: SubjectConfig) -> Found:
@@ -111,7 +141,7 @@ def _read_toybox(where: str, subject: SubjectConfig) -> Found:
         raise ValueError(f"subject.images: {printable(where)} is no embedded subject; {known}")
     folder = TOYBOX_SUBJECTS / name
     files = subjects[name].get("files") or sorted(path.name for path in folder.glob("*.png"))
-    return [Candidate(Path(file).name, folder / Path(file).name) for file in files], []
+    return Found([Candidate(Path(file).name, folder / Path(file).name) for file in files])
 
 
 def toybox_subjects() -> dict[str, dict]:
@@ -125,12 +155,12 @@ def _is_hub(where: str) -> bool:
     return where.startswith("hub:") or bool(HUB_NAME.fullmatch(where) and not Path(where).parent.is_dir())
 
 
-SOURCES: list[tuple[Callable[[str], bool], Callable[[str, SubjectConfig], Found]]] = [
+SOURCES: list[tuple[Callable[[str], bool], Source]] = [
     (lambda where: where.startswith("toybox:"), _read_toybox),
-    (lambda where: is_image(Path(where).expanduser()), _read_image),
-    (lambda where: is_dataset(Path(where).expanduser()), _read_dataset),
-    (lambda where: Path(where).expanduser().is_dir(), _read_folder),
-    (_is_hub, lambda where, subject: read_hub(where.removeprefix("hub:"), subject.limit)),
+    (lambda where: is_image(_path(where)), _read_image),
+    (lambda where: is_dataset(_path(where)), _read_dataset),
+    (lambda where: _path(where).is_dir(), _read_folder),
+    (_is_hub, _read_hub),
 ]
 """(is `subject.images` one?, read it), asked in this order."""
 

@@ -5,7 +5,6 @@ An entry is one safetensors file with a digest of its content; a damaged one cou
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import time
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusekrona_train.common.device import free
 from diffusekrona_train.common.faults import reach
 from diffusekrona_train.common.files import atomic, remove_abandoned
 
@@ -94,7 +94,7 @@ class Store:
             write_entry(path, tensors, index)
             found[path] = tensors
         del make
-        _free()
+        free()
         self.log(f"{kind}: {len(missing)} made in {time.monotonic() - start:.1f} s, kept in {self.folder}")
         return True
 
@@ -141,9 +141,3 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -65,9 +65,12 @@ def plan_crops(pictures: Sequence[Picture], data: DataConfig, seed: int) -> list
     return [[_plan(picture, data, seed, variant) for variant in range(data.variants)] for picture in pictures]
 
 
-def crop_pixels(crop: Crop) -> np.ndarray:
-    """The crop as (H, W, 3) uint8, RGB. Scales only what is cut out, however long the photo is."""
-    image = crop.picture.open()
+def crop_pixels(crop: Crop, photo: Image.Image | None = None) -> np.ndarray:
+    """Return the crop as (H, W, 3) uint8, RGB. Scales only what is cut out, however long the photo is.
+
+    `photo` is the decoded photo where the caller holds it already.
+    """
+    image = photo if photo is not None else crop.picture.open()
     height, width = crop.size_hw
     box = crop.box()
     if crop.scaled_hw == crop.original_hw:

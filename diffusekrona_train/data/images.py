@@ -1,4 +1,4 @@
-"""Opening a photo as everybody sees it: orientation applied, any mode as 8-bit RGB, transparency over white.
+"""Opening a photo as everybody sees it: orientation applied, any mode as 8-bit sRGB, transparency over white.
 
 Whatever is wrong with a file (truncated, no image at all, too large to be one) is a ValueError of one line.
 """
@@ -8,15 +8,21 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from diffusekrona_train.data import colour
+from diffusekrona_train.data.names import printable
+
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 MIN_SIDE = 16
 """Pixels; below this there is nothing to learn from."""
+NOTHING_LEFT = 254
+"""Level of 255 from which a pixel over white cannot be told from the white."""
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our one line says what is wrong with a file
 
@@ -32,28 +38,51 @@ _TRANSPOSE = {
 }
 
 
+@dataclass
+class Opened:
+    """A decoded photo, remarks on what was done to get it, and whether its colours were converted to sRGB."""
+
+    image: Image.Image
+    remarks: list[str] = field(default_factory=list)
+    converted: bool = False
+
+
 def open_image(content: bytes | Path, name: str) -> Image.Image:
-    """The first frame as an RGB image, completely decoded; ValueError naming `name` where that fails."""
-    image, _ = inspect_image(content, name)
-    return image
+    """Return the first frame as an RGB image, completely decoded; ValueError naming `name` where that fails."""
+    return inspect_image(content, name).image
 
 
-def inspect_image(content: bytes | Path, name: str) -> tuple[Image.Image, list[str]]:
-    """The RGB image, and remarks on what was done to get it (first frame of many, orientation not readable)."""
+def inspect_image(content: bytes | Path, name: str) -> Opened:
+    """Decode an image to RGB, with remarks on what was done (first frame, transparency, colours); errors as above."""
     shown = printable(name)
     if Path(name).suffix.lower() in HEIC_SUFFIXES:
         _register_heic(shown)
     if (len(content) if isinstance(content, bytes) else content.stat().st_size) == 0:
         raise ValueError(f"{shown}: the file is empty (0 bytes)")
+    opened, nothing_left = _decode(content, shown)
+    if nothing_left:
+        raise ValueError(f"{shown}: is transparent and nothing of it is left over white; save it on a background")
+    if min(opened.image.size) < MIN_SIDE:
+        width, height = opened.image.size
+        raise ValueError(f"{shown}: {width} x {height} pixels are too few; {MIN_SIDE} a side is the least")
+    return opened
+
+
+def _decode(content: bytes | Path, shown: str) -> tuple[Opened, bool]:
+    """The upright image, and whether it is transparent and white all over."""
+    remarks: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
-                remarks = ["animated; its first frame is used"] if getattr(file, "n_frames", 1) > 1 else []
+                remarks += _frames(file)
                 orientation = _orientation(file, remarks)
                 file.seek(0)
                 file.load()
-                image = to_rgb(file)
+                image, converted = colour.to_srgb(_eight_bits(file), file.info.get("icc_profile"), remarks)
+                alpha = image.convert("RGBA").getchannel("A") if colour.has_alpha(image) else None
+                see_through = alpha is not None and any(alpha.histogram()[:255])
+                image = to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(f"{shown}: is no image that can be read, whatever its suffix says") from None
     except Image.DecompressionBombError:
@@ -64,11 +93,21 @@ def inspect_image(content: bytes | Path, name: str) -> tuple[Image.Image, list[s
         # decoders raise what they like: OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError
         what = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{shown}: is damaged or truncated ({what[:120]})") from None
+    if see_through:
+        remarks.append("transparent, laid over white")
+    seen = sum(count for level, count in enumerate(image.histogram()) if level % 256 < NOTHING_LEFT)
+    nothing_left = see_through and not seen
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
-    if min(image.size) < MIN_SIDE:
-        raise ValueError(f"{shown}: {image.width} x {image.height} pixels are too few; {MIN_SIDE} a side is the least")
-    return image, remarks
+    return Opened(image, remarks, converted), nothing_left
+
+
+def _frames(file: Image.Image) -> list[str]:
+    """What to say of a file with several pictures. A phone's MPO holds one photo and its gain map: nothing to say."""
+    count = getattr(file, "n_frames", 1)
+    if count < 2 or file.format == "MPO":
+        return []
+    return [f"has {count} pages; the first is used" if file.format == "TIFF" else "animated; its first frame is used"]
 
 
 def _orientation(file: Image.Image, remarks: list[str]) -> int:
@@ -81,14 +120,19 @@ def _orientation(file: Image.Image, remarks: list[str]) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: transparency over white, 16-bit and float greyscale brought to 8 bits."""
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    """Return any mode as RGB: transparency over white, 16-bit and float greyscale brought to 8 bits."""
+    image = _eight_bits(image)
+    if colour.has_alpha(image):
         colours = image.convert("RGBA")
         white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, colours).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied grey: PIL converts it to LA alone
+        return image.convert("LA")
+    return _to_8_bits(image) if image.mode.startswith(("I", "F")) else image
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -112,9 +156,3 @@ def _register_heic(shown: str) -> None:
             f"{shown}: reading HEIC needs an extra: pip install 'diffusekrona-train[heic]' (or save it as JPEG)"
         ) from None
     pillow_heif.register_heif_opener()
-
-
-def printable(name: str, limit: int = 100) -> str:
-    """A file name on one line: line ends and control characters escaped, very long names cut in the middle."""
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in name)
-    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"

@@ -8,10 +8,11 @@ before training starts.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,11 +36,12 @@ from diffusekrona_train.data import (
     printable,
 )
 from diffusekrona_train.data.cache import Entry, Processes, Store
+from diffusekrona_train.data.order import Row, order_as_before, refuse_changes
 from diffusekrona_train.models.contracts import Family, Part, Tensors
 from diffusekrona_train.models.source import ModelSource
 
 Renderer = Callable[[str, int], Image.Image]
-"""(prompt, seed) -> a picture of the base model."""
+"""(prompt, seed) -> an image of the base model."""
 
 
 @dataclass
@@ -53,6 +55,29 @@ class Bucket:
     caption_index: Tensor
     """(N,) rows of TrainingSet.conditioning."""
     names: list[str]
+    contents: list[str] = field(default_factory=list)
+    """SHA-256 of each row's photo."""
+    turns: list[tuple[int, ...]] | None = None
+    """For each row the rows of TrainingSet.conditioning that take turns, where a picture has several captions."""
+
+    def captions_of(self, pictures: Tensor, turn: Tensor | None) -> Tensor:
+        """Rows (B,) of TrainingSet.conditioning for `pictures` (B,) of this bucket that were seen `turn` (B,) times."""
+        if self.turns is None or turn is None:
+            return self.caption_index[pictures]
+        own = [self.turns[picture] for picture in pictures.tolist()]
+        return torch.tensor([rows[seen % len(rows)] for rows, seen in zip(own, turn.tolist(), strict=True)])
+
+    def arranged(self, order: list[int]) -> Bucket:
+        """The same pictures, row i being today's row order[i]."""
+        rows = torch.tensor(order)
+        return Bucket(
+            self.latents[rows],
+            {name: values[rows] for name, values in self.extras.items()},
+            self.caption_index[rows],
+            [self.names[i] for i in order],
+            [self.contents[i] for i in order],
+            [self.turns[i] for i in order] if self.turns else None,
+        )
 
 
 @dataclass
@@ -66,6 +91,23 @@ class TrainingSet:
     """What the family's encode_prompt gave, one row a caption; lengths may differ."""
     vae_was_loaded: bool = False
     text_encoders_were_loaded: bool = False
+
+    def rows(self) -> list[list[list[Row]]]:
+        """Of instances and class images, by bucket, what each row shows: by this a resumed run knows its pictures."""
+        return [[self._rows_of(bucket) for bucket in group] for group in (self.instances, self.priors)]
+
+    def _rows_of(self, bucket: Bucket) -> list[Row]:
+        turns = bucket.turns or [(index,) for index in bucket.caption_index.tolist()]
+        texts = [tuple(self.captions[index] for index in own) for own in turns]
+        return [Row(*row) for row in zip(bucket.contents, texts, bucket.names, strict=True)]
+
+    def arrange(self, before: list[list[list[Row]]]) -> None:
+        """Put the pictures into the order of `before`, an earlier set-up's rows(); ValueError where they differ."""
+        now = self.rows()
+        refuse_changes(*(list(itertools.chain(*itertools.chain(*groups))) for groups in (before, now)))
+        for group, old, today in zip((self.instances, self.priors), before, now, strict=True):
+            orders = [order_as_before(*pair) for pair in zip(old, today, strict=True)]
+            group[:] = [bucket.arranged(order) for bucket, order in zip(group, orders, strict=True)]
 
     def conditioning_of(self, text: str) -> Tensors:
         """The tensors of one caption or prompt, without a batch axis; ValueError for a text that was not prepared."""
@@ -84,7 +126,7 @@ def build_training_set(
     source: ModelSource,
     *,
     device: torch.device,
-    log: Callable[[str], object] = print,
+    log: Callable[[str], object] = lambda _: None,
     extra_prompts: Sequence[str] = (),
     accelerator: Processes | None = None,
     render: Renderer | None = None,
@@ -99,6 +141,8 @@ def build_training_set(
     collection, priors = collect(config), Collection([])
     if config.prior.kind == "images":
         priors = _class_images(config, source, store, render)
+    for note in [*collection.notes, *priors.notes]:
+        store.log(note)
     captions = prompts_of(config, collection.pictures + priors.pictures, extra_prompts)
 
     crops = [plan_crops(group.pictures, config.data, config.train.seed) for group in (collection, priors)]
@@ -128,7 +172,7 @@ def prompts_of(config: RunConfig, pictures: Iterable[Picture], extra: Sequence[s
         *config.validation.prompts,
         *extra,
     ]
-    return list(dict.fromkeys([*map(fill, fixed), *(picture.caption for picture in pictures)]))
+    return list(dict.fromkeys([*map(fill, fixed), *(text for picture in pictures for text in picture.captions)]))
 
 
 def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]) -> list[Entry]:
@@ -146,7 +190,8 @@ def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]
     for crop in crops:
         where = {"scaled": crop.scaled_hw, "top_left": crop.top_left, "size": crop.size_hw, "flipped": crop.flipped}
         problem = f"{printable(crop.picture.name)}: the VAE gives latents that are not finite; {advice}"
-        entries.append(Entry("latents", vae | where | {"photo": crop.picture.sha256}, crop, problem))
+        colour = {"colour": crop.picture.colour} if crop.picture.colour else {}  # sRGB photos keep their old entries
+        entries.append(Entry("latents", vae | where | {"photo": crop.picture.sha256} | colour, crop, problem))
     return entries
 
 
@@ -219,16 +264,24 @@ def _ends(path: Path, length: int = 1 << 20) -> str:
 def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list[str], family: Family) -> list[Bucket]:
     """One bucket for each size of crop, smallest first."""
     shelves: dict[tuple[int, int], list[list[Crop]]] = {}
+    turns: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for row in rows:
-        shelves.setdefault(row[0].size_hw, []).extend([row] * row[0].picture.repeats)
+        picture = row[0].picture
+        shelves.setdefault(row[0].size_hw, []).extend([row] * picture.repeats)
+        own = [captions.index(text) for text in picture.captions]
+        # the copies of a repeated picture begin at different captions, so that one pass shows several
+        own_turns = [(*own[i % len(own) :], *own[: i % len(own)]) for i in range(picture.repeats)]
+        turns.setdefault(row[0].size_hw, []).extend(own_turns)
     return [
         Bucket(
             latents=torch.stack([torch.stack([latents[crop] for crop in row]) for row in shelf]),
             extras=_extras(shelf, family),
-            caption_index=torch.tensor([captions.index(row[0].picture.caption) for row in shelf]),
+            caption_index=torch.tensor([own[0] for own in turns[size]]),
             names=[row[0].picture.name for row in shelf],
+            contents=[row[0].picture.sha256 for row in shelf],
+            turns=turns[size] if any(len(own) > 1 for own in turns[size]) else None,
         )
-        for _, shelf in sorted(shelves.items())
+        for size, shelf in sorted(shelves.items())
     ]
 
 

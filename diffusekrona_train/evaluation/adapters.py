@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusekrona_train.common.device import pick_device
 from diffusekrona_train.common.files import atomic
+from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.evaluation.bench import Bench
 from diffusekrona_train.evaluation.inputs import Generated, without_words
 from diffusekrona_train.evaluation.measure import Judges, Measured, measure
@@ -44,7 +45,7 @@ class Plan:
     share: tuple[int, int] = (0, 1)
     wait: Callable[[], None] = lambda: None
     """Waits for the other processes, under `accelerate launch`."""
-    log: Callable[[str], Any] = print
+    progress: Progress = field(default_factory=Progress)
 
     def where(self) -> Any:
         return self.device or pick_device()
@@ -114,7 +115,7 @@ def evaluate_adapters(
         memory=plan.memory,
         batch_size=plan.batch_size,
         share=plan.share,
-        log=plan.log,
+        progress=plan.progress,
     )
     drawn = [bench.pictures(one, own, plan.seeds, class_prompt) for one, own in zip(subjects, asked, strict=True)]
     base, class_base = bench.pictures(None, plain, plan.seeds, class_prompt)

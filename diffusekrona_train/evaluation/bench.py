@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from diffusekrona_train.adapters.formats import inject_file
 from diffusekrona_train.common.device import pick_dtype
+from diffusekrona_train.common.progress import Progress
+from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.evaluation.inputs import Generated
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.plan import draw, plan_pictures, settle_manifest
@@ -34,13 +35,17 @@ class Bench:
         memory: Memory | None = None,
         batch_size: int = 1,
         share: tuple[int, int] = (0, 1),
-        log: Callable[[str], Any] = print,
+        progress: Progress | None = None,
     ):
         self.source, self.settings, self.folder = source, settings, folder
-        self.device, self.memory, self.batch_size, self.log = device, memory or Memory(), batch_size, log
+        self.device, self.memory, self.batch_size = device, memory or Memory(), batch_size
+        self.progress = progress or Progress()
         self.share = share
         self._texts = [*dict.fromkeys(texts), settings.negative]
         self._studio: Studio | None = None
+        if share[0] == 0:
+            for line in prompt_warnings(self._texts, source.load("tokenizers")["tokenizers"]):
+                self.progress.warning(line)
 
     def pictures(
         self, subject: Subject | None, prompts: Sequence[str], seeds: Sequence[int], class_prompt: str
@@ -61,10 +66,12 @@ class Bench:
         missing = [item for item in planned if not (self.folder / item.file).exists()]
         if missing:
             name = "/".join(Path(subject.file.path).parts[-2:]) if subject else "the base model"
-            self.log(f"drawing {len(missing)} of {len(planned)} pictures with {name}")
+            self.progress.message(f"generating {len(missing)} of {len(planned)} images with {name}")
             paint = self._wear(subject)
             rank, world = self.share
-            draw(planned, self.folder, paint, batch_size=self.batch_size, rank=rank, world=world, log=lambda _: None)
+            for item, _ in draw(planned, self.folder, paint, batch_size=self.batch_size, rank=rank, world=world):
+                file = str(self.folder / item.file)
+                self.progress.report("image", file=file, prompt=item.prompt, seed=item.seed)
             if world == 1:
                 settle_manifest(planned, self.folder)
         found = [Generated(self.folder / item.file, item.prompt, item.seed) for item in planned]

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 
-from diffusekrona_train.common.files import ASSETS
+from diffusekrona_train.common.files import ASSETS, read_text
 from diffusekrona_train.config import make_config, one_line, read_yaml
 from diffusekrona_train.config.base import Strict
 from diffusekrona_train.data import collect, is_image, open_image, printable
+from diffusekrona_train.data.names import find_below, plain
 
 SUITES = ASSETS / "suites"
 
@@ -57,16 +58,16 @@ def read_generated(folder: Path, prompts: Sequence[str] = ()) -> list[Generated]
     files = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("sheet-"))
     if not files:
         raise ValueError(f"{printable(str(folder))} holds no picture")
-    return [_generated(path, i, manifest.get(path.name), prompts) for i, path in enumerate(files)]
+    return [_generated(path, i, manifest.get(plain(path.name)), prompts) for i, path in enumerate(files)]
 
 
 def _generated(path: Path, index: int, row: dict[str, Any] | None, prompts: Sequence[str]) -> Generated:
     row = row or _own_record(path) or {}
-    sidecar = path.with_suffix(".txt")
+    sidecar = find_below(path.parent, f"{path.stem}.txt")
     number = re.match(r"\d+", path.stem)
     prompt = row.get("prompt")
-    if prompt is None and sidecar.is_file():
-        prompt = sidecar.read_text(encoding="utf-8").strip()
+    if prompt is None and sidecar is not None and sidecar.is_file():
+        prompt = read_text(sidecar).strip()
     if prompt is None and len(prompts) == 1:
         prompt = prompts[0]
     if prompt is None and number and int(number[0]) < len(prompts):
@@ -82,10 +83,10 @@ def _generated(path: Path, index: int, row: dict[str, Any] | None, prompts: Sequ
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in read_text(path).splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-            rows[row["file"]] = row
+            rows[plain(row["file"])] = row
         except (ValueError, KeyError, TypeError):
             continue  # a line cut by a killed process
     return rows
@@ -102,6 +103,7 @@ def _own_record(path: Path) -> dict[str, Any] | None:
 
 
 class SuiteRow(Strict):
+    PATHS = ("images",)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the subject: of its run, and of its folder of photos."""
     group: str = "all"

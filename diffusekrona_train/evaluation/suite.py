@@ -11,10 +11,18 @@ from typing import Any
 from PIL import Image
 
 from diffusekrona_train.config import load_config
+from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.evaluation.adapters import Plan, write_json
 from diffusekrona_train.evaluation.bench import Bench
 from diffusekrona_train.evaluation.compare import seed_table
-from diffusekrona_train.evaluation.inputs import Generated, Suite, SuiteRow, photos_of, read_generated
+from diffusekrona_train.evaluation.inputs import (
+    Generated,
+    Suite,
+    SuiteRow,
+    photos_of,
+    read_generated,
+    without_words,
+)
 from diffusekrona_train.evaluation.measure import Judges, Measured, measure, pool
 from diffusekrona_train.evaluation.page import write_evaluation_report
 from diffusekrona_train.models import open_model
@@ -40,6 +48,7 @@ def evaluate_images(
     """Scores of pictures that anything drew; writes scores.json and report.html to `output`."""
     judges = Judges.open(plan.clip, plan.dino, toybox=False, device=plan.where(), cache=output / "embeddings")
     omit = () if plan.keep_identifier else ("[V]", *identifiers)
+    _tell_unread(judges, generated, omit, plan)
     measured = measure(judges, photos, generated, identifiers=omit)
     kept = "kept" if plan.keep_identifier else f"left out ({', '.join(identifiers) or '[V]'})"
     about = {**judges.describe(), "photos": len(photos), "identifier in CLIP-T's text": kept}
@@ -83,7 +92,7 @@ def evaluate_suite(
         raise ValueError(f"{folder} holds none of the suite's folders ({suite.rows[0].name}, …)")
     rank, world = plan.share
     for row in present[rank::world]:
-        plan.log(f"subject {row.name}")
+        plan.progress.message(f"subject {row.name}")
         real = photos_of(suite.images_of(row, photos))
         if runs:
             measured, about = _measure_run(suite, row, real, runs / row.name, plan, output, model, settings)
@@ -125,7 +134,7 @@ def _measure_run(
         device=plan.where(),
         memory=plan.memory,
         batch_size=plan.batch_size,
-        log=plan.log,
+        progress=plan.progress,
     )
     drawn, drifted = bench.pictures(subject, prompts, plan.seeds, class_prompt)
     _, class_base = bench.pictures(None, [], plan.seeds, class_prompt)
@@ -148,7 +157,14 @@ def _measure_pictures(
     drawn = read_generated(folder, suite.prompts_of(row))
     judges = Judges.open(plan.clip, plan.dino, toybox=False, device=plan.where(), cache=output / "embeddings")
     omit = () if plan.keep_identifier else (row.token,)
+    _tell_unread(judges, drawn, omit, plan)
     return measure(judges, photos, drawn, identifiers=omit), judges.describe()
+
+
+def _tell_unread(judges: Judges, generated: Sequence[Generated], omit: Sequence[str], plan: Plan) -> None:
+    """Warn of prompts that the judging CLIP does not read to their end."""
+    for line in prompt_warnings((without_words(one.prompt, omit) for one in generated), [judges.clip.tokenizer]):
+        plan.progress.warning(line)
 
 
 def _keep(path: Path, measured: Measured, about: dict[str, Any]) -> None:

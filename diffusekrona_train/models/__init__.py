@@ -10,6 +10,9 @@ import difflib
 from pathlib import Path
 
 from diffusekrona_train.config import MODEL_ALIASES, RunConfig
+from diffusekrona_train.config.paths import user_path
+from diffusekrona_train.models.checkpointfile import PICKLES, SAFETENSORS
+from diffusekrona_train.models.checks import check_denoiser
 from diffusekrona_train.models.contracts import DENOISERS, Config, Place
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.local import ASSETS, LocalModel, check_toybox
@@ -31,6 +34,7 @@ def open_model(
     variant: str | None = None,
     vae: str | None = None,
     model_config_dir: str | None = None,
+    prediction_type: str | None = None,
 ) -> ModelSource:
     """Find a model by alias, hub name, diffusers folder or single .safetensors file.
 
@@ -39,7 +43,9 @@ def open_model(
     """
     if not model:
         raise ValueError(f"model is empty; give a hub name, a folder, a .safetensors file or one of {_aliases()}")
-    resolved = MODEL_ALIASES.get(model, model)
+    resolved = MODEL_ALIASES.get(model, user_path(model, "model"))
+    vae = vae and user_path(vae, "vae")
+    model_config_dir = model_config_dir and user_path(model_config_dir, "model_config_dir")
     path = Path(resolved).expanduser()
     if resolved == "toybox":
         check_toybox()
@@ -49,7 +55,7 @@ def open_model(
     elif path.is_file():
         from diffusekrona_train.models.singlefile import SingleFile
 
-        place = SingleFile(path, config_folder=model_config_dir)
+        place = SingleFile(path, config_folder=model_config_dir, own_vae=vae is None)
     elif _looks_local(resolved):
         raise ValueError(f"model {model!r}: no such file or folder{near_miss(path)}")
     elif "/" in resolved:
@@ -62,8 +68,10 @@ def open_model(
             f"model {model!r} is not known: {hint}give an alias ({_aliases()}), a hub name like owner/name, "
             "a diffusers folder or a .safetensors file"
         )
-    family = family_of(denoiser_config(place), model)
-    return ModelSource(model=model, place=place, family=family, vae=vae)
+    config = denoiser_config(place)
+    family = family_of(config, model)
+    check_denoiser(model, config)
+    return ModelSource(model=model, place=place, family=family, vae=vae, predicts=prediction_type)
 
 
 def denoiser_config(place: Place) -> Config:
@@ -85,6 +93,7 @@ def configured_model(config: RunConfig) -> ModelSource:
         variant=config.variant,
         vae=config.vae,
         model_config_dir=config.model_config_dir,
+        prediction_type=config.prediction_type,
     )
 
 
@@ -98,8 +107,8 @@ def near_miss(path: Path) -> str:
 
 
 def _looks_local(name: str) -> bool:
-    suffixes = (".safetensors", ".ckpt", ".bin", ".pt")
-    return name.startswith((".", "/", "~")) or name.endswith(suffixes) or name.count("/") > 1 or "\\" in name
+    suffixes = (*SAFETENSORS, *PICKLES)
+    return name.startswith((".", "/", "~")) or name.lower().endswith(suffixes) or name.count("/") > 1 or "\\" in name
 
 
 def _aliases() -> str:

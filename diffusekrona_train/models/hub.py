@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusekrona_train.models.local import ASSETS, config_name
+from diffusekrona_train.models.local import ASSETS, config_name, load_whole
 
 
 @dataclass
@@ -46,7 +46,7 @@ class HubModel:
             options["variant"] = self.variant or self._fp16_variant(part)
         with self._hub_errors(part):
             options |= {"revision": self.revision, "local_files_only": hub_is_unreachable()}
-            return cls.from_pretrained(self.name, **({"subfolder": part} if part else {}), **options)
+            return load_whole(cls, self.name, **({"subfolder": part} if part else {}), **options)
 
     def _fp16_variant(self, part: str) -> str | None:
         """'fp16' where the repository has half-size files of this part: they are read, then cast."""
@@ -95,6 +95,8 @@ class HubModel:
             if isinstance(error, OSError):
                 first = str(error).splitlines()[0][:200]
                 raise ValueError(f"model {self.name!r}{at}, part {part}: {first}") from None
+            if isinstance(error, ValueError):
+                raise ValueError(f"model {self.name!r}{at}, part {part}: {str(error).splitlines()[0][:300]}") from None
             raise
 
 

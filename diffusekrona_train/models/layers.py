@@ -76,7 +76,7 @@ def _parent(name: str) -> str:
 
 def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
     """`describe`, with a ValueError for a name that is no such linear's."""
-    found = describe(name, in_features, out_features)
+    found = describe(name, in_features, out_features) or describe_projection(name, in_features)
     if found is None:
         raise ValueError(f"{name} is no attention or feed-forward linear of a transformer block")
     return found
@@ -108,6 +108,30 @@ def by_role(linears: Linears) -> list[Layer]:
 def _crossed(layer: Layer, attention: str) -> Layer:
     reads = "text" if layer.projection in "kv" else layer.stream
     return replace(layer, kind="cross", group=_group(attention, layer.name, layer.projection, reads))
+
+
+# ---- around the transformer blocks of a UNet ------------------------------------------------------------------------
+
+_AROUND = re.compile(r"(?P<block>.+\.attentions\.\d+)\.proj_(?P<end>in|out)")
+
+
+def describe_projection(name: str, width: int) -> Layer | None:
+    """The row of a UNet's proj_in or proj_out; None for another name. Only other tools adapt them."""
+    match = _AROUND.fullmatch(name)
+    return match and Layer(name, width, width, match["end"], "proj", block=match["block"], group=name)
+
+
+def projections_of(layers: Iterable[Layer]) -> list[Layer]:
+    """proj_in and proj_out of the attention blocks that these layers are in, both as wide as the block itself.
+
+    Linear in SDXL and SD 2, 1x1 convolutions in SD 1.
+    """
+    found = []
+    for layer in layers:
+        block, _, rest = layer.name.partition(".transformer_blocks.0.")
+        if rest == "attn1.to_q":
+            found += [describe_projection(f"{block}.proj_{end}", layer.in_features) for end in ("in", "out")]
+    return [layer for layer in found if layer]
 
 
 # ---- known models, without building them ----------------------------------------------------------------------------
@@ -213,6 +237,16 @@ def find_layers(model: nn.Module, spec: AdapterConfig | None) -> list[Layer]:
     if not any(layer.kind != "ffn" for layer in layers):
         raise ValueError(f"{type(model).__name__} has no attention module with to_q, to_k, to_v and to_out")
     return layers if spec is None else select_layers(layers, spec)
+
+
+def find_projections(model: nn.Module) -> list[Layer]:
+    """proj_in and proj_out around the transformer blocks of a built UNet, adapted ones too."""
+    found = []
+    for name, module in model.named_modules():
+        width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
+        if isinstance(width, int) and (layer := describe_projection(name, width)):
+            found.append(layer)
+    return found
 
 
 def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:

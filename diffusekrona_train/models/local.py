@@ -6,13 +6,16 @@ import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusekrona_train.common.files import ASSETS, sha256
+from diffusekrona_train.models.checkpointfile import SCALES, listed, read_header
 from diffusekrona_train.models.contracts import DENOISERS
 
+BESIDE_WEIGHTS = (*SCALES, "absmax", "quant_map", "qzeros", "weight_scale_inv")
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "model*.safetensors")
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
@@ -81,7 +84,19 @@ class LocalModel:
             plain = [file for file in files if file.name.count(".") == 1 or ".safetensors.index" in file.name]
             options["variant"] = self.variant or (None if plain else _variant_of(files[0].name))
         with one_line_errors(f"model folder {str(self.path)!r}, part {part}"):
-            return cls.from_pretrained(str(self.path / part), local_files_only=True, **options)
+            return load_whole(cls, str(self.path / part), local_files_only=True, **options)
+
+    def check_part(self, part: str, family: str, tensors: Callable[[], dict[str, Any]]) -> None:
+        """ValueError naming what the denoiser's files lack of `tensors`, by their headers.
+
+        Other parts have older names too, which the libraries know: those are held against their files at loading.
+        """
+        files = self._weight_files(part)
+        if part != "unet" or not files:
+            return
+        there = {name for file in files for name in read_header(file)[0]}
+        if missing := [name for name in tensors() if name not in there]:
+            raise ValueError(f"model folder {str(self.path)!r}, part {part} lacks {listed(missing)}; take a whole copy")
 
     def _weight_files(self, part: str) -> list[Path]:
         return sorted(file for pattern in WEIGHTS for file in (self.path / part).glob(pattern))
@@ -91,6 +106,18 @@ def _variant_of(file_name: str) -> str | None:
     """'fp16' from model.fp16.safetensors or model.fp16-00001-of-00002.safetensors."""
     middle = file_name.removesuffix(".safetensors").split(".", 1)[1]
     return middle.split("-")[0] or None
+
+
+def load_whole(cls: Any, name: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, and a ValueError where its files lack tensors: libraries put random numbers there."""
+    if not ({"torch_dtype", "dtype"} & options.keys()):  # a tokenizer
+        return cls.from_pretrained(name, **options)
+    model, told = cls.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"lacks {listed(missing)}; take a whole copy")
+    if scales := sorted(key for key in told["unexpected_keys"] if key.endswith(BESIDE_WEIGHTS)):
+        raise ValueError(f"holds {listed(scales)} of quantised weights, which are read from single files only")
+    return model
 
 
 @contextlib.contextmanager

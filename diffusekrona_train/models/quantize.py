@@ -42,7 +42,8 @@ def _quantized(bnb: ModuleType, linear: nn.Linear, kind: str, compute_dtype: tor
         new.support_avx512bf16_for_cpu = False
         new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
     else:
-        new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
+        # a threshold would look for outliers in every input, and wait for the device each time
+        new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=0.0)
         new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     if bias:
         new.bias = nn.Parameter(linear.bias.data, requires_grad=False)

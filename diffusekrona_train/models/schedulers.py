@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from diffusekrona_train.models.contracts import Loaded
+from diffusekrona_train.models.contracts import Config, Loaded
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
@@ -28,6 +28,38 @@ def check_scheduler(name: str) -> str:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"scheduler {name!r} is unknown: {hint}there are {', '.join(SCHEDULERS)}")
     return name
+
+
+OF_DDPM = {
+    *(cls for cls, _ in SCHEDULERS.values()),
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+}
+"""diffusers' schedulers of the process in which SD and SDXL are trained: a table of betas, not flows or EDM."""
+
+
+def check_ddpm(config: Config) -> None:
+    """ValueError where a scheduler's config is of another process than the one of SD and SDXL."""
+    name = config.get("_class_name", "DDIMScheduler")
+    flows = [key for key in ("use_flow_sigmas", "use_flow_matching") if config.get(key)]
+    if name not in OF_DDPM or flows:
+        said = f"{name} with {flows[0]}" if flows and name in OF_DDPM else name
+        raise ValueError(
+            f"its scheduler/scheduler_config.json names {said}, which is not of the diffusion process of SD and SDXL; "
+            "name the model's own, such as DDIMScheduler or EulerDiscreteScheduler"
+        )
 
 
 def build_scheduler(name: str, model_scheduler: Loaded) -> Any:

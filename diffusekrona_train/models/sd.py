@@ -28,6 +28,7 @@ from diffusekrona_train.models.contracts import (
     Tensors,
 )
 from diffusekrona_train.models.process import Ddpm
+from diffusekrona_train.models.schedulers import check_ddpm
 
 UNET = Part("unet", "UNet2DConditionModel")
 VAE = Part("vae", "AutoencoderKL")
@@ -48,7 +49,7 @@ class SD:
     blocks = ("down_blocks", "mid_block", "up_blocks")
     # Counted for SDXL (scripts/gpu/trace.py): 5.3 and 0.6, without the workspaces of cuDNN and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
-    memory = MemoryFigures(plain=8.0, checkpointing=2.5, quantized_share=0.75)
+    memory = MemoryFigures(plain=6.5, checkpointing=1.2, quantized_share=0.75)
 
     def matches(self, denoiser_config: Config) -> bool:
         """True for a UNet with cross-attention to one text encoder and 4 or more latent channels."""
@@ -57,6 +58,7 @@ class SD:
 
     def process(self, scheduler_config: Config, side: int) -> Process:
         """The schedule and prediction type that the scheduler's config states; the side does not matter."""
+        check_ddpm(scheduler_config)
         return Ddpm.from_config(scheduler_config)
 
     def default_resolution(self, denoiser_config: Config, vae_config: Config) -> int:
@@ -192,7 +194,7 @@ class SD:
         predicts_v = prediction_type == "v_prediction"
         cross = {layer.in_features for layer in layers if layer.kind == "cross" and layer.projection in "kv"}
         version, architecture = "sd_v1", "stable-diffusion-v1/lora"
-        if predicts_v:
+        if predicts_v and 768 not in cross:
             version, architecture = "sd_v2_v", "stable-diffusion-v2-768-v/lora"
         elif 1024 in cross:
             version, architecture = "sd_v2", "stable-diffusion-v2-512/lora"

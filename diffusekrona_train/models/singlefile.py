@@ -10,38 +10,49 @@ import functools
 import gzip
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusekrona_train.common.files import sha256
+from diffusekrona_train.models.checkpointfile import CheckpointFile
 from diffusekrona_train.models.contracts import Config
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.local import ASSETS, LocalModel, one_line_errors
+from diffusekrona_train.models.original import (
+    BIG_CLIP_PREFIX,
+    CLIP_PREFIX,
+    DENOISER,
+    VAE,
+    original_tensors,
+    vae_tensors,
+)
 
 CONFIGS = ASSETS / "configs"
-DENOISER = "model.diffusion_model."
+SPOKEN = {"unet": "denoiser", "vae": "VAE", "text_encoder_2": "second text encoder"}
 CROSS_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 """Width of the text embedding -> packaged configs."""
 
 
 @dataclass
 class SingleFile:
-    """One checkpoint file; `config_folder` replaces the packaged configs."""
+    """One checkpoint file; `config_folder` replaces the packaged configs. `own_vae` False: its VAE is not needed."""
 
     path: Path
     config_folder: str | None = None
     alias: str | None = None
+    own_vae: bool = True
 
     def __post_init__(self) -> None:
-        self.shapes, self.metadata = read_header(self.path)
-        check_checkpoint(self.path, self.shapes)
+        self.file = CheckpointFile(self.path)
+        check_checkpoint(self.path, self.file.shapes, self.own_vae)
         if self.config_folder is not None and not Path(self.config_folder).is_dir():
             raise ValueError(f"model_config_dir {self.config_folder!r} is no folder")
-        name = packaged_configs(self.path, self.shapes, self.metadata) if self.config_folder is None else ""
+        name = packaged_configs(self.path, self.file.shapes, self.file.metadata) if self.config_folder is None else ""
         self.configs = LocalModel(Path(self.config_folder) if self.config_folder else CONFIGS / name)
 
     @property
@@ -56,11 +67,18 @@ class SingleFile:
     def config(self, part: str) -> dict[str, Any]:
         found = self.configs.config(part)
         if part == "scheduler" and self.config_folder is None:
-            if "v_pred" in self.shapes or self.metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
+            marks, said = self.file.stored, self.file.metadata.get("modelspec.prediction_type")
+            if "v_pred" in marks or said in ("v", "v_prediction"):
                 found["prediction_type"] = "v_prediction"
-            if "ztsnr" in self.shapes:
+            if "ztsnr" in marks:
                 found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return found
+
+    def check_part(self, part: str, family: str, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        """ValueError naming what the file lacks of a part with these tensors (on the meta device, diffusers' names)."""
+        second = any(name.startswith(f"{CLIP_PREFIX[family]}model.") for name in self.file.shapes)
+        expected = original_tensors(part, family, tensors(), self.config(part), second)
+        self.file.check_complete(SPOKEN.get(part, "text encoder"), expected)
 
     def load_part(self, part: str, cls: type, **options: Any) -> Any:
         folder = str(self.configs.path)
@@ -69,36 +87,20 @@ class SingleFile:
                 return load_tokenizer(self.configs.path / part, cls)
             if part.startswith("text_encoder"):
                 return self._load_text_encoder(part, cls, folder, options["dtype"])
-            return cls.from_single_file(str(self.path), config=folder, subfolder=part, local_files_only=True, **options)
+            weights = self.file.read(DENOISER if part == "unet" else VAE)
+            return cls.from_single_file(weights, config=folder, subfolder=part, local_files_only=True, **options)
 
     def _load_text_encoder(self, part: str, cls: type, folder: str, dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-        from safetensors.torch import load_file
 
-        second = part == "text_encoder_2"
-        prefix = "conditioner.embedders.1." if second else ("cond_stage_model.", "conditioner.embedders.0.")
-        weights = {key: value for key, value in load_file(self.path).items() if key.startswith(prefix)}
+        prefixes = (BIG_CLIP_PREFIX,) if part == "text_encoder_2" else tuple(CLIP_PREFIX.values())
         return create_diffusers_clip_model_from_ldm(
-            cls, weights, subfolder=part, config=folder, torch_dtype=dtype, local_files_only=True
+            cls, self.file.read(*prefixes), subfolder=part, config=folder, torch_dtype=dtype, local_files_only=True
         )
 
 
-def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """(tensor name -> shape, metadata) of a .safetensors file without reading a tensor; else ValueError."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"model file {path.name!r} is no .safetensors file; convert it (pickles can run code)")
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-            return shapes, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"model file {path.name!r} is damaged or no safetensors file ({error})") from None
-
-
-def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless the keys are a whole text-to-image checkpoint in the original layout."""
+def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], own_vae: bool = True) -> None:
+    """ValueError unless the keys are those of a text-to-image checkpoint in the original layout, with all parts."""
     what = f"model file {path.name!r}"
     if any("lora_" in key or ".lokr_" in key or ".hada_" in key for key in shapes):
         raise ValueError(f"{what} is an adapter, not a model; give its base model here")
@@ -109,8 +111,10 @@ def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"{what} has {near}; a whole Stable Diffusion checkpoint is needed")
     if entry[1] != shapes.get(f"{DENOISER}out.2.weight", entry)[0]:
         raise ValueError(f"{what} takes {entry[1]} input channels (inpainting or editing); text-to-image is needed")
-    parts = {"first_stage_model.": "VAE", ("cond_stage_model.", "conditioner."): "text encoder"}
-    for prefix, part in parts.items():
+    if f"{DENOISER}label_emb.0.0.weight" in shapes and not any(key.startswith("conditioner.") for key in shapes):
+        raise ValueError(f"{what} takes an image's embedding beside the prompt (unCLIP); text-to-image is needed")
+    parts = {VAE: "VAE (give one with vae)"} if own_vae else {}
+    for prefix, part in {**parts, ("cond_stage_model.", "conditioner."): "text encoder"}.items():
         if not any(key.startswith(prefix) for key in shapes):
             raise ValueError(f"{what} holds no {part}; a checkpoint with all parts is needed")
 
@@ -118,6 +122,8 @@ def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 def packaged_configs(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> str:
     """Folder in assets/configs that fits the shapes; SD 2 counts as the 768-pixel v-prediction model unless told."""
     width = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
+    if width == 1280:
+        raise ValueError(f"model file {path.name!r} is SDXL's refiner; the base model is needed")
     if width not in CROSS_WIDTH:
         raise ValueError(
             f"model file {path.name!r} has text width {width}; known are {', '.join(map(str, CROSS_WIDTH))}: "
@@ -179,10 +185,18 @@ def load_other_vae(name: str, model_config: Config, dtype: torch.dtype) -> nn.Mo
 def _vae_from_file(path: Path, config: Config, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
-    read_header(path)
+    file = CheckpointFile(path)
+    with torch.device("meta"):
+        empty: Any = AutoencoderKL.from_config(dict(config))
+    expected = empty.state_dict()
+    prefix = VAE if any(name.startswith(VAE) for name in file.shapes) else ""
+    if not expected.keys() <= file.shapes.keys():
+        expected = vae_tensors(expected, prefix)
+    file.check_complete("VAE", expected)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vae").mkdir()
         (Path(folder) / "vae" / "config.json").write_text(json.dumps(dict(config)))
+        weights: Any = file.read(prefix)
         return AutoencoderKL.from_single_file(
-            str(path), config=folder, subfolder="vae", torch_dtype=dtype, local_files_only=True
+            weights, config=folder, subfolder="vae", torch_dtype=dtype, local_files_only=True
         )

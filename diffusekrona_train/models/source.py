@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from diffusekrona_train.models import layers as tables
+from diffusekrona_train.models.checks import check_latents, check_numbers
 from diffusekrona_train.models.contracts import Config, Denoiser, Family, Layer, Part, Place, Process
 
 PARTS = ("denoiser", "vae", "text_encoders", "tokenizers", "scheduler")
@@ -31,7 +32,10 @@ class ModelSource:
     place: Place
     family: Family
     vae: str | None = None
+    predicts: str | None = None
+    """What the user says of prediction_type, for models whose files do not."""
     _layers: list[Layer] = field(default_factory=list, repr=False)
+    _whole: set[str] = field(default_factory=set, repr=False)
 
     @property
     def identity(self) -> str:
@@ -53,17 +57,22 @@ class ModelSource:
         """The config of the model's own VAE."""
         return self.place.config(self.family.parts.vae.folder)
 
+    @functools.cached_property
+    def scheduler_config(self) -> Config:
+        """The scheduler's config, with the prediction type that was asked for."""
+        return self.place.config("scheduler") | ({"prediction_type": self.predicts} if self.predicts else {})
+
     def process(self, side: int | None = None) -> Process:
         """The process for pictures with `side` pixels a side, the model's own without one. ValueError names the model
         where its scheduler's config cannot be followed."""
         try:
-            return self.family.process(self.place.config("scheduler"), side or self.default_resolution)
+            return self.family.process(self.scheduler_config, side or self.default_resolution)
         except ValueError as error:
             raise ValueError(f"model {self.model!r}: {error}") from None
 
     @functools.cached_property
     def prediction_type(self) -> str:
-        """'epsilon', 'v_prediction' or 'sample', from the scheduler's config; 'flow' for flow models."""
+        """'epsilon', 'v_prediction' or 'sample', as the user or the scheduler's config says; 'flow' for flow models."""
         return self.process().prediction_type
 
     @functools.cached_property
@@ -87,9 +96,39 @@ class ModelSource:
 
     @functools.cached_property
     def _meta_shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self._meta_model(self.family.parts.denoiser).named_parameters()}
+
+    def _meta_model(self, part: Part) -> nn.Module:
+        """A part without weights, from its config."""
+        cls, config = class_of(part), self.place.config(part.folder)
         with torch.device("meta"):
-            model = class_of(self.family.parts.denoiser).from_config(self.denoiser_config)
-        return {name: tensor.shape for name, tensor in model.named_parameters()}
+            return cls.from_config(config) if part.library == "diffusers" else cls(cls.config_class(**config))
+
+    def check(self) -> None:
+        """ValueError where this is no base to train or to render with: another process, other latents than its VAE's,
+        files that lack tensors. Loads no weights."""
+        self.process()
+        check_latents(self.model, self.denoiser_config, self.vae_config)
+        parts = self.family.parts
+        for part in (parts.denoiser, *([] if self.vae else [parts.vae]), *parts.text_encoders):
+            self.check_part(part)
+
+    def check_part(self, part: Part) -> None:
+        """ValueError naming what a part lacks, where the place can tell without loading it."""
+        if self.alias or part.folder in self._whole:  # the toybox has its checksums, and needs no diffusers here
+            return
+        check: Any = getattr(self.place, "check_part", None)
+        if check is not None:
+            check(part.folder, self.family.name, lambda: self._meta_model(part).state_dict())
+        self._whole.add(part.folder)
+
+    def _part(self, part: Part, dtype: torch.dtype) -> Any:
+        """A part loaded in `dtype`, complete and of finite numbers."""
+        self.check_part(part)
+        key = {"transformers": "dtype", "diffusers": "torch_dtype"}[part.library]
+        model = self.place.load_part(part.folder, class_of(part), **{key: dtype})
+        check_numbers(f"model {self.model!r}, part {part.folder}", model)
+        return model
 
     def load(self, *parts: str, dtype: torch.dtype | None = None, device: Device = "cpu") -> dict[str, Any]:
         """Load the named PARTS (all without names), frozen and in eval mode.
@@ -113,8 +152,7 @@ class ModelSource:
     ) -> Denoiser:
         """The denoiser, frozen; quantize 'nf4' or 'int8' keeps the linears that its family names in 4 or 8 bits."""
         quiet()
-        part = self.family.parts.denoiser
-        model: Denoiser = self.place.load_part(part.folder, class_of(part), torch_dtype=dtype or torch.float32)
+        model: Denoiser = self._part(self.family.parts.denoiser, dtype or torch.float32)
         if quantize != "none":
             from diffusekrona_train.models.quantize import quantize_linears
 
@@ -122,22 +160,18 @@ class ModelSource:
         return _frozen(model, device)
 
     def _load_vae(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        part = self.family.parts.vae
+        check_latents(self.model, self.denoiser_config, self.vae_config)
         if self.vae:
             from diffusekrona_train.models.singlefile import load_other_vae
 
-            return _frozen(load_other_vae(self.vae, self.vae_config, dtype), device)
-        return _frozen(self.place.load_part(part.folder, class_of(part), torch_dtype=dtype), device)
+            vae = load_other_vae(self.vae, self.vae_config, dtype)
+            check_numbers(f"vae {self.vae!r}", vae)
+            return _frozen(vae, device)
+        return _frozen(self._part(self.family.parts.vae, dtype), device)
 
     def _load_text_encoders(self, dtype: torch.dtype | None, device: Device) -> list[nn.Module]:
         # transformers reads a config's own dtype (fp16 files stay fp16) unless it is told one
-        keys = {"transformers": "dtype", "diffusers": "torch_dtype"}
-        return [
-            _frozen(
-                self.place.load_part(part.folder, class_of(part), **{keys[part.library]: dtype or part.dtype}), device
-            )
-            for part in self.family.parts.text_encoders
-        ]
+        return [_frozen(self._part(part, dtype or part.dtype), device) for part in self.family.parts.text_encoders]
 
     def _load_tokenizers(self) -> list[Any]:
         return [self.place.load_part(part.folder, class_of(part)) for part in self.family.parts.tokenizers]
@@ -145,11 +179,17 @@ class ModelSource:
     def _load_scheduler(self) -> Any:
         import diffusers
 
-        config = self.place.config("scheduler")
+        self.process()  # which refuses a scheduler of another process
+        config = self.scheduler_config
         cls = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
         if cls is None:
             raise ValueError(f"model {self.model!r}: diffusers has no scheduler {config['_class_name']!r}")
-        return cls.from_config(config)
+        try:
+            return cls.from_config(config)
+        except ImportError as error:
+            raise ValueError(
+                f"model {self.model!r}: its scheduler cannot be used: {' '.join(str(error).split())}"
+            ) from None
 
 
 def class_of(part: Part) -> Any:
@@ -157,7 +197,6 @@ def class_of(part: Part) -> Any:
     return getattr(importlib.import_module(part.library), part.cls)
 
 
-@functools.cache
 def quiet() -> None:
     """Keep the libraries' progress bars and advice out of a user's terminal; their errors still come through."""
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)

@@ -119,7 +119,12 @@ def factor_sheet(
     return _save(figure, path)
 
 
-ROLES = [f"{kind} {letter}" for kind in ("self", "cross") for letter in "qkvo"] + ["ffn in", "ffn out"]
+ROLES = [f"{kind} {letter}" for kind in ("self", "cross") for letter in "qkvo"] + [
+    "ffn in",
+    "ffn out",
+    "proj in",
+    "proj out",
+]
 
 
 STAGES = ("down", "mid", "up", "other")
@@ -134,7 +139,8 @@ def _role(row: LayerSpectrum) -> str:
 def _block(name: str) -> str:
     """down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q -> 'down 1.0.0'."""
     parts = name.split(".")
-    numbers = [part for part in parts[: max(len(parts) - 2, 1)] if part.isdigit()]
+    last = 1 if parts[-1] in ("proj_in", "proj_out") else 2
+    numbers = [part for part in parts[: max(len(parts) - last, 1)] if part.isdigit()]
     stage = parts[0].split("_")[0]
     return f"{stage if stage in STAGES else 'other'} {'.'.join(numbers[:3])}"
 

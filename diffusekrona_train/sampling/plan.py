@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,8 @@ def _planned(
     about: dict[str, Any],
 ) -> Planned:
     record = {"prompt": prompt, "seed": seed, **asdict(settings), **about, "scale": scale}
+    if settings.noise == "prompt":
+        del record["noise"]  # pictures of version 0.1 keep their names
     if scale is None:
         record |= {"adapters": []}
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
@@ -132,29 +134,29 @@ def batches(planned: Sequence[Planned], batch_size: int) -> list[list[Planned]]:
 
 def draw(
     planned: Sequence[Planned],
-    folder: Path,
+    folder: Path | None,
     draw_batch: Callable[[list[Planned]], list[Any]],
     *,
     batch_size: int = 1,
     overwrite: bool = False,
     rank: int = 0,
     world: int = 1,
-    log: Callable[[str], Any] = print,
-) -> int:
-    """Draw what is not there yet, this process' share of the batches; returns how many pictures were written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = 0
+) -> Iterator[tuple[Planned, Any]]:
+    """Yield (plan, image) as each is made: this process' share of what `folder` does not hold yet, saved there.
+
+    Without a folder nothing is saved, and all are made.
+    """
     for batch in batches(planned, batch_size)[rank::world]:
-        missing = [item for item in batch if overwrite or not (folder / item.file).exists()]
+        missing = [item for item in batch if folder is None or overwrite or not (folder / item.file).exists()]
         if not missing:
             continue
         for item, image in zip(batch, draw_batch(batch), strict=True):
             if item in missing:
-                save_picture(folder / item.file, image, item.record)
-                append_line(folder / "manifest.jsonl", {"file": item.file, **item.record})
-                written += 1
-                log(f"{item.file}")
-    return written
+                if folder is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_picture(folder / item.file, image, item.record)
+                    append_line(folder / "manifest.jsonl", {"file": item.file, **item.record})
+                yield item, image
 
 
 def save_picture(path: Path, image: Image.Image, record: dict[str, Any]) -> None:

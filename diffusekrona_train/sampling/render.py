@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusekrona_train.config import RunConfig
 from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.models.contracts import Conditioning, Family, Loaded, Request, Tensors
 from diffusekrona_train.models.schedulers import build_scheduler
@@ -34,16 +35,26 @@ class SampleSettings:
     height: int | None = None
     width: int | None = None
     scheduler: str | None = None
+    noise: str = "prompt"
+    """What the noise of a picture depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; give 1 or more")
         if not 0 <= self.guidance <= 100:
             raise ValueError(f"guidance is {self.guidance}; give a number from 0 to 100")
+        if self.noise not in ("prompt", "seed"):
+            raise ValueError(f"noise is {self.noise!r}; give prompt or seed")
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):
                 raise ValueError(f"{name} is {value}; give a multiple of 8 pixels")
+
+
+def settings_of(config: RunConfig) -> SampleSettings:
+    """Return how a run's own images are sampled: its validation settings, at the size that it trains at."""
+    wanted, side = config.validation, config.data.resolution
+    return SampleSettings(wanted.steps, wanted.guidance, config.subject.fill(wanted.negative), side, side)
 
 
 def noise_generator(prompt: str, seed: int) -> torch.Generator:
@@ -97,7 +108,7 @@ def draw_latents(
     dtype, device = denoiser_of(pipe, family).dtype, pipe._execution_device
     height, width = picture_size(pipe, family, settings)
     shape = (1, *family.latent_shape(pipe.vae.config, height, width))
-    generators = [noise_generator(prompt, seed) for prompt, seed in jobs]
+    generators = [noise_generator(prompt if settings.noise == "prompt" else "", seed) for prompt, seed in jobs]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
     def batch(texts: Sequence[str]) -> Conditioning:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,15 @@ from typing import Any
 import torch
 
 from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
-from diffusekrona_train.common.device import DTYPES, name_of, pick_dtype, ran_out
+from diffusekrona_train.common.device import DTYPES, free, name_of, pick_dtype, ran_out
 from diffusekrona_train.common.files import sha256
+from diffusekrona_train.common.process import world_size
+from diffusekrona_train.common.run_folder import step_of
 from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
+from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models import near_miss
 from diffusekrona_train.models.contracts import Tensors
-from diffusekrona_train.models.source import ModelSource
+from diffusekrona_train.models.source import ModelSource, quiet
 from diffusekrona_train.sampling.plan import Planned
 from diffusekrona_train.sampling.render import SampleSettings, render
 
@@ -89,10 +91,7 @@ def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
         if checkpoint is not None:
             raise ValueError(f"--checkpoint {checkpoint} needs a run folder; {str(source)!r} is a file")
         return source
-    steps = {
-        int(path.parent.name.removeprefix("step-")): path
-        for path in sorted((source / "checkpoints").glob("step-*/adapter.safetensors"))
-    }
+    steps = {step_of(path.parent): path for path in sorted((source / "checkpoints").glob("step-*/adapter.safetensors"))}
     if checkpoint is not None:
         if checkpoint not in steps:
             known = ", ".join(map(str, sorted(steps))) or "none"
@@ -109,6 +108,7 @@ def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
 
 def parse_use(text: str) -> tuple[Path, float]:
     """'dog.safetensors:0.7' -> (path, 0.7); without a number the strength is 1."""
+    text = user_path(text, "--adapter")
     match = re.fullmatch(r"(.+?):([-+]?[0-9]*\.?[0-9]+)", text)
     if match and not Path(text).exists():
         return find_adapter(Path(match[1]).expanduser()), float(match[2])
@@ -173,19 +173,20 @@ def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
 
 def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Path | None = None) -> dict[str, Any]:
     """Arguments for open_model: what the user says, else the run's config, else what the adapter file says."""
+    said = next(filter(None, (subject.file.said_prediction(model) for subject in subjects)), None)
     if model is not None:
-        return {"model": model}
+        return {"model": model, **({"prediction_type": said} if said else {})}
     config_file = run_folder / "config.yaml" if run_folder else None
     if config_file is not None and config_file.is_file():
         config = load_config(config_file)
-        names = ("model", "revision", "variant", "vae", "model_config_dir")
+        names = ("model", "revision", "variant", "vae", "model_config_dir", "prediction_type")
         return {name: getattr(config, name) for name in names}
     named = [subject.file.info["model"] for subject in subjects if subject.file.info.get("model")]
     if not named:
         raise ValueError(f"{subjects[0].name} does not say its base model; give --model")
     if " sha256:" in named[0]:
         raise ValueError(f"{subjects[0].name} was trained on the local model {named[0]!r}; give its path with --model")
-    return {"model": named[0]}
+    return {"model": named[0], **({"prediction_type": said} if said else {})}
 
 
 def check_base(source: ModelSource, subjects: Sequence[Subject]) -> None:
@@ -201,7 +202,7 @@ def check_base(source: ModelSource, subjects: Sequence[Subject]) -> None:
 
 def processes() -> Any:
     """accelerate's view of the processes under `accelerate launch` or torchrun, None for a lone one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if world_size() < 2:
         return None
     from accelerate import PartialState
 
@@ -301,6 +302,7 @@ class Studio:
             if batch[0].scale != self._scale:
                 self.set_scale(batch[0].scale, fuse, keep)
             self.offload()
+            quiet()  # between two images the caller's log levels are back
             jobs = [(item.prompt, item.seed) for item in batch]
             return render(
                 self.pipe,
@@ -320,6 +322,5 @@ def encode_texts(source: ModelSource, texts: Sequence[str], device: torch.device
     encode = source.family.encode_prompt
     rows = {text: encode(parts["tokenizers"], parts["text_encoders"], text) for text in dict.fromkeys(texts)}
     del parts
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free()
     return {text: {name: value.cpu() for name, value in row.items()} for text, row in rows.items()}

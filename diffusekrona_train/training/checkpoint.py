@@ -8,9 +8,8 @@ draws depends on (seed, step, index) alone, so there is no state of a random gen
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusekrona_train.adapters import formats
+from diffusekrona_train.adapters.flat import ALIGN, FlatFactors
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.files import atomic
+from diffusekrona_train.common.run_folder import adapter_file, step_name, step_of
 
-FORMAT = "1"
+FORMAT = "2"
+OLDER = "1"
+"""Version 0.1 kept the moments of each factor under its number."""
 MAY_CHANGE = (
     "output",
     "validation",
+    "subject.images",  # what lies there is compared instead
+    "subject.files",
+    "prior.images",
     "data.cache_dir",
     "train.steps",
     "train.checkpoint_every",
@@ -76,14 +82,15 @@ def save(
     OSError (a full disk) leaves what stood before as it was.
     """
     faults.reach("adapter", step)
-    adapter = folder / "checkpoints" / name_of(step) / "adapter.safetensors"
+    adapter = adapter_file(folder, step)
     formats.save_adapter(adapter, injection, info)
-    moments, numbers = _flatten(optimizer.state_dict()["state"])
+    assert injection.flat is not None, "a run trains factors in flat buffers"
+    moments, numbers = moments_by_name(injection.flat, optimizer)
     tensors = {f"factors/{name}": value for name, value in injection.state_dict().items()}
     tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items()}
     header = {**about, "step": step, "format": FORMAT, "optimizer": numbers}
-    target = folder / "resume" / name_of(step) / "state.safetensors"
+    target = folder / "resume" / step_name(step) / "state.safetensors"
     with atomic(target) as temporary:
         # Clones: bitsandbytes shares its quantisation maps between parameters, and a file holds each tensor once.
         copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
@@ -98,38 +105,86 @@ def save(
 def _later(folder: Path, step: int) -> list[Path]:
     """What a run left behind that was rewound to before it: it belongs to another line of steps."""
     found = [*(folder / "resume").glob("step-*"), *(folder / "checkpoints").glob("step-*")]
-    return [path for path in found if (_step_of(path) or 0) > step]
+    return [path for path in found if step_of(path) > step]
 
 
-def name_of(step: int) -> str:
-    return f"step-{step:06d}"
+# ---- the optimiser's state: flat in memory, by name in a file -------------------------------------------------------
+
+EACH, BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "absmax2")
+"""What AdamW and bitsandbytes' 8-bit AdamW keep for each number, and for each block of 256 of them."""
 
 
-def _flatten(tree: dict, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and plain numbers of a nested dict, by slash-separated path (integer keys as #7)."""
+def moments_by_name(flat: FlatFactors, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors "exp_avg/layer|factor", those that are of no factor under their own name, and plain numbers.
+
+    A file does not depend on how factors lie in memory. One copy from the device for each kind of moment.
+    """
     tensors, numbers = {}, {}
-    for key, value in tree.items():
-        path = prefix + (f"#{key}" if isinstance(key, int) else key)
-        if isinstance(value, dict):
-            inner_tensors, inner_numbers = _flatten(value, path + "/")
-            tensors |= inner_tensors
-            numbers |= inner_numbers
-        elif isinstance(value, torch.Tensor):
-            tensors[path] = value
-        else:
+    for path, value in _leaves(optimizer.state_dict()["state"].get(0, {}), separator=":"):
+        if not isinstance(value, torch.Tensor):
             numbers[path] = value
+        elif _numbers_a_moment(path):
+            parts = zip(flat.segments, _parts(flat, path, value.detach().cpu()), strict=True)
+            tensors |= {f"{path}/{segment.name}": part for segment, part in parts}
+        else:
+            tensors[path] = value
     return tensors, numbers
 
 
-def _unflatten(flat: dict[str, Any]) -> dict:
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, last = [int(part[1:]) if part.startswith("#") else part for part in path.split("/")]
-        place = tree
+def load_moments(
+    flat: FlatFactors, optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor], numbers: dict
+) -> None:
+    """Puts back what `moments_by_name` gave. KeyError where the moments of a factor are missing."""
+    state: dict[str, Any] = {}
+    for path in dict.fromkeys([*numbers, *(name.split("/")[0] for name in moments)]):
+        value = numbers[path] if path in numbers else moments.get(path)
+        if (each := _numbers_a_moment(path)) and path not in numbers:
+            some = moments[f"{path}/{flat.segments[0].name}"]
+            value = torch.zeros(flat.size // each, dtype=some.dtype)
+            for segment, part in zip(flat.segments, _parts(flat, path, value), strict=True):
+                given = moments[f"{path}/{segment.name}"].flatten()
+                part[: len(given)].copy_(given)
+        *parents, last = path.split(":")
+        place = state
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
-    return tree
+    template = optimizer.state_dict()
+    template["state"] = {0: state} if state else {}
+    optimizer.load_state_dict(template)
+
+
+def _numbers_a_moment(path: str) -> int:
+    """How many of the factors' numbers one number of this tensor stands for; 0 where it stands for none."""
+    key = path.rpartition(":")[2]
+    return 1 if key in EACH else ALIGN if key in BLOCK else 0
+
+
+def _parts(flat: FlatFactors, path: str, whole: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Each segment's share, with its padding: there too 8-bit moments say what zero is."""
+    each = _numbers_a_moment(path)
+    for segment in flat.segments:
+        yield whole[segment.start // each : (segment.start + segment.step) // each]
+
+
+def _of_the_older_format(state: State, names: list[str], moments: dict, numbers: dict) -> tuple[dict, dict]:
+    """Moments of version 0.1, by number in the order of the factors, as this version's. ValueError for 8-bit ones."""
+    if any("/state1" in name or "/absmax1" in name for name in moments):
+        raise ValueError(
+            f"the resume state {state.path} was written by version 0.1 with train.optimizer: adamw8bit, whose blocks "
+            "were laid out otherwise; start a new run from its adapter with train.init_from"
+        )
+    new: dict[str, torch.Tensor] = {}
+    steps = set()
+    for path, value in moments.items():
+        number, key = path.split("/")
+        if key == "step":
+            steps.add(float(value))
+        else:
+            new[f"{key}/{names[int(number.removeprefix('#'))]}"] = value
+    if len(steps) > 1:
+        raise ValueError(f"the resume state {state.path} has factors of different step counts")
+    return new | {"step": torch.tensor(max(steps))} if steps else new, numbers
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -138,12 +193,7 @@ def _unflatten(flat: dict[str, Any]) -> dict:
 def states(folder: Path) -> list[Path]:
     """Folders of complete resume states, the newest first."""
     found = [path for path in (folder / "resume").glob("step-*") if (path / "state.safetensors").is_file()]
-    return sorted((path for path in found if _step_of(path) is not None), key=_step_of, reverse=True)  # type: ignore[arg-type]
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    return int(match[1]) if match else None
+    return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def read(path: Path) -> State:
@@ -157,18 +207,18 @@ def read(path: Path) -> State:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"the resume state {file} cannot be read ({type(error).__name__}: {error})") from None
-    if about.get("format") != FORMAT or not isinstance(about.get("step"), int):
+    if about.get("format") not in (FORMAT, OLDER) or not isinstance(about.get("step"), int):
         raise ValueError(f"the resume state {file} has format {about.get('format')!r}; this version reads {FORMAT}")
     return State(file, tensors, about)
 
 
-def newest(folder: Path, log=print) -> State | None:
-    """The newest state that can be read, None where there is none; a damaged one is named and passed over."""
+def newest(folder: Path, warn: Callable[[str], object] = lambda _: None) -> State | None:
+    """Return the newest state that can be read, None without one; a damaged one is reported to `warn` and skipped."""
     for path in states(folder):
         try:
             return read(path)
         except ValueError as error:
-            log(f"{error}; taking the one before")
+            warn(f"{error}; taking the one before")
     return None
 
 
@@ -189,9 +239,14 @@ def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer
     if wanted != {name: tuple(value.shape) for name, value in factors.items()}:
         raise ValueError(f"the resume state {state.path} was made for other factors than this config describes")
     injection.load_state_dict(factors)
-    template = optimizer.state_dict()
-    template["state"] = _unflatten({**state.part("optimizer"), **state.about["optimizer"]})
-    optimizer.load_state_dict(template)
+    assert injection.flat is not None, "a run trains factors in flat buffers"
+    moments, numbers = state.part("optimizer"), state.about["optimizer"]
+    if state.about["format"] == OLDER:
+        moments, numbers = _of_the_older_format(state, list(wanted), moments, numbers)
+    try:
+        load_moments(injection.flat, optimizer, moments, numbers)
+    except KeyError as error:
+        raise ValueError(f"the resume state {state.path} has no moments {error} of the optimiser") from None
 
 
 # ---- may this config continue that run? ----------------------------------------------------------------------------
@@ -199,7 +254,7 @@ def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer
 
 def refuse_changes(state: State, config: dict, processes: int) -> None:
     """ValueError naming each field that differs from the run in `state` and may not."""
-    before, now = dict(_leaves(state.about["config"])), dict(_leaves(config))
+    before, now = dict(_leaves(state.about["config"])), dict(_leaves(json.loads(json.dumps(config))))
     changed = [
         f"{field} (was {before.get(field)!r}, now {now.get(field)!r})"
         for field in sorted(before.keys() | now.keys())
@@ -214,12 +269,12 @@ def refuse_changes(state: State, config: dict, processes: int) -> None:
         )
 
 
-def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: dict, prefix: str = "", *, separator: str = ".") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}{separator}", separator=separator)
         else:
-            yield f"{prefix}{key}", json.loads(json.dumps(value))
+            yield f"{prefix}{key}", value
 
 
 def _may_change(field: str) -> bool:

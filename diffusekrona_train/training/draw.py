@@ -34,6 +34,8 @@ class Draw:
     eps: torch.Tensor
     dropout: torch.Tensor
     """Uniform in [0, 1): below the dropout rate, the sample loses its caption."""
+    turn: torch.Tensor | None = None
+    """How often the picture was seen before: which of its captions is taken. None: the first."""
 
 
 def generator_of(*key: object) -> torch.Generator:
@@ -83,10 +85,11 @@ def draw(
     number, visits = _shelves_of_a_pass(sizes, seed, stream, around)[position]
     shelf = shelves[number]
     first = (around * shelf.pictures + visits) * global_batch
-    pictures, variants, times, noises, dropouts = [], [], [], [], []
+    pictures, variants, times, noises, dropouts, turns = [], [], [], [], [], []
     for index in indices:
         turn, place = divmod(first + index, shelf.pictures)
         pictures.append(_permutation(shelf.pictures, seed, stream, number, turn)[place])
+        turns.append(turn)
         generator = generator_of(seed, stream, step, index)
         variants.append(torch.randint(shelf.variants, (), generator=generator))
         times.append(draw_t(generator))
@@ -100,4 +103,5 @@ def draw(
         torch.stack(times),
         torch.stack(noises),
         torch.stack(dropouts),
+        torch.tensor(turns),
     )

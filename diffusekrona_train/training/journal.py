@@ -1,68 +1,77 @@
-"""What a run tells: the bar, metrics.jsonl, accelerate's trackers, and the signals it listens to."""
+"""What a run reports and writes down: its events, metrics.jsonl, accelerate's trackers; and whether it is to stop."""
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from diffusekrona_train.common.progress import Progress
+
 
 class Journal:
-    """Bar, metrics.jsonl and trackers; silent on all processes but the main one."""
+    """Events, metrics.jsonl and trackers; writes on the main process alone."""
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, start: int, steps: int, config: dict, seconds_before: float = 0.0
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        progress: Progress,
+        start: int,
+        steps: int,
+        config: dict,
+        seconds_before: float = 0.0,
     ):
-        from tqdm import tqdm
-
         self.path = folder / "metrics.jsonl"
         self.accelerator = accelerator
+        self.progress = progress
         self.main = accelerator.is_main_process
-        self.bar = tqdm(total=steps, initial=start, disable=not self.main, unit="step", dynamic_ncols=True, leave=True)
         self.began = time.monotonic() - seconds_before
-        self._told: set[tuple[str, str, str]] = set()
-        self._lap(start)
+        self.losses: list[float | None] = []
+        self._reported: set[tuple[str, str, str]] = set()
+        self.step = start
+        self._lap()
         if accelerator.log_with:
             accelerator.init_trackers("diffusekrona", config=_scalars(config))
+        progress.report("phase", name="train", start=start, steps=steps)
 
     @property
     def seconds(self) -> float:
         """Time spent training so far, that before a resume included."""
         return time.monotonic() - self.began
 
-    def _lap(self, step: int) -> None:
-        self.last_step, self.last_time = step, time.monotonic()
+    def _lap(self) -> None:
+        self.last_step, self.last_time = self.step, time.monotonic()
 
     def advance(self) -> None:
-        self.bar.update(1)
+        """Report one more step."""
+        self.step += 1
+        self.progress.report("step", step=self.step)
 
     def log(self, step: int, images_a_step: int, values: dict[str, float | None]) -> None:
-        """One line of training metrics; img/s is over the steps since the last line."""
+        """Report and write one line of training metrics; images per second are over the steps since the last line."""
         now = time.monotonic()
         rate = (step - self.last_step) * images_a_step / max(now - self.last_time, 1e-9)
-        self._lap(step)
-        shown = f"{values['loss']:.4f}" if values["loss"] is not None else "not finite"
-        self.bar.set_postfix_str(f"loss {shown}, lr {values['lr']:.1e}, {rate:.2f} img/s")
+        self._lap()
+        self.losses.append(values["loss"])
         self.write({"step": step, **values, "images_per_s": round(rate, 3), "time": round(self.seconds, 3)})
 
     def skip_time(self, began: float) -> None:
-        """Leaves what happened since `began` (a validation, a checkpoint) out of img/s."""
+        """Leave what happened since `began` (a validation, a checkpoint) out of the images per second."""
         self.last_time += time.monotonic() - began
 
     def write(self, line: dict) -> None:
-        """Appends to metrics.jsonl, and to the trackers; a disk that is full loses the line and not the run."""
+        """Report a line of metrics, append it to metrics.jsonl and pass it to the trackers.
+
+        A disk that is full loses the line and not the run.
+        """
         if not self.main:
             return
+        self.progress.report("loss", **line)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
@@ -77,19 +86,16 @@ class Journal:
                 self.warn("a tracker failed", error)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self.main:
-            self.bar.write(text)
+        """Report a line for a reader."""
+        self.progress.message(text)
 
     def warn(self, what: str, error: Exception) -> None:
-        """Says, once for each kind of error, that something failed which no run depends on."""
+        """Report, once for each kind of error, that something failed which no run depends on."""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        if (told := (what, type(error).__name__, reason)) not in self._told:
-            self._told.add(told)
-            self.say(f"after step {self.bar.n}: {what} ({type(error).__name__}: {reason}); the run goes on")
-
-    def close(self) -> None:
-        self.bar.close()
+        if (kind := (what, type(error).__name__, reason)) not in self._reported:
+            self._reported.add(kind)
+            text = f"after step {self.step}: {what} ({type(error).__name__}: {reason}); the run goes on"
+            self.progress.warning(text)
 
 
 def _scalars(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -104,41 +110,29 @@ def _scalars(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 class Stop:
-    """Whether somebody asked the run to stop. The first signal lets the step finish; a second one ends at once."""
+    """Whether the run is to end after this step: its caller asked for it, or somebody made the file `stop`."""
 
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.in_loop = False
+    def __init__(self, progress: Progress, file: Path | None = None) -> None:
+        self.progress, self.file = progress, file
         self._wish: tuple[torch.Tensor, Any] | None = None
+        self.obey()
 
-    @contextmanager
-    def listening(self) -> Iterator[Stop]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def wanted(self) -> bool:
+        """Return whether this process was asked; `file` is looked for on the main one alone."""
+        return self.progress.should_stop() or (self.file is not None and self.file.exists())
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.in_loop and self.signum is None:
-            self.signum = number
-            print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
-            return
-        if not self.in_loop:
-            print("\nstopped before the first step; the same command starts again", file=sys.stderr)
-        raise SystemExit(128 + number)
+    def obey(self) -> None:
+        """Remove the file, so that it does not stop the next run too."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
 
     def agreed(self, wish: torch.Tensor, processes: int) -> bool:
-        """Whether all processes stop after this step: they read the same averaged wish.
+        """Return whether all processes stop after this step: they read the same averaged wish.
 
         On a GPU the answer is read a step late, when it has long arrived, so that nobody waits for the device.
         """
         if processes == 1:
-            return self.signum is not None
+            return self.wanted()
         if not wish.is_cuda:
             return wish.item() > 0
         here = torch.empty((), dtype=wish.dtype, pin_memory=True)
@@ -150,8 +144,3 @@ class Stop:
             return False
         before[1].synchronize()
         return before[0].item() > 0
-
-    @property
-    def status(self) -> int:
-        """Exit status for the signal; another process's signal counts as SIGTERM."""
-        return 128 + (self.signum or signal.SIGTERM)

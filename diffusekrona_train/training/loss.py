@@ -104,7 +104,7 @@ class Objective:
         return self._gathered(buckets[drawn.shelf], drawn, share, train.caption_dropout)
 
     def _gathered(self, bucket: Bucket, drawn: Draw, share: float, dropout: float) -> Batch:
-        caption = bucket.caption_index[drawn.picture]
+        caption = bucket.captions_of(drawn.picture, drawn.turn)
         if dropout:
             caption = torch.where(drawn.dropout < dropout, self.data.captions.index(""), caption)
         home = bucket.latents.device

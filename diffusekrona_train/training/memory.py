@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusekrona_train.adapters import count_parameters
 from diffusekrona_train.config import RunConfig
-from diffusekrona_train.models.contracts import MemoryFigures
+from diffusekrona_train.models.contracts import Layer, MemoryFigures
+from diffusekrona_train.models.layers import select_layers
 
 GIB = 2**30
 RESERVE = 1.0
-"""GiB for the context, fragmentation and the factors."""
+"""GiB for the context and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     figures: MemoryFigures,
+    trained: int = 0,
 ) -> tuple[Level, str]:
     """The level to start with and a line that says why. `samples`: pictures in a forward pass, class images too."""
     ladder = levels(config)
@@ -50,7 +53,8 @@ def choose(
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = torch.cuda.mem_get_info(device)[0] / GIB
     megapixels = samples * (config.data.resolution / 1024) ** 2
-    needs = [(level, estimate(level, base_parameters, megapixels, dtype, figures)) for level in ladder]
+    extra = trained * trained_bytes(config) / GIB
+    needs = [(level, estimate(level, base_parameters, megapixels, dtype, figures) + extra) for level in ladder]
     level, need = next((pair for pair in needs if pair[1] <= free), needs[-1])
     return level, f"memory: {level.name} (about {need:.1f} GiB needed, {free:.1f} GiB free)"
 
@@ -66,8 +70,23 @@ def estimate(
     width = torch.finfo(dtype).bits / 8
     share = figures.quantized_share if level.quantize != "none" else 0.0
     bytes_each = (1 - share) * width + share * BYTES.get(level.quantize, width)
-    activations = figures.checkpointing if level.checkpointing else figures.plain
+    # bitsandbytes' 8-bit linears keep their inputs past checkpointing
+    checkpointed = level.checkpointing and level.quantize != "int8"
+    activations = figures.checkpointing if checkpointed else figures.plain
     return base_parameters * bytes_each / GIB + activations * width / 2 * megapixels + RESERVE
+
+
+def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:
+    """How many numbers a config trains, from the model's layers and size."""
+    spec = config.adapter
+    if spec.type == "full" and spec.targets == "all":
+        return base_parameters
+    return count_parameters(spec, select_layers(layers, spec))
+
+
+def trained_bytes(config: RunConfig) -> int:
+    """Bytes a trained number: its fp32 master and gradient, and two moments."""
+    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8)
 
 
 def below(level: Level, config: RunConfig) -> Level | None:

@@ -1,7 +1,8 @@
 """One optimiser step: gradients in one flat buffer, averaged over processes, clipped, and applied only where finite.
 
-All gradients are views into one buffer, so that clearing, averaging and clipping thousands of small factors are one
-operation each. There is no DDP wrapper: what processes have to agree on is this buffer alone.
+All factors and all gradients are views of one buffer each (`adapters.flat`), so that clearing, averaging, unscaling,
+clipping and stepping thousands of small factors are one operation each. There is no DDP wrapper: this buffer is all
+that processes have to agree on.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed
 
+from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.config.training import TrainConfig
 
 BAD_IN_A_ROW = 3
 """Non-finite steps in a row that end a run."""
 OVERFLOWS_IN_A_ROW = 20
 """fp16: gradients that overflow while the loss is finite halve the loss scale; only this many in a row mean trouble."""
+SPARE = 2
 LOSS, STOP = -2, -1
-"""Places at the end of the buffer that travel with the gradients: this process's loss, and its wish to stop."""
+"""Where in the buffer's spare end lies what travels with the gradients: this process's loss, and its wish to stop."""
 
 
 class Descent:
@@ -28,24 +32,23 @@ class Descent:
     in a row now and at most, the last gradient norm.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], train: TrainConfig, accelerator: Any):
-        assert all(parameter.dtype == torch.float32 for parameter in parameters), "trained parameters are fp32 masters"
+    def __init__(self, factors: FlatFactors | list[torch.nn.Parameter], train: TrainConfig, accelerator: Any):
+        if isinstance(factors, list):  # parameters of another library, or of a test
+            factors = FlatFactors([{"": torch.nn.ParameterList(factors)}], SPARE)
+        assert factors.slots == 1, "a run of several subjects has an optimiser for each slot"
         self.train = train
         self.accelerator = accelerator
         self.eight_bit = train.optimizer == "adamw8bit"
-        self.optimizer = _optimizer(parameters, train)
-        device = parameters[0].device
-        # 16-byte boundaries keep the fused kernels on their fast path.
-        sizes = [-(-parameter.numel() // 4) * 4 for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes) + 2, device=device)
-        for parameter, place in zip(parameters, self.flat[:LOSS].split(sizes), strict=True):
-            parameter.grad = place[: parameter.numel()].view_as(parameter)
-        self.meters = torch.zeros(6, dtype=torch.float64, device=device)
+        self.factors = factors
+        self.flat = factors.buffer
+        self.optimizer = _optimizer([factors.master], train)
+        self.meters = torch.zeros(6, dtype=torch.float64, device=self.flat.device)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds one micro-batch to the gradients of this step."""
         loss = loss / self.train.gradient_accumulation
         self.accelerator.backward(loss)
+        self.factors.flush()
         self.flat[LOSS] += loss.detach()
 
     def step(self, learning_rate: float, stop: bool = False) -> torch.Tensor:
@@ -57,7 +60,8 @@ class Descent:
         if stop:
             self.flat[STOP] = 1.0
         if self.accelerator.num_processes > 1:
-            self.flat.copy_(self.accelerator.reduce(self.flat, "mean"))
+            torch.distributed.all_reduce(self.flat)
+            self.flat.div_(self.accelerator.num_processes)
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
@@ -85,6 +89,7 @@ class Descent:
             # What GradScaler sets for a fused optimiser: its kernel moves nothing where found_inf is 1.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        self.factors.refresh()
 
     def _count(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:
         weight = torch.ones_like(loss)
@@ -112,7 +117,7 @@ class Descent:
 
     def clear(self) -> None:
         """Forgets the gradients of a step that was not completed."""
-        self.flat.zero_()
+        self.factors.clear()
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:

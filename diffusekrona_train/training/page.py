@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusekrona_train.common.run_folder import read_metrics, step_of
+from diffusekrona_train.common.run_folder import adapter_file, read_metrics, step_name, step_of
 from diffusekrona_train.config import RunConfig, load_config
 from diffusekrona_train.data import Crop, collect, crop_pixels, plan_crops
 from diffusekrona_train.evaluation.page import score_charts, score_table
@@ -129,7 +129,7 @@ def _jobs(config: RunConfig) -> list[tuple[str, int]]:
 
 
 def _sample(folder: Path, step: int, number: int, seed: int, caption: str, marked: bool = False) -> Figure | None:
-    path = folder / "samples" / f"step-{step:06d}" / f"{number:02d}-{seed}.png"
+    path = folder / "samples" / step_name(step) / f"{number:02d}-{seed}.png"
     try:
         return picture(path, caption, side=344, marked=marked)
     except OSError:
@@ -254,7 +254,7 @@ def _commands(folder: Path, config: RunConfig, best: dict | None) -> Section:
     adapter = f"{here}/{folder.name}.safetensors"
     chosen = (best or {}).get("chosen_step")
     if chosen is not None and chosen != config.train.steps:
-        adapter = f"{here}/checkpoints/step-{chosen:06d}/adapter.safetensors"
+        adapter = adapter_file(Path(here), chosen).as_posix()
     prompt = (config.validation.prompts or [config.subject.prompt])[0].replace("{class}", config.subject.class_noun)
     place, quoted = shlex.quote(adapter), shlex.quote(prompt)
     return Section(
@@ -267,7 +267,7 @@ def _commands(folder: Path, config: RunConfig, best: dict | None) -> Section:
             *_export(folder / adapter.removeprefix(f"{here}/"), Path(adapter), config.model),
             (
                 "In Python",
-                f"from diffusekrona_train.adapters.formats import load_adapter\nload_adapter(pipe, {adapter!r})",
+                f"from diffusekrona_train import load_adapter\nload_adapter(pipe, {adapter!r})",
             ),
         ],
     )

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from diffusekrona_train.common import faults
-from diffusekrona_train.common.device import DTYPES
+from diffusekrona_train.common.device import DTYPES, free
 from diffusekrona_train.common.files import atomic
+from diffusekrona_train.common.progress import Progress
+from diffusekrona_train.common.run_folder import step_name
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.models.source import ModelSource
-from diffusekrona_train.sampling.render import SampleSettings, render
-from diffusekrona_train.training.checkpoint import name_of
+from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.training.loss import Objective
 
 
@@ -30,8 +30,9 @@ class Interrupted(Exception):
 class Gallery:
     """Renders the validation prompts of a run into samples/step-…/NN-seed.png, each process its share."""
 
-    def __init__(self, config: RunConfig, source: ModelSource, objective: Objective, folder: Path):
+    def __init__(self, config: RunConfig, source: ModelSource, objective: Objective, folder: Path, progress: Progress):
         self.config, self.source, self.objective, self.folder = config, source, objective, folder
+        self.progress = progress
         self.jobs = [
             (config.subject.fill(prompt), seed)
             for prompt in config.validation.prompts
@@ -43,12 +44,15 @@ class Gallery:
         """Writes the pictures of `step`; raises whatever goes wrong, Interrupted when `stopping()` turns true."""
         faults.reach("validation", step)
         mine = list(range(len(self.jobs)))[self.objective.rank :: self.objective.processes]
-        place = self.folder / "samples" / name_of(step)
+        place = self.folder / "samples" / step_name(step)
 
         def on_image(index: int, picture: Image.Image) -> None:
             number = mine[index]
-            with atomic(place / f"{number:02d}-{self.jobs[number][1]}.png") as temporary:
+            prompt, seed = self.jobs[number]
+            file = place / f"{number:02d}-{seed}.png"
+            with atomic(file) as temporary:
                 picture.save(temporary)
+            self.progress.report("image", file=str(file), prompt=prompt, seed=seed, step=step)
             if stopping():
                 raise Interrupted
 
@@ -59,15 +63,14 @@ class Gallery:
                 pipe,
                 self.objective.family,
                 [self.jobs[number] for number in mine],
-                self._settings(),
+                settings_of(self.config),
                 batch_size=1,
                 conditioning_of=self.objective.data.conditioning_of,
                 on_image=on_image,
             )
         finally:
             pipe.vae.to("cpu")
-            if self.objective.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free()
 
     def _pipeline(self) -> Any:
         if not self._parts:
@@ -75,17 +78,13 @@ class Gallery:
             self._parts = self.source.load("vae", dtype=kind) | self.source.load("scheduler")
         return self.objective.family.pipeline({"denoiser": self.objective.denoiser, **self._parts})
 
-    def _settings(self) -> SampleSettings:
-        wanted, side = self.config.validation, self.config.data.resolution
-        return SampleSettings(wanted.steps, wanted.guidance, self.config.subject.fill(wanted.negative), side, side)
-
     def preview(self, step: int, path: Path) -> None:
         """The pictures of `step` as one labelled sheet at `path`; nothing where none were rendered."""
         from diffusekrona_train.report.sheet import contact_sheet
 
         rows: dict[str, list] = {}
         for number, (prompt, seed) in enumerate(self.jobs):
-            file = self.folder / "samples" / name_of(step) / f"{number:02d}-{seed}.png"
+            file = self.folder / "samples" / step_name(step) / f"{number:02d}-{seed}.png"
             if file.is_file():
                 rows.setdefault(prompt, []).append(Image.open(file).convert("RGB"))
         if rows:

@@ -12,72 +12,73 @@ from pathlib import Path
 from diffusekrona_train.adapters import formats
 from diffusekrona_train.common import faults, run_folder
 from diffusekrona_train.common.device import free, ran_out
+from diffusekrona_train.common.progress import EventLog, Progress, Stopped, TrainResult
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.training import checkpoint, memory, setup
-from diffusekrona_train.training.journal import Stop
 from diffusekrona_train.training.loop import loop, refresh_report
-from diffusekrona_train.training.setup import Run, assemble
+from diffusekrona_train.training.setup import Run, Start
+
+LAST_LOSSES = 10
+"""How many of the last logged losses a result holds."""
 
 
-def name_the_best(run: Run) -> None:
-    """Measures all checkpoints and says which one is best; a failure is told and costs nothing but the answer."""
-    from diffusekrona_train.evaluation import best_checkpoint
+def train(
+    config: RunConfig, progress: Progress, *, resume: bool, resume_from: Path | None, overwrite: bool
+) -> TrainResult:
+    """Train what the config describes; `training.train` says what is returned and raised."""
+    folder = Path(config.output).expanduser()
+    run_folder.refuse_existing(folder, resume=resume or resume_from is not None, overwrite=overwrite)
+    accelerator, dtype = setup.start_accelerator(config, folder)
+    events = EventLog(progress, accelerator.is_main_process)
+    with run_folder.claimed(folder, accelerator.is_main_process):
+        try:
+            run = set_up(Start(config, folder, accelerator, dtype, events), resume, resume_from)
+            result = work(run)
+        except Stopped as stopped:
+            events.report("phase", name="stopped", step=stopped.step)
+            accelerator.end_training()
+            raise
+        except Exception as error:
+            events.report("phase", name="failed", error=" ".join(str(error).split()) or type(error).__name__)
+            raise
+        events.report("phase", name="finished", step=result.steps)
+    accelerator.end_training()
+    return result
 
-    run.objective.denoiser = None  # the evaluation loads the base itself; the factors are saved
-    free(run.accelerator.device)
+
+def set_up(start: Start, resume: bool, resume_from: Path | None) -> Run:
+    """Assemble the run at its first step, or at the step of the state that it resumes from."""
+    faults.reach("setup")
+    start.events.report("phase", name="prepare")
+    warn = start.events.warning
+    state = checkpoint.read(resume_from) if resume_from else checkpoint.newest(start.folder, warn) if resume else None
+    if state is None and resume:
+        checkpoint.refuse_lost(start.folder)
+    if state is not None:
+        config = start.config.model_dump(mode="json", by_alias=True)
+        checkpoint.refuse_changes(state, config, start.accelerator.num_processes)
     try:
-        best = best_checkpoint(run.folder, quantize=run.level.quantize)  # what fits training fits this
-    except Exception as error:
-        run.journal.say(f"keep_best: the checkpoints were not measured ({type(error).__name__}: {error})")
-        return
-    if best is not None:
-        refresh_report(run)
-        run.journal.say(f"best checkpoint: {run.folder / best['adapter']} (step {best['chosen_step']})")
+        return setup.assemble(start, state)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise RuntimeError(memory.out_of_memory()) from error
 
 
-# ---- the whole -----------------------------------------------------------------------------------------------------
-
-
-def train(config: RunConfig, *, resume: bool = False, resume_from: str | None = None, overwrite: bool = False) -> Path:
-    """Trains what the config describes; returns the final adapter file.
-
-    Raises a one-line ValueError for what the user can put right, SystemExit(130 or 143) after a signal (saved), and
-    RuntimeError for a fault. `resume` goes on from the newest state in the output folder, `resume_from` from the
-    given one.
-    """
-    stop, place = Stop(), Path(config.output).expanduser()
-    resuming = resume or resume_from is not None
-    run_folder.refuse_existing(place, resume=resuming, overwrite=overwrite)
-    accelerator, dtype = setup.start_accelerator(config, place)
-    with stop.listening(), run_folder.claimed(place, accelerator.is_main_process):
-        faults.reach("setup")
-        state = checkpoint.read(Path(resume_from)) if resume_from else checkpoint.newest(place) if resume else None
-        if state is None and resume:
-            checkpoint.refuse_lost(place)
-        if state is not None:
-            checkpoint.refuse_changes(state, config.model_dump(mode="json", by_alias=True), accelerator.num_processes)
-        try:
-            run = assemble(config, place, accelerator, dtype, state, stop)
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
-            raise RuntimeError(memory.out_of_memory()) from error
-        stop.in_loop = True
-        try:
-            loop(run)
-            path = finish(run)
-            if config.train.keep_best:
-                name_the_best(run)
-        except RuntimeError as error:
-            if (told := explained(run, error)) is None:
-                raise
-            raise told from error
-        finally:
-            run.journal.close()
-        accelerator.end_training()
-        if stop.signum is not None:
-            raise SystemExit(stop.status)
-    return path
+def work(run: Run) -> TrainResult:
+    """Loop to the last step and save; a RuntimeError that a user can do something about says what."""
+    try:
+        loop(run)
+        path = finish(run)
+        if run.config.train.keep_best:
+            name_the_best(run)
+    except RuntimeError as error:
+        if (explanation := explained(run, error)) is None:
+            raise
+        raise explanation from error
+    finally:
+        run.stop.obey()
+    return TrainResult(path, run.config.train.steps, run.journal.seconds, tuple(run.journal.losses[-LAST_LOSSES:]))
 
 
 def explained(run: Run, error: RuntimeError) -> RuntimeError | None:
@@ -95,7 +96,7 @@ def explained(run: Run, error: RuntimeError) -> RuntimeError | None:
 
 
 def finish(run: Run) -> Path:
-    """The final adapter, preview and report; prints what to do next."""
+    """Write the final adapter, preview and report, on the main process; return the adapter file."""
     config = run.config
     path = run.folder / f"{config.name}.safetensors"
     if not run.main:
@@ -103,26 +104,34 @@ def finish(run: Run) -> Path:
     faults.reach("end", config.train.steps)
     try:
         formats.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+        formats.write_sidecar(path)
     except OSError as error:
         raise RuntimeError(
             f"{path} cannot be written ({error.strerror or error}); the checkpoints are whole, finish with --resume"
         ) from error
+    run.journal.progress.report("saved", file=str(path), step=config.train.steps)
     try:
         run.gallery.preview(config.train.steps, path.with_suffix(".png"))
     except Exception as error:
         run.journal.warn(f"{path.stem}.png was not written", error)
     refresh_report(run)
-    run.journal.close()
-    size = path.stat().st_size / 2**20
-    minutes, seconds = divmod(round(run.journal.seconds), 60)
-    prompt = config.validation.prompts[0] if config.validation.prompts else config.subject.prompt
-    prompt = prompt.replace("{class}", config.subject.class_noun)
-    print(
-        f"done: {config.train.steps} steps in {minutes} min {seconds} s: {path} ({size:.1f} MiB)\n"
-        f'try it:    krona-sample {run.folder} "{prompt}"\n'
-        f"in code:   from diffusekrona_train.adapters.formats import load_adapter\n"
-        f'           load_adapter(pipe, "{path}")\n'
-        f"elsewhere: ComfyUI, A1111 and Forge read the file as it is; for diffusers and others:\n"
-        f"           {formats.export_command(formats.read_adapter(path), path, config.model)}"
-    )
     return path
+
+
+def name_the_best(run: Run) -> None:
+    """Measure all checkpoints and report which one is best; a failure costs only the answer."""
+    from diffusekrona_train.evaluation import best_checkpoint
+
+    progress = run.journal.progress
+    progress.report("phase", name="evaluate")
+    # the evaluation loads the base itself, and the factors are saved; the injection holds the denoiser too
+    run.objective.denoiser = run.objective.injection = None
+    free()
+    try:
+        best = best_checkpoint(run.folder, quantize=run.level.quantize, progress=progress)  # what fits training fits
+    except Exception as error:
+        progress.warning(f"keep_best: the checkpoints were not measured ({type(error).__name__}: {error})")
+        return
+    if best is not None:
+        refresh_report(run)
+        progress.message(f"best checkpoint: {run.folder / best['adapter']} (step {best['chosen_step']})")

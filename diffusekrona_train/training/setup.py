@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+import torch.utils.checkpoint
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
@@ -21,18 +24,25 @@ from diffusekrona_train.adapters import formats, plan_notes
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import free, precision
+from diffusekrona_train.common.progress import EventLog
 from diffusekrona_train.config import RunConfig, dump_config
+from diffusekrona_train.config.prompts import prompt_warnings
+from diffusekrona_train.config.training import Tracker
+from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
-from diffusekrona_train.sampling.render import SampleSettings, render
+from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.training import checkpoint, memory
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
-from diffusekrona_train.training.optimizer import Descent
+from diffusekrona_train.training.optimizer import SPARE, Descent
 from diffusekrona_train.training.preview import Gallery
 
+TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
+TRACKERS["tensorboard"] = ("tensorboard", "tensorboardX")
+"""Tracker -> its module, or several of which one is enough."""
 COMPILER = "inductor"
 """torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
@@ -55,33 +65,41 @@ class Run:
     stop: Stop
     start: int
     about: dict[str, Any]
-    """What every resume state of this run says: config, number of processes, mark of the data."""
+    """What every resume state of this run says: config, number of processes, pictures in their order."""
 
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
 
-def assemble(
-    config: RunConfig,
-    place: Path,
-    accelerator: Accelerator,
-    dtype: torch.dtype,
-    state: checkpoint.State | None,
-    stop: Stop,
-) -> Run:
-    """Everything that the loop needs, at the step where `state` left off."""
-    tell = print if accelerator.is_main_process else lambda *_: None
+@dataclass(frozen=True)
+class Start:
+    """What a run is assembled from."""
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    dtype: torch.dtype
+    """Of the frozen base."""
+    events: EventLog
+
+
+def assemble(start: Start, state: checkpoint.State | None) -> Run:
+    """Return everything that the loop needs, at the step where `state` left off."""
+    config, accelerator, dtype, tell = start.config, start.accelerator, start.dtype, start.events.message
     device = accelerator.device
+    stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
     source = configured_model(config)
     check_start(config, source)
     draw, forget = class_image_maker(config, source, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
+    if state is not None:
+        arrange_as_before(data, state.about, state.path.parent)
     level, why = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
-    descent = Descent(injection.parameters(), config.train, accelerator)
+    descent = Descent(injection.flatten(SPARE), config.train, accelerator)
     process = source.process(config.data.resolution)
     objective = Objective(
         config, source.family, denoiser, injection, data, process, dtype, device,
@@ -91,37 +109,41 @@ def assemble(
         "version": __version__,
         "config": config.model_dump(mode="json", by_alias=True),
         "processes": accelerator.num_processes,
-        "data": data_mark(data),
+        "pictures": pictures_told(data),
     }
     if state is not None:
-        take_up(state, about, injection, descent, accelerator)
-    start = state.step if state else 0
-    seconds = state.about.get("seconds", 0.0) if state else 0.0
+        take_up(state, injection, descent, accelerator)
+    first = state.step if state else 0
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
     for line in plan_lines(injection):
         tell(line)
     if state is not None:
-        tell(f"resuming after step {start} of {config.train.steps} from {state.path.parent}")
+        tell(f"resuming after step {first} of {config.train.steps} from {state.path.parent}")
     if config.train.compile:
         tell("train.compile: the first step compiles the transformer blocks, which takes minutes")
-    if start > config.train.steps:
-        raise ValueError(f"train.steps: {config.train.steps} lies before step {start} that the run has reached")
-    gallery = Gallery(config, source, objective, place)
-    if accelerator.is_main_process:
-        run_folder.prepare(place, start, dump_config(config))
-    accelerator.wait_for_everyone()
-    journal = Journal(place, accelerator, start, config.train.steps, about["config"], seconds)
-    return Run(config, place, source, accelerator, level, objective, descent, gallery, journal, stop, start, about)
+    if first > config.train.steps:
+        raise ValueError(f"train.steps: {config.train.steps} lies before step {first} that the run has reached")
+    for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
+        start.events.warning(line)
+    gallery = Gallery(config, source, objective, start.folder, start.events)
+    journal = open_folder(start, state, first, about["config"])
+    return Run(
+        config, start.folder, source, accelerator, level, objective, descent, gallery, journal, stop, first, about
+    )
 
 
-def take_up(
-    state: checkpoint.State, about: dict, injection: Injection, descent: Descent, accelerator: Accelerator
-) -> None:
-    """Puts a resume state back; ValueError where the pictures or captions are others."""
-    if state.about["data"] != about["data"]:
-        raise ValueError(
-            f"cannot resume {state.path.parent}: the pictures or captions are not those that it was trained on"
-        )
+def open_folder(start: Start, state: checkpoint.State | None, first: int, config: dict[str, Any]) -> Journal:
+    """Make the run folder hold this run up to step `first`, and open its journal."""
+    if start.accelerator.is_main_process:
+        run_folder.prepare(start.folder, first, dump_config(start.config))
+        start.events.open(start.folder / "events.jsonl")
+    start.accelerator.wait_for_everyone()
+    seconds = state.about.get("seconds", 0.0) if state else 0.0
+    return Journal(start.folder, start.accelerator, start.events, first, start.config.train.steps, config, seconds)
+
+
+def take_up(state: checkpoint.State, injection: Injection, descent: Descent, accelerator: Accelerator) -> None:
+    """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if accelerator.scaler is not None and "scaler" in state.about:
@@ -131,6 +153,7 @@ def take_up(
 
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
     """accelerate's state and the type of the frozen base. ValueError where the launcher meant other processes."""
+    refuse_missing_trackers(config)
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     name, dtype = precision(config.train.mixed_precision, "cuda" if on_gpu else "cpu")
     accelerator = Accelerator(
@@ -158,9 +181,9 @@ def choose_level(
 ) -> tuple[memory.Level, str]:
     """The memory level of all processes: what the main one finds room for."""
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
-    level, why = memory.choose(
-        config, source.base_parameters(), samples, dtype, accelerator.device, source.family.memory
-    )
+    base = source.base_parameters()
+    trained = memory.trained_parameters(config, source.layers(), base)
+    level, why = memory.choose(config, base, samples, dtype, accelerator.device, source.family.memory, trained)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -175,10 +198,17 @@ def load_denoiser(
     train = config.train
     denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
     if level.checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        enable_checkpointing(denoiser)
     if train.channels_last:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     return denoiser
+
+
+def enable_checkpointing(denoiser: Denoiser) -> None:
+    """Compute blocks again in the backward pass. No layer is random: to set a generator's state back, a hundred times a
+    step, would cost time and forbid to capture the step as a graph."""
+    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+    denoiser.enable_gradient_checkpointing(again)
 
 
 def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
@@ -212,7 +242,10 @@ def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
 
 
 def check_start(config: RunConfig, source: ModelSource) -> None:
-    """ValueError where `init_from` cannot be read, or fits neither this model nor this adapter. Loads no formats."""
+    """ValueError for a tracker that is not installed, a base that cannot be trained (`ModelSource.check`), or an
+    `init_from` that does not fit. Loads no weights."""
+    refuse_missing_trackers(config)
+    source.check()
     if config.train.init_from is None:
         return
     try:
@@ -222,6 +255,22 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("train.init_from: ") else f"train.init_from: {text}") from None
+
+
+def refuse_missing_trackers(config: RunConfig) -> None:
+    """ValueError with the pip line where `train.trackers` names one that is not installed."""
+    missing = [name for name in config.train.trackers if not any(map(_is_installed, TRACKERS[name]))]
+    if missing:
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        raise ValueError(
+            f"train.trackers: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {packages}, or take it out"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None  # a folder `wandb` of logs is a namespace without origin
 
 
 def plan_lines(injection: Injection) -> list[str]:
@@ -259,19 +308,34 @@ def class_image_maker(
             parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
             parts["denoiser"] = source.load_denoiser(dtype, device)
             held["pipe"] = source.family.pipeline(parts)
-        wanted, side = config.validation, config.data.resolution
-        settings = SampleSettings(wanted.steps, wanted.guidance, config.subject.fill(wanted.negative), side, side)
-        return render(held["pipe"], source.family, [(prompt, seed)], settings)[0]
+        return render(held["pipe"], source.family, [(prompt, seed)], settings_of(config))[0]
 
     def forget() -> None:
         held.clear()
-        free(torch.device(device))
+        free()
 
     return draw, forget
 
 
+def pictures_told(data: TrainingSet) -> list:
+    """What a resume state says of the pictures: contents, captions and names, in the run's own order."""
+    return [[order.written(rows) for rows in group] for group in data.rows()]
+
+
+def arrange_as_before(data: TrainingSet, about: dict[str, Any], place: Path) -> None:
+    """Put the pictures into the order of the run that wrote the state `about`; ValueError where they are others."""
+    if "pictures" not in about:  # of version 0.1, which compared names and their order
+        if about.get("data") != data_mark(data):
+            raise ValueError(f"cannot resume {place}: the pictures or captions are not those that it was trained on")
+        return
+    try:
+        data.arrange([[order.read(rows) for rows in group] for group in about["pictures"]])
+    except ValueError as error:
+        raise ValueError(f"cannot resume {place}: {error}") from None
+
+
 def data_mark(data: TrainingSet) -> str:
-    """A short hash of what is trained on: names and captions, in order."""
+    """A short hash of what is trained on, as version 0.1 told it: names and captions, in order."""
     digest = hashlib.sha256()
     for bucket in [*data.instances, *data.priors]:
         for name, caption in zip(bucket.names, bucket.caption_index.tolist(), strict=True):

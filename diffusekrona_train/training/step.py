@@ -9,11 +9,12 @@ import torch
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import free, ran_out
 from diffusekrona_train.training import memory, setup
-from diffusekrona_train.training.optimizer import Descent, learning_rate_factor
+from diffusekrona_train.training.optimizer import SPARE, Descent, learning_rate_factor
 from diffusekrona_train.training.setup import Run
 
 FIRST_STEPS = 3
-"""Out of memory in this many steps goes a level down; later it is a fault."""
+"""With several processes, running out of memory in this many steps drops a memory level; later it is an error, as all
+would have to ask each other in every step. One process may drop a level at any step."""
 
 
 def gradients(run: Run, step: int) -> None:
@@ -51,22 +52,22 @@ def go_down(run: Run) -> None:
         raise RuntimeError(memory.out_of_memory(run.level))
     run.journal.say(f"out of memory with memory: {run.level.name}; going on with {lower.name}")
     if lower.quantize == run.level.quantize:
-        run.objective.denoiser.enable_gradient_checkpointing()
+        setup.enable_checkpointing(run.objective.denoiser)
     else:
         injection, device = run.objective.injection, run.accelerator.device
         factors = {name: value.detach().cpu().clone() for name, value in injection.state_dict().items()}
         moments = run.descent.optimizer.state_dict()
-        run.objective.denoiser = run.objective.injection = None
-        free(device)
+        run.objective.denoiser = run.objective.injection = injection = None  # or the old one stays beside the new one
+        free()
         denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
         run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
         meters = run.descent.meters
-        run.descent = Descent(run.objective.injection.parameters(), run.config.train, run.accelerator)
+        run.descent = Descent(run.objective.injection.flatten(SPARE), run.config.train, run.accelerator)
         run.descent.optimizer.load_state_dict(moments)
         run.descent.meters = meters
     run.level = lower
-    free(run.accelerator.device)
+    free()
 
 
 def training_step(run: Run, step: int) -> torch.Tensor:
@@ -74,11 +75,11 @@ def training_step(run: Run, step: int) -> torch.Tensor:
 
     Returns the processes' averaged wish to stop, on the device.
     """
-    if step < run.start + FIRST_STEPS:
+    if step < run.start + FIRST_STEPS or run.accelerator.num_processes == 1:
         fit_gradients(run, step)
     else:
         gradients(run, step)
-    return run.descent.step(learning_rate(run, step), run.stop.signum is not None)
+    return run.descent.step(learning_rate(run, step), run.stop.wanted())
 
 
 def learning_rate(run: Run, step: int) -> float:

@@ -210,6 +210,20 @@ def _resuming() -> list[Case]:
     def evil(path: Path) -> None:
         adapter_files.pickled(path, path.parents[4] / "CANARY")
 
+    def other_photos(change: Callable[[Path], Any]) -> Callable[[Sandbox], list[str]]:
+        def make(box: Sandbox) -> list[str]:
+            arguments = [*finished(box, {"train.steps": 5}), "--resume"]
+            change(box.folder / "photos")
+            return arguments
+
+        return make
+
+    def renamed(box: Sandbox) -> list[str]:
+        arguments = hurt(lambda path: shutil.rmtree(path.parent))(box)  # step 4 is trained again, on photos renamed
+        for index, path in enumerate(sorted((box.folder / "photos").glob("*.png"), reverse=True)):
+            path.rename(path.with_name(f"again-{index}.png"))
+        return arguments
+
     both = ("3", "4")
     one_state = ("--resume-from", "runs/dog/resume/step-000004")
     last, lost = ("*step-000004*",), "a state that is gone and one that is damaged are equally lost"
@@ -227,6 +241,21 @@ def _resuming() -> list[Case]:
         ),
         training_case("--resume with another seed", again("--resume", train__seed=9), 2, r"train\.seed \(was"),
         training_case("--resume with other factors", again("--resume", adapter__a1=2), 2, r"adapter\.a1 \(was"),
+        training_case(
+            "--resume with another photo",
+            other_photos(lambda photos: shutil.copy(photos / "01.png", photos / "00.png")),
+            2,
+            r"pictures are not those .*00\.png is another picture now",
+            may_write=("photos/*",),
+        ),
+        training_case(
+            "--resume with another caption",
+            other_photos(lambda photos: (photos / "00.txt").write_text("[V] asleep")),
+            2,
+            r"the caption of 00\.png was '.*' and is 'sks asleep'",
+            may_write=("photos/*",),
+        ),
+        training_case("--resume of renamed photos", renamed, 0, r"resuming after step 3", then=as_base, replaced=last),
         training_case("--resume with fewer steps", again("--resume", train__steps=3), 2, r"train\.steps: 3"),
         training_case("--resume of a finished run", again("--resume"), 0, r"\S", then=as_base),
         training_case("--resume-from nowhere", again("--resume-from", "runs/cat"), 2, r"no resume state at runs/cat"),

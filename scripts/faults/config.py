@@ -91,6 +91,18 @@ VALUES: list[tuple[str, dict[str, Any], str, str]] = [
     ("key of 100,000 letters", {"k" * 100_000: 1}, r"k…? is not a known key|k…", ""),
     ("section a word", {"train": "fast"}, r"train: 'fast' is not a section", ""),
     ("init_from missing", {"train.init_from": "no.safetensors"}, r"no\.safetensors", ""),
+    ("output with a tab", {"output": "runs\train"}, r"output: .*holds a tab .*forward slashes", ""),
+    ("images with a terminal escape", {"subject.images": "a\x1b[31m"}, r"control character .*forward slashes", ""),
+    ("output under no variable", {"output": "$KRONA_NOWHERE/dog"}, r"\$KRONA_NOWHERE, which is not set here", ""),
+    (
+        "photos under no variable of Windows",
+        {"subject.images": "%KRONA_NOWHERE%\\dog"},
+        r"%KRONA_NOWHERE%, which is not set here",
+        "one sentence for variables",
+    ),
+    ("photos of no user", {"subject.images": "~krona-no-such-user/x"}, r"there is no such user", ""),
+    ("a column of a folder", {"subject.image_column": "x"}, r"image_column is for data sets", ""),
+    ("a caption key without metadata", {"subject.caption_key": "x"}, r"holds neither metadata\.jsonl nor", ""),
 ]
 
 # name, the file's content, what the line says
@@ -110,7 +122,8 @@ TEXTS: list[tuple[str, str | bytes, str]] = [
     ("nested 5,000 deep", "a: " + "[" * 5000 + "]" * 5000, r"nested too deeply"),
     ("10 MB", GOOD + "#" * 10_000_000, r"10,000,\d+ bytes are too many"),
     ("not UTF-8", GOOD.encode() + b"# caf\xe9\n", r"byte \d+ is not UTF-8"),
-    ("UTF-16", GOOD.encode("utf-16"), r"byte 0 is not UTF-8"),
+    ("half of a UTF-16", GOOD.encode("utf-16")[:-1], r"byte \d+ is not UTF-8"),
+    ("a Windows path in double quotes", GOOD + 'vae: "C:\\Users\\me"\n', r"escape.*single quotes or forward slashes"),
     ("zero bytes inside", GOOD + "# \0\n", r"not allowed|special characters"),
     ("a number of 1,000 digits", GOOD + "train: {steps: " + "9" * 1000 + "}", r"more than 100 digits"),
     ("two documents", GOOD + "---\n" + GOOD, r"document"),
@@ -119,7 +132,7 @@ TEXTS: list[tuple[str, str | bytes, str]] = [
 SAME_TEXT = {
     "comments alone": "a file of comments is an empty one",
     "duplicate key of a section": "one rule for keys at each level",
-    "UTF-16": "both are bytes that are not UTF-8",
+    "half of a UTF-16": "both are bytes that are not UTF-8",
 }
 
 
@@ -237,6 +250,23 @@ def _good_names() -> list[Case]:
 
         table.append(_config(f"a config named {name}", make, 0, r"\b1 (image|photo|picture)|1 of 1"))
     table.append(_config("1e-4 is a number", _tiny_rate, 0, r"\S"))
+    for encoding in ("utf-8-sig", "utf-16"):
+
+        def marked(box: Sandbox, encoding: str = encoding) -> list[str]:
+            box.write("dog.yaml", GOOD.encode(encoding))
+            return _check(box, "dog.yaml")
+
+        table.append(_config(f"a byte-order mark of {encoding}", marked, 0, r"\b1 from photos"))
+    table.append(
+        _config(
+            "a tracker that is not installed",
+            lambda box: _check(box, box.config({"train.trackers": ["wandb"]})),
+            2,
+            r"train\.trackers: wandb is not installed; pip install wandb",
+            how="fork",
+            limits={"without": "wandb"},
+        )
+    )
     return table
 
 

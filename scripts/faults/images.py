@@ -131,7 +131,15 @@ def _refused() -> list[Case]:
             limits={"unprivileged": 1},
         ),
         _case("no permission for the folder", _closed, 2, r"photos.*ermission", how="fork", limits={"unprivileged": 1}),
-        _case("a kohya folder with 0 repeats", _kohya(0), 2, r"0 repeats; a kohya folder has 1 to 10000"),
+        _case("a kohya folder with 0 repeats", _kohya(0), 2, r"0 repeats; a kohya folder has 1 to 500"),
+        _case(
+            "nothing left of a transparent photo",
+            _beside("a.png", lambda: encoded(photo.convert("LA").point(lambda value: 0))),
+            2,
+            r"a\.png: is transparent and nothing of it is left over white",
+        ),
+        _case("several columns of images", _columns, 2, r"photo, mask, and none called image; .*subject\.image_column"),
+        _case("several splits, none called train", _splits, 2, r"splits test, validation .*subject\.split"),
         _case(
             "a parquet file of nothing",
             _beside_alone("data.parquet", b"PAR1"),
@@ -195,6 +203,19 @@ def _text_parquet(box: Sandbox) -> dict:
     return {"subject.images": "set.parquet"}
 
 
+def _columns(box: Sandbox, names: tuple[str, ...] = ("photo", "mask"), file: str = "photos/a.parquet") -> None:
+    import datasets
+
+    cells = {name: [{"bytes": encoded(picture((72, 64), index)), "path": None}] for index, name in enumerate(names)}
+    features = datasets.Features({name: datasets.Image() for name in names})
+    datasets.Dataset.from_dict(cells, features=features).to_parquet(str(box.path(file)))
+
+
+def _splits(box: Sandbox) -> None:
+    for split in ("validation", "test"):
+        _columns(box, ("image",), f"photos/data/{split}-00000-of-00001.parquet")
+
+
 def _welcome() -> list[Case]:
     """What must work, and be said where something was done to it."""
     photo = picture((72, 64), 3)
@@ -218,6 +239,22 @@ def _welcome() -> list[Case]:
         ("wrong suffix of a whole image", "a.png", lambda: encoded(photo, "JPEG"), r"\b3\b"),
         ("corrupt EXIF", "a.jpg", corrupt_exif, r"\b3\b"),
         ("corrupt colour profile", "a.jpg", icc, r"\b3\b"),
+        (
+            "transparent here and there",
+            "a.png",
+            lambda: encoded(_with_a_hole(photo)),
+            r"a\.png: transparent, laid over",
+        ),
+        (
+            "a phone's gain map",
+            "a.jpg",
+            lambda: encoded(photo, "MPO", save_all=True, append_images=frames[:1]),
+            r"\b3\b",
+        ),
+        ("a mask", "00-masklabel.png", encoded(photo), r"skipped 00-masklabel\.png: a mask, by its name"),
+        ("a caption in capitals", "00.TXT", b"[V] dog", r"1 from \.txt files"),
+        ("captions by turns", "00.txt", b"[V] one\n[V] two\n", r"captions by turns.*00\.png"),
+        ("a caption for other programs", "00.txt", b"(sks dog:1.4)", r"means something to other programs"),
         ("20,000 x 20", "a.png", lambda: encoded(picture((20_000, 20))), r"\b3\b"),
         ("a name with a newline", "a\nb.png", encoded(photo), r"\b3\b"),
         ("a name with a terminal escape", "a\x1b[31mred.png", encoded(photo), r"\b3\b"),
@@ -236,10 +273,17 @@ def _welcome() -> list[Case]:
         _case("links in a circle", _circle, 0, r"leads nowhere"),
         _case("a folder linked into itself", _folder_circle, 0, r"\b2\b"),
         _case("10,000 files", _many, 0, r"\b3\b", seconds=120),
-        _case("kohya's folders", _kohya(3), 0, r"kohya"),
+        _case("kohya's folders", _kohya(3), 0, r"kohya.*3 repeats x 2 photos"),
+        _case("a year before a folder's name", _kohya(2023), 0, r"2023 is taken for a date"),
         _case("paths with quotes and dots", _odd_folder, 0, r"\b2\b"),
         _case("one photo of a hundred, by limit", _limited, 0, r"beyond subject\.limit"),
     ]
+
+
+def _with_a_hole(image: Any) -> Any:
+    pierced = image.convert("RGBA")
+    pierced.putpixel((3, 3), (0, 0, 0, 0))
+    return pierced
 
 
 def _circle(box: Sandbox) -> None:
@@ -308,6 +352,21 @@ def _metadata() -> list[Case]:
 
     table = [
         _case(f"metadata.jsonl: {name}", with_line(line), 2, says, same.get(name, "")) for name, line, says in rows
+    ]
+
+    def a_csv(text: str) -> Make:
+        return lambda box: box.photos(2) and box.write("photos/metadata.csv", text) and None
+
+    table += [
+        _case("metadata.csv: read", a_csv('file_name,text\n00.png,"[V], dog"\n'), 0, r"1 from metadata\.csv"),
+        _case(
+            "metadata.csv: captions under another key",
+            a_csv("file_name,blip\n00.png,a dog\n"),
+            0,
+            r"not used: blip \(subject\.caption_key",
+        ),
+        _case("metadata.csv: a comma too many", a_csv("file_name,text\n00.png,a, b\n"), 2, r"3 values for 2 columns"),
+        _case("metadata.csv: an open quote", a_csv('file_name,text\n00.png,"a\n'), 2, r"is not CSV"),
     ]
     return [*table, _case("metadata.jsonl: not UTF-8", bytes_in_it, 2, r"metadata\.jsonl: byte \d+ is not UTF-8")]
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from scripts.faults import adapters, between, config, disks, foreign, images, models, runs, sampling, stops
+from scripts.faults import adapters, between, config, disks, foreign, images, modelfiles, models, runs, sampling, stops
 from scripts.faults.harness import Case
 
 TABLES = {
     "config": (config,),
     "images": (images,),
     "adapters": (adapters, foreign),
-    "runs": (runs, disks, between, models),
+    "runs": (runs, disks, between, models, modelfiles),
     "sampling": (sampling, stops),
 }
 AREAS = tuple(TABLES)

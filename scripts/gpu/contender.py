@@ -15,7 +15,7 @@ from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models import family_of
 from diffusekrona_train.models.process import Ddpm
 from diffusekrona_train.training.loss import Batch, Objective
-from diffusekrona_train.training.optimizer import Descent
+from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.gpu.setting import Setting
 from tests.tiny import make_unet, real_part
 
@@ -74,7 +74,7 @@ class Bench:
             return Contender(self.objective(None))
         config = self.config(adapter)
         injection = inject(self.unet, config.adapter)
-        descent = Descent(injection.parameters(), config.train, OneProcess)
+        descent = Descent(injection.flatten(SPARE), config.train, OneProcess)
         return Contender(self.objective(injection), injection, descent)
 
 

@@ -90,22 +90,24 @@ def cap_memory(gib: float, blind: bool) -> None:
         torch.cuda.mem_get_info = lambda device=None: (max(0, limit - torch.cuda.memory_reserved()), limit)
 
 
-def watch(room: Any, run: Any, setup: Any, began: float) -> Watch:
-    """A Watch with the doors of the training rooms hung."""
+def watch(began: float) -> Watch:
+    """A Watch over the functions of a training that take time."""
     from diffusekrona_train.models.sd import SD
     from diffusekrona_train.models.source import ModelSource
+    from diffusekrona_train.training import loop, run, setup
 
     made = Watch(began)
-    made.around(room, "assemble", "set-up")
-    made.around(run, "build_training_set", "cache")
+    made.around(setup, "assemble", "set-up")
+    made.around(setup, "build_training_set", "cache")
     made.around(ModelSource, "load_denoiser", "load")
     made.around(setup, "inject_factors", "adapters")
-    made.around(room, "validate", "validation")
+    made.around(loop, "validate", "validation")
     made.around(SD, "decode", "decode")
-    made.around(room, "save", "save")
-    made.around(room, "finish", "end")
-    made.around(room, "refresh_report", "report")
-    room.training_step = made.steps(room.training_step)
+    made.around(loop, "save", "save")
+    made.around(run, "finish", "end")
+    for room in (loop, run):
+        made.around(room, "refresh_report", "report")
+    loop.training_step = made.steps(loop.training_step)
     return made
 
 
@@ -118,25 +120,23 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true")
     given = parser.parse_args()
 
-    from diffusekrona_train import training as room
     from diffusekrona_train.config import load_config
-    from diffusekrona_train.training import setup
-    from diffusekrona_train.training import step as run
+    from diffusekrona_train.training import loop, train
 
     config = load_config(given.config, given.set)
     if given.cap:
         cap_memory(given.cap, given.blind)
-    made = watch(room, run, setup, BEGAN)
+    made = watch(BEGAN)
     level: list[str] = []
-    save = room.save
+    save = loop.save
 
     def noting(state: Any, done: int) -> None:
         level[:] = [state.level.name]
         save(state, done)
 
-    room.save = noting
+    loop.save = noting
     made.enter("other")
-    room.train(config, overwrite=True)
+    train(config, overwrite=True)
     found = {**made.summary(), "level": level[0], "steps": config.train.steps}
     if torch.cuda.is_available():
         found["total"] = torch.cuda.get_device_properties(0).total_memory / GIB

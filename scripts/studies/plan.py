@@ -136,7 +136,7 @@ class Planner:
             subject = {"images": images, "class": "subject", **({"limit": limit} if limit else {})}
             config = make_config({"subject": subject, "output": "runs/photos"})
             found = collect(config).pictures
-            captions = [picture.caption for picture in found]
+            captions = [text for picture in found for text in picture.captions]
             own = set(captions) != {config.subject.fill(config.subject.prompt)}
             return key_of({"photos": [picture.sha256 for picture in found], **({"captions": captions} if own else {})})
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusekrona_train.common.run_folder import claimed
+from diffusekrona_train.common.run_folder import adapter_file, claimed, read_metrics, step_of
 from scripts.studies import records
 from scripts.studies.task import Task, filled
 
@@ -69,7 +69,7 @@ def ensure_trained(task: Task, folder: Path) -> tuple[float, bool]:
         {**task.config, "output": str(folder)},
         [f"train.steps={wanted[-1]}", f"train.checkpoint_every={math.gcd(*wanted)}", "train.keep_resume_states=1"],
     )
-    reached = next((int(path.name[5:]) for path in checkpoint.states(folder)), 0)
+    reached = next((step_of(path) for path in checkpoint.states(folder)), 0)
     goes_on = reached and all(adapter_of(folder, step).is_file() for step in wanted if step <= reached)
     folder.mkdir(parents=True, exist_ok=True)
     if not stays(task.config["model"]):
@@ -85,16 +85,17 @@ def ensure_trained(task: Task, folder: Path) -> tuple[float, bool]:
 
 def _train(config: Any, resume: bool) -> bool:
     """To the end, or True where it diverges. Begins anew where the state cannot go on, as after photos have moved."""
-    from diffusekrona_train.training import Diverged, train
+    from diffusekrona_train.training import Diverged, Progress, train
 
+    progress = Progress(lambda event, fields: print(fields["text"]) if "text" in fields else None)
     try:
         try:
-            train(config, resume=resume, overwrite=not resume)
+            train(config, progress=progress, resume=resume, overwrite=not resume)
         except ValueError as error:
             if not resume:
                 raise
             print(f"started over: {error}")
-            train(config, overwrite=True)
+            train(config, progress=progress, overwrite=True)
     except Diverged as error:
         print(error)
         return True
@@ -102,13 +103,11 @@ def _train(config: Any, resume: bool) -> bool:
 
 
 def adapter_of(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors"
+    return adapter_file(folder, step)
 
 
 def seconds_at(folder: Path, step: int) -> float:
     """Seconds that the loop had taken at a step, as metrics.jsonl says."""
-    from diffusekrona_train.common.run_folder import read_metrics
-
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] == step and "time" in line]
     return float(lines[-1]["time"]) if lines else 0.0
 
@@ -241,14 +240,10 @@ def open_studio(task: Task, prompts: list[str]) -> Any:
 
 
 def forget_studio() -> None:
-    import gc
-
-    import torch
+    from diffusekrona_train.common.device import free
 
     _studios.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free()
 
 
 @functools.cache

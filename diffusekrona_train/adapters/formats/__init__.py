@@ -25,6 +25,7 @@ from diffusekrona_train.adapters.formats.loading import (
     set_scale,
     unload,
 )
+from diffusekrona_train.adapters.formats.sidecar import write_sidecar
 
 __all__ = [
     "EXPORTERS",
@@ -42,4 +43,5 @@ __all__ = [
     "set_scale",
     "unload",
     "write_adapter",
+    "write_sidecar",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusekrona_train.adapters.formats.names import (
     split_keys,
     without_paths,
 )
+from diffusekrona_train.adapters.formats.peftnotes import bare_name, with_scales
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models import FAMILIES, family_named
@@ -49,6 +51,17 @@ class AdapterFile:
     def row_permutation(self) -> bool:
         """True for the DiffuseKronA authors' checkpoints: the rows of A ⊗ B stand in another order."""
         return any(option.get("row_permutation") for option in self.options.values())
+
+    def said_prediction(self, model: str | None = None) -> str | None:
+        """The prediction_type that the run's config had to say, because its base model's files did not.
+
+        It holds for that base: with `model`, only where that has the name of the one it was trained on.
+        """
+        if model is not None and Path(model).name != str(self.info.get("model", "")).split(" sha256:")[0]:
+            return None
+        training = self.info.get("training")
+        said = training.get("prediction_type") if isinstance(training, dict) else None
+        return said if isinstance(said, str) else None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -142,7 +155,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     try:
         groups = split_keys(tensors)
         if KEY not in metadata:
-            return AdapterFile(path=str(path), groups=groups, metadata=metadata)
+            return AdapterFile(path=str(path), groups=with_scales(Path(path), groups, metadata), metadata=metadata)
         return _described(str(path), groups, metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -157,7 +170,10 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
         is_known = family in FAMILIES
         describe = whole_module if spec.targets == "all" or not is_known else family_named(family).describe
         widths = [(int(width_in), int(width_out)) for width_in, width_out in info["widths"]]
-        rows = [describe(name, *pair) for name, pair in zip(info["layers"], widths, strict=True)]
+        rows = [
+            describe(name, *pair) or tables.describe_projection(name, pair[0])
+            for name, pair in zip(info["layers"], widths, strict=True)
+        ]
         layers = [row for row in rows if row is not None]
         if len(layers) < len(rows):
             raise ValueError(f"{info['layers'][rows.index(None)]} is no layer of family {family}")
@@ -214,18 +230,15 @@ def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_blo
     A file that describes itself is checked against the model instead. Raises ValueError for another family, unknown
     layers and shapes that do not fit.
     """
+    layers = [*layers, *tables.projections_of(layers)]
     by_name = {layer.name: layer for layer in layers}
     try:
         if file.layers:
             _check_same_model(file, by_name, family)
             return file
         known = tables.known_names(by_name, layers_per_block, family)
-        if unknown := [name for name in file.groups if name not in known]:
-            raise ValueError(
-                f"layer {unknown[0]} is not in this model of family {family!r} "
-                f"({len(unknown)} of {len(file.groups)} are not): is the file for another model?"
-            )
-        groups = {known[name]: group for name, group in file.groups.items()}
+        _refuse_unknown([name for name in file.groups if bare_name(name) not in known], len(file.groups), family)
+        groups = {known[bare_name(name)]: group for name, group in file.groups.items()}
         found = [layer for layer in layers if layer.name in groups]
         spec, options, groups = describe_groups(found, groups)
     except ValueError as error:
@@ -239,6 +252,29 @@ def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_blo
         options=options,
         layers_per_block=layers_per_block,
     )
+
+
+def _refuse_unknown(unknown: list[str], count: int, family: str) -> None:
+    """ValueError for layers that are not among those that can be adapted, whether of this model or of another."""
+    if not unknown:
+        return
+    others = [name for name in unknown if _OUTSIDE.search(name)]
+    if others:
+        raise ValueError(
+            f"layer {others[0]} is a convolution or another layer outside attention ({len(others)} of {count} are); "
+            "only linear layers of transformer blocks and their proj_in and proj_out can be read"
+        )
+    raise ValueError(
+        f"layer {unknown[0]} is not in this model of family {family!r} ({len(unknown)} of {count} are not): "
+        "is the file for another model?"
+    )
+
+
+_OUTSIDE = re.compile(
+    r"resnets|in_layers|out_layers|emb_layers|skip_connection|samplers|_op$|\.op$|_conv$|\.conv$|conv_?(in|out|shortcut|\d)"
+    r"|time_emb|label_emb|add_embedding|norm|_blocks_\d+_0_|unet_out_[02]$"
+)
+"""Layers of these UNets that are not attention's or a feed-forward's, by the names of either layout."""
 
 
 def _check_same_model(file: AdapterFile, by_name: dict[str, Layer], family: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusekrona_train.adapters import ADAPTERS
 from diffusekrona_train.adapters.formats import tensorfile
-from diffusekrona_train.adapters.formats.adapterfile import AdapterFile, identify, write_adapter
-from diffusekrona_train.adapters.formats.names import layers_per_block
+from diffusekrona_train.adapters.formats.adapterfile import AdapterFile, write_adapter
+from diffusekrona_train.adapters.formats.merged import (
+    delta,
+    kind_of_adapter,
+    merge,
+    no_rank,
+    to_checkpoint,
+    to_merged,
+)
 from diffusekrona_train.adapters.kron import lora_truncate
 from diffusekrona_train.adapters.spectra import lora_pair, norm, terms
-from diffusekrona_train.common.files import atomic
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
+from diffusekrona_train.models.source import ModelSource
+
+__all__ = ["EXPORTERS", "delta", "exact_rank", "export_command", "lora_pairs", "merge", "row_order"]
 
 CUT_RANK = 64
 """The rank to propose where the exact one is too large."""
@@ -31,23 +38,29 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 """Layer -> (up (out, r), down (r, in)) with every scale inside up."""
 
 
-def to_native(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_native(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """This project's own file, JSON and all."""
-    _no_rank(rank, "native")
+    no_rank(rank, "native")
     write_adapter(out, file, dtype)
-    return [f"{len(file.layers)} layers of {_kind(file)}"]
+    return [f"{len(file.layers)} layers of {kind_of_adapter(file)}"]
 
 
-def to_lokr(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_lokr(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """A plain LoKr file. ValueError for adapters that are no Kronecker product and for the authors' order of rows."""
-    _no_rank(rank, "lokr")
+    no_rank(rank, "lokr")
     if file.row_permutation:
         raise ValueError(
             f"{file.path}: the authors' layers permute the rows of A ⊗ B, which no LoKr file can say; "
             "use --to lora or merged"
         )
-    if _kind(file) not in ("krona", "lokr"):
-        raise ValueError(f"{file.path}: holds {_kind(file)}, no Kronecker product; use --to lora, diffusers or merged")
+    if kind_of_adapter(file) not in ("krona", "lokr"):
+        raise ValueError(
+            f"{file.path}: holds {kind_of_adapter(file)}, no Kronecker product; use --to lora, diffusers or merged"
+        )
     write_adapter(out, file, dtype, own_json=False)
     shapes = Counter(tuple(group["lokr_w1"].shape) for group in file.groups.values() if "lokr_w1" in group)
     remarks = [f"{len(file.layers)} layers"]
@@ -56,29 +69,33 @@ def to_lokr(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None
     return remarks
 
 
-def to_lora(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_lora(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """A LoRA file in kohya's keys, one alpha for the whole file (diffusers mis-scales files where alphas differ)."""
     pairs, remarks = lora_pairs(file, rank)
     alpha = Counter(up.shape[1] for up, _ in pairs.values()).most_common(1)[0][0]
     groups = {
         name: {
-            "lora_down.weight": down,
-            "lora_up.weight": up * (up.shape[1] / alpha),
+            "lora_down.weight": _shaped(file, name, down),
+            "lora_up.weight": _shaped(file, name, up * (up.shape[1] / alpha)),
             "alpha": torch.tensor(float(alpha)),
         }
         for name, (up, down) in pairs.items()
     }
-    options = {name: {"rank": up.shape[1], "alpha": float(alpha)} for name, (up, _) in pairs.items()}
+    options: dict[str, Any] = {name: {"rank": up.shape[1], "alpha": float(alpha)} for name, (up, _) in pairs.items()}
     spec = AdapterConfig(type="lora", rank=alpha, alpha=float(alpha))
     write_adapter(out, replace(file, groups=groups, options=options, spec=spec), dtype, own_json=False)
     return remarks
 
 
-def to_diffusers(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_diffusers(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """A LoRA file in PEFT's keys, `unet.<path>.lora_A.weight`; alpha equals the rank, so that the scale is 1."""
     pairs, remarks = lora_pairs(file, rank)
-    tensors = {f"unet.{name}.lora_A.weight": down for name, (_, down) in pairs.items()}
-    tensors |= {f"unet.{name}.lora_B.weight": up for name, (up, _) in pairs.items()}
+    tensors = {f"unet.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}
+    tensors |= {f"unet.{name}.lora_B.weight": _shaped(file, name, up) for name, (up, _) in pairs.items()}
     ranks = {name: up.shape[1] for name, (up, _) in pairs.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{name}": value for name, value in ranks.items() if value != most}
@@ -91,36 +108,7 @@ def to_diffusers(file: AdapterFile, out: Path, *, dtype: str, rank: int | None =
     }
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
     tensorfile.write(out, tensorfile.cast(tensors, dtype), metadata)
-    return remarks
-
-
-def to_merged(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
-    """A diffusers pipeline folder with the adapter summed into the weights; `source` is the opened base model."""
-    _no_rank(rank, "merged")
-    if source is None:
-        raise ValueError("--to merged needs the base model: give --model with an alias, hub name, folder or file")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not an empty folder; a merged pipeline needs a new one")
-    # the sum is made in fp32 and rounded once, whatever the type of the result
-    denoiser = source.load("denoiser", dtype=torch.float32, device="cpu")["denoiser"]
-    config = denoiser.config
-    file = identify(file, source.layers(), source.family.name, layers_per_block(config))
-    merge(denoiser, file)
-    denoiser.to(tensorfile.DTYPES[dtype])
-    others = source.load(
-        "vae", "text_encoders", "tokenizers", "scheduler", dtype=tensorfile.DTYPES[dtype], device="cpu"
-    )
-    pipe = source.family.pipeline({"denoiser": denoiser, **others})
-    free = shutil.disk_usage(_standing(out)).free
-    needed = sum(p.numel() * p.element_size() for p in denoiser.parameters())
-    if free < needed:
-        raise ValueError(
-            f"{out}: the merged model takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there"
-        )
-    with atomic(out) as folder:
-        pipe.save_pretrained(folder)
-        _compare(denoiser, folder / "unet", out)
-    return [f"{len(file.layers)} layers of {_kind(file)} summed into {source.identity}"]
+    return [*remarks, "ComfyUI, A1111, Forge and InvokeAI do not read this file: --to lora is for those"]
 
 
 EXPORTERS: dict[str, Callable[..., list[str]]] = {
@@ -129,6 +117,7 @@ EXPORTERS: dict[str, Callable[..., list[str]]] = {
     "lora": to_lora,
     "diffusers": to_diffusers,
     "merged": to_merged,
+    "checkpoint": to_checkpoint,
 }
 """Format -> fn(file, out, *, dtype, rank, source) -> remarks to print. The file must be identified."""
 
@@ -149,28 +138,6 @@ def export_command(file: AdapterFile, path: Path, model: str) -> str:
 def _largest_rank(layer: Layer) -> int:
     """The largest rank of a LoRA that is not larger than the dense difference."""
     return layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
-
-
-@torch.no_grad()
-def merge(model: nn.Module, file: AdapterFile, strength: float = 1.0) -> None:
-    """Adds the ΔW of an identified file to a denoiser's weights: summed in fp32, rounded once to the weight's type."""
-    for layer in file.layers:
-        if layer.kind == "all":
-            for suffix, difference in file.groups[layer.name].items():
-                name = {"diff": "weight", "diff_b": "bias"}.get(suffix, suffix.removeprefix("diff_"))
-                parameter = model.get_submodule(layer.name).get_parameter(name)
-                parameter.copy_(parameter.float() + strength * difference.to(parameter.device).float())
-            continue
-        weight = model.get_submodule(layer.name).weight
-        weight.copy_(weight.float() + strength * delta(file, layer).to(weight.device))  # type: ignore[operator,arg-type,union-attr]
-
-
-def delta(file: AdapterFile, layer: Layer) -> Tensor:
-    """The dense ΔW (out, in), fp32, of a layer of an identified file."""
-    assert file.spec is not None
-    adapter = ADAPTERS[file.spec.type](layer, file.options[layer.name], file.spec)
-    adapter.load_file_tensors(file.groups[layer.name])
-    return adapter.delta()
 
 
 def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[str]]:
@@ -213,6 +180,11 @@ def row_order(a2: int, b2: int) -> Tensor:
     return torch.arange(a2 * b2).reshape(a2, b2).T.reshape(-1)
 
 
+def _shaped(file: AdapterFile, name: str, matrix: Tensor) -> Tensor:
+    """A factor as other tools expect it: of a 1x1 convolution with its two sides of 1."""
+    return matrix[:, :, None, None] if file.options[name].get("conv") else matrix
+
+
 def _pair(group: dict[str, Tensor], rank: int, exact: int) -> tuple[Tensor, Tensor, float]:
     """(up, down, Frobenius error) of this rank; the optimal cut where it is below the exact one."""
     scale, matrices = terms(group)
@@ -244,29 +216,3 @@ def _remarks(pairs: Pairs, errors: dict[str, float], norms: dict[str, float]) ->
         f"cut: {listed}",
         f"error of the cut: {lost / whole:.2%} of ‖ΔW‖ over all layers, at most {share:.2%} ({worst})",
     ]
-
-
-def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:
-    """Every tensor of the written denoiser against the one in memory; OSError where one differs."""
-    expected = denoiser.state_dict()
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, tensor in tensorfile.read(path)[0].items():
-            if not torch.equal(tensor, expected.pop(key)):
-                raise OSError(f"{out}: tensor {key} does not read back as it was written; is the disk sound?")
-    if expected:
-        raise OSError(f"{out}: {len(expected)} tensors were not written")
-
-
-def _kind(file: AdapterFile) -> str:
-    assert file.spec is not None and file.layers, "identify the file first"
-    return file.spec.type
-
-
-def _no_rank(rank: int | None, name: str) -> None:
-    if rank is not None:
-        raise ValueError(f"--rank {rank} is for --to lora and --to diffusers; {name} is always exact")
-
-
-def _standing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
-    return next(parent for parent in path.resolve().parents if parent.exists())

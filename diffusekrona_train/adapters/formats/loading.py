@@ -16,15 +16,17 @@ from diffusekrona_train.models import open_model
 from diffusekrona_train.models.layers import Layer, find_layers
 
 
-def known_layers(model: str) -> tuple[list[Layer], str, int]:
+def known_layers(model: str, model_config_dir: str | None = None) -> tuple[list[Layer], str, int]:
     """The adaptable linears, family and layers a block of a model (alias, hub name, folder, file); loads no weights."""
     if model in tables.TABLES:
         return tables.layer_table(model), tables.FAMILY_OF[model], tables.layers_per_block(model)
-    source = open_model(model)
+    source = open_model(model, model_config_dir=model_config_dir)
     return source.layers(), source.family.name, layers_per_block(source.denoiser_config)
 
 
-def open_adapter(path: str | Path, model: str | None = None, *, authors: bool = False) -> AdapterFile:
+def open_adapter(
+    path: str | Path, model: str | None = None, *, authors: bool = False, model_config_dir: str | None = None
+) -> AdapterFile:
     """Reads an adapter file with its layers known: from the file itself, or from `model` where it does not say.
 
     `authors`: a checkpoint of the DiffuseKronA authors. Raises a one-line ValueError where a model is needed.
@@ -36,7 +38,7 @@ def open_adapter(path: str | Path, model: str | None = None, *, authors: bool = 
         raise ValueError(
             f"{path}: does not say which model it is for; give --model sdxl, sd15, sd21 or a pipeline folder"
         )
-    layers, family, per_block = known_layers(model)
+    layers, family, per_block = known_layers(model, model_config_dir)
     return (
         import_diffusekrona(path, layers, family, per_block) if authors else identify(file, layers, family, per_block)
     )

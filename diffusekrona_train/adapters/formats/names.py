@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusekrona_train.adapters.formats.peftnotes import DORA
 from diffusekrona_train.adapters.spectra import terms
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models import family_named, family_of
@@ -57,18 +58,44 @@ def split_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         raise ValueError(
             "is a checkpoint of the DiffuseKronA authors; import it with krona-convert --from diffusekrona"
         )
+    _refuse_foreign(tensors)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _SUFFIX.match(key)
         if match is None:
             raise ValueError(f"tensor {key} is extra: no part of a LoKr, LoRA or LoHa adapter")
-        if match[1].startswith(("lora_te", "text_encoder")):
-            raise ValueError(f"tensor {key} adapts a text encoder; only adapters of the denoiser can be read")
         groups.setdefault(match[1], {})[SAME.get(match[2], match[2])] = tensor
     kinds = {name: kind_of(name, group) for name, group in groups.items()}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"mixes {' and '.join(sorted(set(kinds.values())))} layers; one kind a file can be read")
     return groups
+
+
+def _refuse_foreign(tensors: Iterable[str]) -> None:
+    """ValueError with the reason, and how many tensors it is about, for what adapters of other kinds hold."""
+    names = list(tensors)
+    for pattern, reason in FOREIGN.items():
+        if found := [name for name in names if re.search(pattern, name)]:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ValueError(f"tensor {found[0]}{more} {reason}")
+
+
+FOREIGN = {
+    r"\.(dora_scale|lora_magnitude_vector)\b": f"makes this a DoRA, {DORA}",
+    r"^(lora_te|lycoris_te|lora_prior_te|text_encoder|text_encoders\.|clip_[lgh]\b|cond_stage_model|te[12]?\.)": (
+        "adapts a text encoder; only adapters of the denoiser can be read"
+    ),
+    r"lycoris_text_model|base_model\.model\.text_model": (
+        "adapts a text encoder; only adapters of the denoiser can be read"
+    ),
+    r"\.(lora_mid\.weight|hada_t[12]|lokr_t[12])$": (
+        "adapts a 3x3 convolution (Tucker form); only linear layers and 1x1 projections can be read"
+    ),
+    r"\.(oft_\w+|boft_\w+|oft_R\.weight|rescale)$": "is of OFT, which multiplies the weights and adds nothing",
+    r"(^bundle_emb\.|^emb_params$|string_to_param)": "is a textual inversion embedding, not an adapter of the denoiser",
+    r"\.lora_(B|up|A|down)\.bias$": "is a bias of a LoRA (lora_bias), which cannot be read here",
+}
+"""What is in a key -> why such a file cannot be read."""
 
 
 def kind_of(name: str, group: dict[str, Tensor]) -> str:
@@ -100,7 +127,7 @@ def describe_groups(
     """
     kind, options, complete = "krona", {}, {}
     for layer in layers:
-        group = {suffix: tensor.float() for suffix, tensor in groups[layer.name].items()}
+        group, is_conv = _flat(layer, groups[layer.name])
         if any(suffix.startswith("lokr") for suffix in group):
             complete[layer.name], options[layer.name] = _as_krona(layer, group)
         elif "diff" in group:
@@ -110,10 +137,20 @@ def describe_groups(
             alpha = group.get("alpha", torch.tensor(float(group[thin].shape[0])))
             options[layer.name] = {"rank": group[thin].shape[0], "alpha": float(alpha)}
             complete[layer.name] = {**group, "alpha": alpha}
+        if is_conv:
+            options[layer.name]["conv"] = True
     common = json.loads(Counter(json.dumps(option) for option in options.values()).most_common(1)[0][0])
-    common.pop("row_permutation", None)
+    common = {key: value for key, value in common.items() if key not in ("row_permutation", "conv")}
     spec = {"type": kind, **_targets(layers), **common}
     return AdapterConfig.model_validate(spec), options, complete
+
+
+def _flat(layer: Layer, group: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """fp32 tensors with those of a 1x1 convolution as matrices, and whether it is one; ValueError for larger ones."""
+    if large := [suffix for suffix, tensor in group.items() if tensor.ndim > 2 and tensor.shape[2:] != (1, 1)]:
+        raise ValueError(f"layer {layer.name}: {large[0]} has shape {tuple(group[large[0]].shape)}, not a matrix's")
+    is_conv = any(tensor.ndim == 4 for tensor in group.values())
+    return {s: (tensor.flatten(1) if tensor.ndim == 4 else tensor).float() for s, tensor in group.items()}, is_conv
 
 
 def _as_krona(layer: Layer, group: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -172,9 +209,29 @@ def header(
         "modelspec.resolution": f"{resolution}x{resolution}" if resolution else _usual_resolution(base),
         **base,
     }
-    if info.get("token"):
-        about["modelspec.trigger_phrase"] = str(info["token"])
+    if words := trigger_words(info):
+        about["modelspec.trigger_phrase"] = words
+        about["ss_tag_frequency"] = json.dumps({words: {words: 1}}, ensure_ascii=False)  # A1111's and Forge's tags
     return about
+
+
+def trigger_words(info: dict[str, Any]) -> str:
+    """What calls the subject in a prompt, identifier and class noun: 'sks dog'; '' where the file does not say."""
+    return " ".join(str(info[key]).strip() for key in ("token", "class") if info.get("token") and info.get(key))
+
+
+def model_header(path: str | Path, base: dict[str, str], resolution: int) -> dict[str, str]:
+    """The ModelSpec metadata of a whole checkpoint file; `base` is its family's for adapters of it."""
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": base["modelspec.architecture"].removesuffix("/lora"),
+        "modelspec.implementation": "https://github.com/Stability-AI/"
+        + ("generative-models" if base["ss_base_model_version"].startswith("sdxl") else "stablediffusion"),
+        "modelspec.title": Path(path).stem,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.prediction_type": base["modelspec.prediction_type"],
+        "modelspec.resolution": f"{resolution}x{resolution}",
+    }
 
 
 def _usual_resolution(base: dict[str, str]) -> str:

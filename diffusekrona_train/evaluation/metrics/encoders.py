@@ -45,6 +45,8 @@ class Encoder:
     preprocessing: Preprocessing
     embed_pixels: Callable[[Tensor], Tensor]
     embed_text: Callable[[list[str]], Tensor] | None = None
+    tokenizer: Loaded | None = None
+    """Of a CLIP: tells how much of a text it reads."""
     device: torch.device | str = "cpu"
     batch_size: int = 32
     cache: Path | None = None
@@ -127,7 +129,7 @@ def open_clip(name: str = CLIP, device: torch.device | str = "cpu", cache: Path 
         return model.text_projection(model.text_model(input_ids=ids).pooler_output)
 
     shown = Preprocessing(side, side, CLIP_MEAN, CLIP_STD)
-    return Encoder(name, _identity(name, where, model), shown, pixels, text, device=device, cache=cache)
+    return Encoder(name, _identity(name, where, model), shown, pixels, text, tokenizer, device, cache=cache)
 
 
 def open_dino(name: str = DINO, device: torch.device | str = "cpu", cache: Path | None = None) -> Encoder:

@@ -1,6 +1,6 @@
 """What a config would do, before it does it: photos, prompts, identifier, layers, steps, memory, disk.
 
-Loads no weights. Every section is a function that gives lines; `check_config` prints them and draws the contact sheet.
+Loads no weights. Every section is a function that gives lines; `check_config` gathers them and makes the contact sheet.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.prompts import prompt_warnings, unread
 from diffusekrona_train.data import (
     Collection,
     Crop,
@@ -23,7 +24,7 @@ from diffusekrona_train.data import (
 )
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.source import ModelSource
-from diffusekrona_train.report.sheet import contact_sheet
+from diffusekrona_train.report.sheet import contact_sheet, fit
 from diffusekrona_train.training.check.advice import advise
 from diffusekrona_train.training.check.identifier import (
     known_words,
@@ -45,11 +46,15 @@ __all__ = ["check_config", "draw_sheet", "write_init"]
 
 MOST_DRAWN = 40
 """Photos on the contact sheet."""
+CELL = 256
+"""Side of a picture on the contact sheet, in pixels."""
+MOST_REASONS = 20
+"""Lines on what was skipped and why, and on what was done to photos."""
 COLOURS = ("#e8710a", "#1a73e8", "#188038", "#a142f4")
 
 
-def check_config(config: RunConfig) -> None:
-    """Print what training would do and draw the contact sheet; ValueError where it could not start."""
+def check_config(config: RunConfig) -> list[tuple[str, list[str]]]:
+    """Return (title, lines) of what training would do; make the contact sheet. ValueError where it could not start."""
     from diffusekrona_train.models import configured_model
     from diffusekrona_train.training.setup import check_start
 
@@ -57,25 +62,21 @@ def check_config(config: RunConfig) -> None:
     check_start(config, source)
     collection = collect(config)
     crops = plan_crops(collection.pictures, config.data, config.train.seed)
-    _print("photos", photo_lines(config, collection))
-    _print("advice", advise(crops))
     sheet = draw_sheet(config, crops, Path(config.output).expanduser() / "check.png")
-    _print("sheet", [f"{sheet}: the crop drawn on each photo, and the crop"])
-    _print("model", model_lines(config, source))
-    _print("prompts", prompt_lines(config, collection))
-    _print("identifier", identifier_lines(config, source, collection))
-    trainable, lines = adapter_lines(config, source)
-    _print("adapter", lines)
-    _print("steps", step_lines(config, collection))
-    _print("memory", memory_lines(config, source))
-    _print("disk", disk_lines(config, source, collection, trainable))
-    _print("device", device_lines())
-    print("nothing was trained: run it without --check")
-
-
-def _print(title: str, lines: Iterable[str]) -> None:
-    for index, line in enumerate(lines):
-        print(f"{title if index == 0 else '':<11} {line}")
+    trainable, adapter = adapter_lines(config, source)
+    return [
+        ("photos", photo_lines(config, collection)),
+        ("advice", list(advise(crops))),
+        ("sheet", [f"{sheet}: the crop drawn on each photo, and the crop"]),
+        ("model", model_lines(config, source)),
+        ("prompts", prompt_lines(config, collection)),
+        ("identifier", identifier_lines(config, source, collection)),
+        ("adapter", adapter),
+        ("steps", step_lines(config, collection)),
+        ("memory", memory_lines(config, source)),
+        ("disk", disk_lines(config, source, collection, trainable)),
+        ("device", device_lines()),
+    ]
 
 
 def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
@@ -88,16 +89,27 @@ def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
     repeats = Counter(picture.repeats for picture in collection.pictures)
     if set(repeats) != {1}:
         lines.append("repeats: " + ", ".join(f"{times} photos x {count}" for count, times in sorted(repeats.items())))
-    lines += [f"skipped {name}: {why}" for name, why in collection.skipped[:10]]
-    if len(collection.skipped) > 10:
-        lines.append(f"skipped {len(collection.skipped) - 10} more")
-    lines += [f"{name}: {remark}" for name, remark in collection.remarks[:10]]
+    lines += [f"skipped {line}" for line in _by_reason(collection.skipped)]
+    lines += _by_reason(collection.remarks)
+    lines += collection.notes
     if config.prior.kind == "images" and config.prior.images:
         there = len(collect_prior(config, Path(config.prior.images).expanduser()).pictures)
         lines.append(f"class images: {there} of {config.prior.count} in {printable(config.prior.images)}")
     elif config.prior.kind == "images":
         lines.append(f"class images: {config.prior.count}, those missing are made by the base model first")
     return lines
+
+
+def _by_reason(told: Iterable[tuple[str, str]]) -> list[str]:
+    """`a.md, b.md and 3 more: why`, a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, why in told:
+        names.setdefault(why, []).append(name)
+    lines = []
+    for why, own in list(names.items())[:MOST_REASONS]:
+        more = f" and {len(own) - 5} more" if len(own) > 5 else ""
+        lines.append(f"{', '.join(own[:5])}{more}: {why}")
+    return lines + ([f"… and {len(names) - MOST_REASONS} more reasons"] if len(names) > MOST_REASONS else [])
 
 
 def draw_sheet(config: RunConfig, crops: list[list[Crop]], path: Path) -> Path:
@@ -108,14 +120,16 @@ def draw_sheet(config: RunConfig, crops: list[list[Crop]], path: Path) -> Path:
         label = f"{printable(first.picture.name, limit=40)}  {first.picture.width} x {first.picture.height}"
         label += f", {first.share:.0%} kept, {first.size_hw[1]} x {first.size_hw[0]}"
         label += f", enlarged {first.upscaling:.2f}x" if first.upscaling > 1 else ""
-        rows.append((label, [_with_boxes(row[:4]), *(Image.fromarray(crop_pixels(crop)) for crop in row[:4])]))
+        photo = first.picture.open()  # one at a time, and of each only what the sheet shows
+        crops_shown = [fit(Image.fromarray(crop_pixels(crop, photo)), CELL) for crop in row[:4]]
+        rows.append((label, [fit(_with_boxes(row[:4], photo), CELL), *crops_shown]))
+        del photo
     left_out = f" (the first {MOST_DRAWN} of {len(crops)})" if len(crops) > MOST_DRAWN else ""
-    return contact_sheet(rows, path, cell=256, title=f"{config.name}: photos and crops{left_out}")
+    return contact_sheet(rows, path, cell=CELL, title=f"{config.name}: photos and crops{left_out}")
 
 
-def _with_boxes(crops: list[Crop]) -> Image.Image:
+def _with_boxes(crops: list[Crop], photo: Image.Image) -> Image.Image:
     """The photo, small, what no crop shows pale, a frame around each crop."""
-    photo = crops[0].picture.open()
     factor = min(1.0, 512 / max(photo.size))
     size = max(1, round(photo.width * factor)), max(1, round(photo.height * factor))
     photo = photo.resize(size, Image.Resampling.LANCZOS)
@@ -156,7 +170,7 @@ def _is_cached(place: HubModel) -> bool:
 
 def prompt_lines(config: RunConfig, collection: Collection) -> list[str]:
     """Captions and prompts as the text encoder reads them."""
-    captions = Counter(picture.caption for picture in collection.pictures).most_common()
+    captions = Counter(text for picture in collection.pictures for text in picture.captions).most_common()
     lines = [f"caption of {count}: {_quoted(text)}" for text, count in captions[:5]]
     if len(captions) > 5:
         lines.append(f"and {len(captions) - 5} more captions")
@@ -165,6 +179,8 @@ def prompt_lines(config: RunConfig, collection: Collection) -> list[str]:
         lines.append(f"class: {_quoted(fill(config.prior.prompt))}")
     if config.validation.every:
         lines += [f"validation: {_quoted(fill(prompt))}" for prompt in config.validation.prompts[:10]]
+        lines += prompt_warnings(map(fill, config.validation.prompts), kind="validation prompt")
+    lines += prompt_warnings((text for text, _ in captions), kind="caption")
     token = config.subject.token.lower()
     without = sum(count for text, count in captions if token not in text.lower())
     if without:
@@ -199,13 +215,15 @@ def identifier_lines(config: RunConfig, source: ModelSource, collection: Collect
     elif max(counts) > 4:
         lines.append("many tokens for one identifier are learnt slowly; a word of one or two is better")
     room = tokenizers[0].model_max_length - 2
-    captions = {picture.caption for picture in collection.pictures}
-    captions |= {config.subject.fill(prompt) for prompt in config.validation.prompts}
+    captions = {text for picture in collection.pictures for text in picture.captions}
+    prompts = list(map(config.subject.fill, config.validation.prompts)) if config.validation.every else []
+    captions |= set(prompts)
     longest = max(captions, key=lambda text: token_count(tokenizers[0], text))
     if token_count(tokenizers[0], longest) > room:
         long = sum(token_count(tokenizers[0], text) > room for text in captions)
         lines.append(f"{long} captions or prompts have more than {room} tokens: what comes after is not read")
-    return lines
+    told = [f"prompt {_quoted(text)}: {line}" for text in prompts if (line := unread(text, tokenizers))]
+    return lines + told[:5]
 
 
 def adapter_lines(config: RunConfig, source: ModelSource) -> tuple[int, list[str]]:

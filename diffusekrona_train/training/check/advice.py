@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from diffusekrona_train.data.crops import Crop
-from diffusekrona_train.data.images import printable
+from diffusekrona_train.data.names import printable
 
 ENLARGED = 1.25
 """Enlargement from which invented detail shows."""
@@ -22,10 +22,17 @@ SAME_BITS, ALIKE_BITS = 6, 14
 
 
 def advise(crops: Sequence[Sequence[Crop]]) -> list[str]:
-    """One line for each thing worth changing about the photos, by their planned crops."""
+    """Return a line for each thing worth changing about the photos, by their planned crops.
+
+    Photos are decoded one after the other: only a number and a hash of each are kept.
+    """
     first = [row[0] for row in crops]
-    pictures = [crop.picture for crop in first]
-    images = [picture.open() for picture in pictures]
+    sharp, hashes = [], []
+    for crop in first:
+        image = crop.picture.open()
+        sharp.append(sharpness(image))
+        hashes.append(difference_hash(image))
+        del image
     lines = []
     enlarged = [crop for crop in first if crop.upscaling > ENLARGED]
     if enlarged:
@@ -41,15 +48,14 @@ def advise(crops: Sequence[Sequence[Crop]]) -> list[str]:
             f"cropped: {_names(cut)} lose much, at worst only {worst.share:.0%} is kept; look at the sheet, "
             "crop them by hand, or set data.buckets: true"
         )
-    blurred = [crop for crop, image in zip(first, images, strict=True) if sharpness(image) < BLURRED]
+    blurred = [crop for crop, value in zip(first, sharp, strict=True) if value < BLURRED]
     if blurred:
         lines.append(f"blurred: {_names(blurred)} look out of focus; a blurred photo teaches blur")
-    return lines + _likeness(first, images)
+    return lines + _likeness(first, hashes)
 
 
-def _likeness(crops: Sequence[Crop], images: Sequence[Image.Image]) -> list[str]:
-    hashes = [difference_hash(image) for image in images]
-    pairs = list(itertools.combinations(range(len(images)), 2))[:200_000]
+def _likeness(crops: Sequence[Crop], hashes: Sequence[np.ndarray]) -> list[str]:
+    pairs = list(itertools.combinations(range(len(hashes)), 2))[:200_000]
     distances = [int(np.count_nonzero(hashes[i] != hashes[j])) for i, j in pairs]
     near = [pair for pair, distance in zip(pairs, distances, strict=True) if distance <= SAME_BITS]
     lines = []
@@ -57,9 +63,9 @@ def _likeness(crops: Sequence[Crop], images: Sequence[Image.Image]) -> list[str]
         shown = ", ".join(f"{_name(crops[i])} and {_name(crops[j])}" for i, j in near[:3])
         more = f" and {len(near) - 3} more pairs" if len(near) > 3 else ""
         lines.append(f"near-duplicates: {shown}{more}; they count as one view seen more often")
-    elif len(images) > 2 and np.mean(distances) < ALIKE_BITS:
+    elif len(hashes) > 2 and np.mean(distances) < ALIKE_BITS:
         lines.append("all alike: the photos hardly differ, so pose and background would be learnt with the subject")
-    if len(images) == 1:
+    if len(hashes) == 1:
         lines.append("one photo: the subject is learnt in this pose alone; 3 to 5 photos from several sides show more")
     return lines
 

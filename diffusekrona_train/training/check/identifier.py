@@ -8,45 +8,13 @@ from __future__ import annotations
 import random
 import re
 
-from diffusekrona_train.models.contracts import Loadable, Loaded
-from diffusekrona_train.models.hub import HubModel
-from diffusekrona_train.models.source import ModelSource, class_of
+from diffusekrona_train.models.contracts import Loaded
+from diffusekrona_train.models.tokenizers import local_tokenizers
+
+__all__ = ["known_words", "local_tokenizers", "rare_words", "token_count"]
 
 RARE_SHARE = 0.9
 """A byte-pair vocabulary is ordered by frequency: a whole word in its first nine tenths means something already."""
-
-
-def local_tokenizers(source: ModelSource) -> list[Loaded]:
-    """The model's tokenizers, one a text encoder; empty where they are not on this machine."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # a long caption is told in our own words
-    found = []
-    for part in source.family.parts.tokenizers:
-        try:
-            if isinstance(source.place, HubModel):
-                found.append(_hub_tokenizer(source.place, part.folder, class_of(part)))
-            else:
-                found.append(source.place.load_part(part.folder, class_of(part)))
-        except (OSError, ValueError):
-            return []
-    return found
-
-
-def _hub_tokenizer(place: HubModel, part: str, cls: type[Loadable]) -> Loaded:
-    """From the local hub cache, or from the vocabulary in the package for the models whose configs it carries."""
-    from huggingface_hub import try_to_load_from_cache
-
-    # without its files transformers would build a tokenizer of single letters
-    names = (f"{part}/tokenizer.json", f"{part}/vocab.json")
-    if any(isinstance(try_to_load_from_cache(place.name, name, revision=place.revision), str) for name in names):
-        return cls.from_pretrained(place.name, subfolder=part, revision=place.revision, local_files_only=True)
-    if not place.alias:
-        raise ValueError(f"{place.name} has no tokenizer in the local hub cache")
-    from diffusekrona_train.models.local import ASSETS
-    from diffusekrona_train.models.singlefile import load_tokenizer
-
-    return load_tokenizer(ASSETS / "configs" / str({"sd14": "sd15"}.get(place.alias, place.alias)) / part, cls)
 
 
 def token_count(tokenizer: Loaded, text: str) -> int:

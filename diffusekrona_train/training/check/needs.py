@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
+from diffusekrona_train.common.process import world_size
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data import Collection
 from diffusekrona_train.data.training_set import cache_folder
@@ -30,27 +31,21 @@ def layers_of(source: ModelSource) -> list[Layer]:
     return tables.layer_table(source.alias) if source.alias in tables.TABLES else source.layers()
 
 
-def processes() -> int:
-    """How many processes the launcher started."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    return max(1, int(world)) if world.isdigit() else 1
-
-
 def step_lines(config: RunConfig, collection: Collection) -> list[str]:
     """Steps, passes over the photos, and the same in kohya's way of counting."""
     train = config.train
     photos, pass_views = len(collection.pictures), sum(picture.repeats for picture in collection.pictures)
-    batch = train.batch_size * train.gradient_accumulation * processes()
+    batch = train.batch_size * train.gradient_accumulation * world_size()
     views = train.steps * batch
-    parts = f"{train.batch_size} a process x {train.gradient_accumulation} accumulated x {processes()} processes"
+    parts = f"{train.batch_size} a process x {train.gradient_accumulation} accumulated x {world_size()} processes"
     lines = [
         f"{train.steps} optimiser steps x batch {batch} ({parts}) = {views:,} views, "
         f"each of {photos} photos about {views / photos:.0f} times"
     ]
-    repeats = max(1, round(views / photos / 10))
-    per_epoch = math.ceil(photos * repeats / batch)
+    counted, of_an_epoch = _as_kohya(collection, max(1, round(views / photos / 10)))
+    per_epoch = math.ceil(of_an_epoch / batch)
     lines.append(
-        f"passes: {views / pass_views:.1f}; in kohya's counting {repeats} repeats x {photos} photos / batch {batch} = "
+        f"passes: {views / pass_views:.1f}; in kohya's counting {counted} / batch {batch} = "
         f"{per_epoch} steps an epoch, {train.steps / per_epoch:.1f} epochs"
     )
     if config.prior.kind != "none":
@@ -64,11 +59,23 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
     return lines
 
 
+def _as_kohya(collection: Collection, guess: int) -> tuple[str, int]:
+    """(`10 repeats x 3 photos`, views an epoch): by the folders' own repeats, or by `guess` where none are given."""
+    times = Counter(picture.repeats for picture in collection.pictures)
+    if not collection.repeats_are_given:
+        times = Counter({guess: len(collection.pictures)})
+    if len(times) == 1:
+        ((repeats, photos),) = times.items()
+        return f"{repeats} repeats x {photos} photos", repeats * photos
+    told = " + ".join(f"{repeats} repeats x {photos} photos" for repeats, photos in sorted(times.items()))
+    return f"({told})", sum(repeats * photos for repeats, photos in times.items())
+
+
 def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     """Estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
     import torch
 
-    from diffusekrona_train.training.memory import GIB, choose, estimate, levels
+    from diffusekrona_train.training.memory import GIB, choose, estimate, levels, trained_bytes, trained_parameters
 
     cuda = torch.cuda.is_available()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(config.train.mixed_precision)
@@ -77,12 +84,15 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     megapixels = samples * (config.data.resolution / 1024) ** 2
     figures = source.family.memory
-    needs = {level.name: estimate(level, base, megapixels, dtype, figures) for level in levels(config)}
+    trained = trained_parameters(config, layers_of(source), base)
+    beside = trained * trained_bytes(config) / GIB
+    needs = {level.name: estimate(level, base, megapixels, dtype, figures) + beside for level in levels(config)}
     lines = [
         "about " + ", ".join(f"{need:.1f} GiB {name}" for name, need in needs.items()) + f" ({samples} images at once)"
     ]
     if cuda:
-        lines.append(choose(config, base, samples, dtype, torch.device("cuda"), figures)[1].removeprefix("memory: "))
+        why = choose(config, base, samples, dtype, torch.device("cuda"), figures, trained)[1]
+        lines.append(why.removeprefix("memory: "))
         free = torch.cuda.mem_get_info()[0] / GIB
         if min(needs.values()) > free:
             lines.append(f"{free:.1f} GiB are free: lower data.resolution or train.batch_size, or close other programs")

@@ -1,0 +1,155 @@
+"""All factors in one fp32 buffer and all gradients in another, with a table that says where each one lies.
+
+The optimiser then sees one parameter: clearing, averaging, unscaling, clipping and stepping are one kernel each, and a
+16-bit copy of all factors is one cast a step. Segments begin at multiples of 256, the block of 8-bit optimisers, so no
+block mixes two factors. A slot is a subject: slots have equal layouts one after the other, so that all that is decided
+for each subject (rate, norm, step count, finite or not) is a view (slots, slot size) of the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffusekrona_train.adapters.base import Adapter
+
+ALIGN = 256
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one factor lies: `size` numbers from `start`, zeros after them up to the next multiple of 256."""
+
+    slot: int
+    layer: str
+    factor: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As in `Injection.named_parameters`."""
+        return f"{self.layer}|{self.factor}"
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def step(self) -> int:
+        """Numbers from the start of this segment to the next one."""
+        return aligned(self.size)
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The factor's view of a buffer with this layout."""
+        return buffer[self.start : self.start + self.size].view(self.shape)
+
+
+class FlatFactors:
+    """The adapters' parameters become views of `master`, their gradients views of `gradient`.
+
+    `subjects` maps layer names to adapters for each slot, of equal shapes. `spare` numbers at the end of `buffer`
+    travel with the gradients. Adapters that know how (see `grouped`) are made to write their gradients into `stage`
+    buffers of the type that they compute in; `flush` adds those to `gradient`, once a backward pass.
+    """
+
+    def __init__(self, subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0):
+        self.segments: list[Segment] = []
+        self.layout: list[tuple[int, list[str], list[Segment]]] = []
+        start = 0
+        for slot, adapters in enumerate(subjects):
+            for layers in members_of(adapters):
+                segments = list(_laid(slot, layers, adapters, start))
+                start = segments[-1].start + segments[-1].step
+                self.segments += segments
+                self.layout.append((slot, layers, segments))
+        self.slots, self.size = len(subjects), start
+        assert start % self.slots == 0, "subjects of one run have equal adapters"
+        parameters = [adapter_parameter(subjects, segment) for segment in self.segments]
+        assert all(parameter.dtype == torch.float32 for parameter in parameters), "trained parameters are fp32 masters"
+        self.master = nn.Parameter(torch.zeros(start, device=parameters[0].device))
+        self.buffer = torch.zeros(start + spare, device=self.master.device)
+        self.gradient = self.buffer[:start]
+        self.master.grad = self.gradient
+        self._shadows: dict[torch.dtype, Tensor] = {torch.float32: self.master.detach()}
+        self._stages: dict[torch.dtype, Tensor] = {}
+        self.round = 0
+        with torch.no_grad():
+            for segment, parameter in zip(self.segments, parameters, strict=True):
+                segment.of(self.master).copy_(parameter)
+                parameter.data = segment.of(self.master.data)
+                parameter.grad = segment.of(self.gradient)
+
+    def shadow(self, dtype: torch.dtype) -> Tensor:
+        """All factors in `dtype`, as of the last `refresh`."""
+        if dtype not in self._shadows:
+            self._shadows[dtype] = self.master.detach().to(dtype)
+        return self._shadows[dtype]
+
+    def stage(self, dtype: torch.dtype) -> Tensor:
+        """The gradients of this backward pass in `dtype`."""
+        if dtype not in self._stages:
+            self._stages[dtype] = torch.zeros(self.size, dtype=dtype, device=self.master.device)
+        return self._stages[dtype]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the factors anew, after they have changed."""
+        for dtype, shadow in self._shadows.items():
+            if dtype != torch.float32:
+                shadow.copy_(self.master)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Add what the last backward pass left in the stages to `gradient`, in fp32."""
+        for stage in self._stages.values():
+            self.gradient.add_(stage)
+            stage.zero_()
+        self.round += 1
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.buffer.zero_()
+        for stage in self._stages.values():
+            stage.zero_()
+        self.round += 1
+
+    def of_slot(self, slot: int, buffer: Tensor) -> Tensor:
+        """One slot's share of a buffer with this layout."""
+        return buffer[: self.size].view(self.slots, -1)[slot]
+
+
+def members_of(adapters: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Layer names whose adapters may be computed together: q, k, v of a self-attention, k and v of a cross-attention,
+    where type and shapes agree; all others alone. In the adapters' order."""
+    found: dict[object, list[str]] = {}
+    for name, adapter in adapters.items():
+        found.setdefault(_key(name, adapter), []).append(name)
+    return list(found.values())
+
+
+def _key(name: str, adapter: nn.Module) -> object:
+    if not isinstance(adapter, Adapter) or adapter.sides is None:
+        return name
+    shapes = tuple((factor, tuple(parameter.shape)) for factor, parameter in adapter.named_parameters())
+    return adapter.layer.group or name, type(adapter), shapes
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def adapter_parameter(subjects: Sequence[Mapping[str, nn.Module]], segment: Segment) -> nn.Parameter:
+    return subjects[segment.slot][segment.layer].get_parameter(segment.factor)
+
+
+def _laid(slot: int, layers: list[str], adapters: Mapping[str, nn.Module], start: int) -> Iterator[Segment]:
+    """Segments of adapters of equal shapes: each factor of all of them side by side, so that they are one tensor."""
+    for factor, parameter in adapters[layers[0]].named_parameters():
+        for layer in layers:
+            yield Segment(slot, layer, factor, start, tuple(parameter.shape))
+            start += aligned(parameter.numel())

@@ -1,0 +1,270 @@
+"""Adapters of layers that read the same input, computed together: one node before them and one for each layer.
+
+    z = inner factors of all members on x        `_Enter`, at the first member that sees x
+    y = base(x) + scale * outer factor on z      `_Plain` or `_Over`, at each member
+
+Where a GPU waits for its next kernel, the number of kernels is what counts: products add into the base's output and
+into the gradient of x, and the gradients of the factors go straight into the flat buffers (`flat`). So the members'
+nodes only hand their gradients to `_Enter`, whose backward comes after all of theirs and does all the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusekrona_train.adapters import operator
+from diffusekrona_train.adapters.base import Adapter
+from diffusekrona_train.adapters.flat import FlatFactors, Segment
+from diffusekrona_train.adapters.products import Left
+
+
+def flatten(subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0) -> FlatFactors:
+    """Move the subjects' parameters into flat buffers, and have those that can be computed together computed so."""
+    flat = FlatFactors(subjects, spare)
+    for slot, layers, segments in flat.layout:
+        adapters = [adapter for layer in layers if isinstance(adapter := subjects[slot][layer], Adapter)]
+        if adapters and adapters[0].sides is not None:
+            group = Group(flat, adapters, {segment.factor: segment for segment in reversed(segments)})
+            for index, adapter in enumerate(adapters):
+                adapter.lane = GroupLane(group, index)
+    return flat
+
+
+class Group:
+    """Members with equal factors side by side in the flat buffers."""
+
+    def __init__(self, flat: FlatFactors, adapters: list[Adapter], starts: Mapping[str, Segment]):
+        sides = adapters[0].sides
+        assert sides is not None
+        (self.inner, inner), (self.outer, outer) = sides
+        self.flat, self.adapters = flat, adapters
+        self._factors = starts[inner], starts[outer]
+        self._views: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._stages: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._round = -1
+        self._shared: _Shared | None = None
+        self.anchor = adapters[0].get_parameter(inner)
+        self._gradients = self._of(flat.gradient)
+        self._kron = Left in (self.inner, self.outer)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All members' inner and outer factors (s, o, i) in `dtype`."""
+        if dtype not in self._views:
+            self._views[dtype] = self._of(self.flat.shadow(dtype))
+        return self._views[dtype]
+
+    def stages(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Where this pass's gradients of the inner and outer factors go; what an earlier use left is put away first."""
+        if dtype not in self._stages:
+            self._stages[dtype] = self._of(self.flat.stage(dtype))
+        if self._round == self.flat.round:
+            for gradient, stages in zip(self._gradients, zip(*self._stages.values(), strict=True), strict=True):
+                for stage in stages:
+                    gradient.add_(stage)
+                    stage.zero_()
+        self._round = self.flat.round
+        return self._stages[dtype]
+
+    def _of(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(  # type: ignore[return-value]
+            buffer.as_strided(
+                (len(self.adapters), *first.shape),
+                (first.step, first.shape[1], 1),
+                buffer.storage_offset() + first.start,
+            )
+            for first in self._factors
+        )
+
+    def kron(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(inner, outer) as (A, B)."""
+        return pair if self.inner is Left else (pair[1], pair[0])
+
+    def by_operator(self, x: Tensor) -> bool:
+        """Whether one operator makes both products."""
+        if not self._kron:
+            return False
+        A, B = self.kron(self.factors(x.dtype))
+        return operator.use_operator(x, A[0], B[0])
+
+    def enter(self, x: Tensor) -> Tensor:
+        """z (s, n, *) of all members for x (n, in); empty where the operator is used, which needs none."""
+        return x.new_empty(0) if self.by_operator(x) else self.inner.many(self.factors(x.dtype)[0], x)
+
+    def add(self, index: int, y: Tensor, x: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
+        """y (n, out) and what a member adds for x (n, in), in place unless `fresh`."""
+        inner, outer = self.factors(x.dtype)
+        scale = self.adapters[index].multiplier()
+        if z.numel():
+            return self.outer.add(y, outer[index], z[index], scale, fresh=fresh)
+        A, B = self.kron((inner[index], outer[index]))
+        if fresh:
+            return operator.kron_add(y, x, A, B, scale)
+        operator.kron_add_(y, x, A, B, scale)
+        return y
+
+    def scales(self) -> list[float]:
+        return [adapter.multiplier() for adapter in self.adapters]
+
+    def shared(self, index: int, x: Tensor, plain: bool) -> _Shared:
+        """What the members share for this x; made by the first that asks, dropped when the last one has."""
+        shared = self._shared
+        if shared is None or shared.x is not x or index not in shared.waiting or shared.grad != torch.is_grad_enabled():
+            shared = self._shared = _Shared(self, x, plain)
+        shared.waiting.discard(index)
+        if not shared.waiting:
+            self._shared = None
+        return shared
+
+    def backward(self, x: Tensor, z: Tensor, taken: _Taken, grad_x: Tensor | None, wants_x: bool) -> Tensor | None:
+        """Put away the gradients of both factors; returns that of x (n, in), `grad_x` (which bases made) included."""
+        some = next(grad for grad in taken.grads if grad is not None)
+        grads = [torch.zeros_like(some) if grad is None else grad for grad in taken.grads]
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_z = self._factor_gradients(x, z, grads)
+        if not wants_x:
+            return None
+        total = None if grad_x is None else grad_x.reshape(x.shape).clone()  # another's buffer is not written to
+        for grad, weight in zip(grads, taken.weights, strict=True):
+            if weight is not None:
+                total = grad @ weight if total is None else total.addmm_(grad, weight)
+        total = torch.zeros_like(x) if total is None else total
+        for index, (M, outer) in enumerate(zip(*self.factors(x.dtype), strict=True)):
+            if z.numel():
+                self.inner.add(total, M.mT, grad_z[index], 1.0)
+            else:
+                A, B = self.kron((M, outer))
+                operator.kron_add_(total, grads[index], A.mT, B.mT, self.adapters[index].multiplier())
+        return total
+
+    def _factor_gradients(self, x: Tensor, z: Tensor, grads: list[Tensor]) -> Tensor:
+        """Gradients of the factors, into the stages (the operator's: into the fp32 gradients); returns that of z."""
+        factors, scales = self.factors(x.dtype), self.scales()
+        if not z.numel():
+            pairs = zip(zip(*factors, strict=True), zip(*self._gradients, strict=True), grads, scales, strict=True)
+            for pair, into, grad, scale in pairs:
+                operator.kron_grads_(*self.kron(into), x, grad, *self.kron(pair), scale, accumulate=True)
+            return z
+        grad_z = torch.empty_like(z)
+        for into, M, grad, scale in zip(grad_z, factors[1], grads, scales, strict=True):
+            self.outer.add(into, M.mT, grad, scale, beta=0)
+        to_inner, to_outer = self.stages(x.dtype)
+        self.outer.grams(to_outer, grads, list(z), scales)
+        self.inner.grams_of_one(to_inner, grad_z, x)
+        return grad_z
+
+
+class _Taken:
+    """What the members hand to `_Enter` in the backward pass: their gradients, and the weights of plain bases."""
+
+    def __init__(self, members: int):
+        self.grads: list[Tensor | None] = [None] * members
+        self.weights: list[Tensor | None] = [None] * members
+
+
+class _Shared:
+    """One input of a group: x, z of all members, and x again for bases that make their own gradient of it."""
+
+    def __init__(self, group: Group, x: Tensor, plain: bool):
+        self.x, self.grad = x, torch.is_grad_enabled()
+        self.waiting = set(range(len(group.adapters)))
+        self.taken = _Taken(len(group.adapters))
+        self.through = x
+        if plain or not x.requires_grad:
+            self.z = _Enter.apply(group, self.taken, x, group.anchor, False)
+        else:
+            self.z, self.through = _Enter.apply(group, self.taken, x, group.anchor, True)  # type: ignore[misc]
+
+
+class GroupLane:
+    """One adapter's place in its group."""
+
+    def __init__(self, group: Group, index: int):
+        self.group, self.index = group, index
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy's factors do not lie in the flat buffers."""
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """x (..., in) -> base(x) and what the adapter adds (..., out)."""
+        plain = _is_plain(base, x)
+        shared = self.group.shared(self.index, x, plain)
+        if plain:
+            return _Plain.apply(self, shared.taken, shared.z, (x, base.weight, base.bias))  # type: ignore[return-value]
+        return _Over.apply(self, shared.taken, shared.z, (x,), base(shared.through))  # type: ignore[return-value]
+
+    def add(self, y: Tensor, x: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
+        rows = y.reshape(-1, y.shape[-1])
+        return self.group.add(self.index, rows, x.reshape(-1, x.shape[-1]), z, fresh=fresh).view(y.shape)
+
+
+def _is_plain(base: nn.Module, x: Tensor) -> bool:
+    """Whether nothing but a frozen product stands here, which the nodes below then make themselves."""
+    return (
+        type(base) is nn.Linear
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+        and base.weight.dtype == x.dtype
+        and not base.weight.requires_grad
+    )
+
+
+class _Enter(torch.autograd.Function):
+    """z (s, n, *) of all members, and x once more where bases are not plain.
+
+    The anchor is a factor: it makes the node wanted where x itself wants no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, group: Group, taken: _Taken, x: Tensor, anchor: Tensor, through: bool):
+        ctx.group, ctx.taken = group, taken
+        ctx.set_materialize_grads(False)
+        z = group.enter(x.reshape(-1, x.shape[-1]))
+        ctx.save_for_backward(x, z)
+        return (z, x.view_as(x)) if through else z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _, grad_x: Tensor | None = None):  # type: ignore[override]
+        x, z = ctx.saved_tensors
+        taken: _Taken = ctx.taken
+        if any(grad is not None for grad in taken.grads):
+            grad_x = ctx.group.backward(x.reshape(-1, x.shape[-1]), z, taken, grad_x, ctx.needs_input_grad[2])
+            taken.grads = [None] * len(taken.grads)
+        return None, None, None if grad_x is None else grad_x.view(x.shape), None, None
+
+
+class _Plain(torch.autograd.Function):
+    """A frozen linear layer and its adapter. `given` is hidden in a tuple: no gradient passes here."""
+
+    @staticmethod
+    def forward(ctx, lane: GroupLane, taken: _Taken, z: Tensor, given: tuple[Tensor, Tensor, Tensor | None]):
+        x, weight, bias = given
+        ctx.lane, ctx.taken, ctx.weight = lane, taken, weight
+        return lane.add(F.linear(x, weight, bias), x, z, fresh=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        index = ctx.lane.index
+        ctx.taken.grads[index], ctx.taken.weights[index] = grad, ctx.weight
+        return None, None, None, None
+
+
+class _Over(torch.autograd.Function):
+    """What an adapter adds to the output y of a base that is not a plain linear layer."""
+
+    @staticmethod
+    def forward(ctx, lane: GroupLane, taken: _Taken, z: Tensor, given: tuple[Tensor], y: Tensor):
+        ctx.lane, ctx.taken, ctx.dtype = lane, taken, z.dtype
+        if y.dtype == z.dtype:
+            return lane.add(y, *given, z, fresh=True)
+        return y + lane.add(torch.zeros_like(y, dtype=z.dtype), *given, z, fresh=False).to(y.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        ctx.taken.grads[ctx.lane.index] = grad.to(ctx.dtype)
+        return None, None, None, None, grad

@@ -1,0 +1,189 @@
+"""A model's .safetensors file, read by its header: older names made new, 8-bit weights multiplied by their scales.
+
+Nothing but the header is read until `read`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+SAFETENSORS = (".safetensors", ".sft")
+"""Suffixes by which a name is taken for a file, in any case; what a file is, its header says."""
+
+SCALES = (".scale_weight", ".weight_scale")
+"""Suffix of the number that a weight in 8 bits is to be multiplied by: older and newer ComfyUI files."""
+INPUT_SCALES = (".scale_input", ".input_scale", ".scale_output", ".output_scale", ".comfy_quant", "scaled_fp8")
+"""For the 8-bit products of a GPU alone: the weights mean the same without them."""
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_blockwise")
+"""ComfyUI's names of formats that are a weight times its scale."""
+_BESIDE = re.compile(r"(?:\.weight[._][^.]+(?:\.[^.]+)?|\.[^.]*(?:scale|absmax|zero_point)[^.]*)$")
+"""Ends of tensors that say how a layer's quantised weight is to be read."""
+
+RENAMED = (
+    (r"^((?:cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)",
+     r"\1text_model."),
+    (r"(\.model\.text_projection)\.weight$", r"\1"),
+)  # fmt: skip
+"""What older and other programs call otherwise. A projection kept as a linear layer's weight is transposed too."""
+
+
+@dataclass
+class CheckpointFile:
+    """A model file. `shapes` maps the names of the original releases to shapes; `stored` to the names in the file."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]] = field(init=False)
+    metadata: dict[str, str] = field(init=False)
+    stored: dict[str, str] = field(init=False)
+    kinds: dict[str, str] = field(init=False)
+    """Name in the file -> safetensors' name of its type."""
+
+    def __post_init__(self) -> None:
+        found, self.metadata = read_header(self.path)
+        self.kinds = {key: kind for key, (_, kind) in found.items()}
+        self.stored = {_renamed(key): key for key in found}
+        self.shapes = {
+            name: found[key][0][::-1] if _is_transposed(key) else found[key][0] for name, key in self.stored.items()
+        }
+        self._scales = {
+            key.removesuffix(suffix) + ".weight": key for key in found for suffix in SCALES if key.endswith(suffix)
+        }
+        self._check_quantised()
+
+    def read(self, *prefixes: str) -> dict[str, Tensor]:
+        """Name -> tensor for all whose name begins with one of `prefixes`; scaled weights as fp32, others as stored."""
+        from safetensors import safe_open
+
+        beside = {*self._scales.values(), *(key for key in self.kinds if key.endswith(INPUT_SCALES))}
+        result: dict[str, Tensor] = {}
+        with safe_open(self.path, "pt") as file:
+            for name, key in self.stored.items():
+                if key in beside or not name.startswith(prefixes):
+                    continue
+                tensor = file.get_tensor(key)
+                if key in self._scales:
+                    tensor = _multiplied(tensor, file.get_tensor(self._scales[key]))
+                result[name] = tensor.T.contiguous() if _is_transposed(key) else tensor
+        return result
+
+    def check_complete(self, what: str, expected: dict[str, Tensor]) -> None:
+        """ValueError naming the tensors of `expected` (name -> any tensor of its shape) that are not in the file, or of
+        another shape, or no numbers."""
+        if missing := [name for name in expected if name not in self.shapes]:
+            raise ValueError(f"model file {self.path.name!r} lacks {listed(missing)} of its {what}; take a whole one")
+        for name, tensor in expected.items():
+            ours, theirs = _squeezed(self.shapes[name]), _squeezed(tuple(tensor.shape))
+            if ours != theirs:
+                raise ValueError(
+                    f"model file {self.path.name!r}: {name} has shape {ours}, its {what} should have {theirs}; "
+                    "give model_config_dir with the configs of this model"
+                )
+            kind = self.kinds[self.stored[name]]
+            if kind not in FLOATS and self.stored[name] not in self._scales:
+                raise ValueError(f"model file {self.path.name!r}: {name} is {kind}, without a scale that makes numbers")
+
+    def _check_quantised(self) -> None:
+        """ValueError for weights in fewer bits that are more than a product with a scale."""
+        what = f"model file {self.path.name!r}"
+        for layer, kind in self._formats():
+            if kind not in FORMATS:
+                raise ValueError(f"{what}: {layer} is quantised as {kind}; fp8 with a scale, fp16, bf16, fp32 are read")
+        for weight, key in self._scales.items():
+            if (
+                weight not in self.kinds
+                or self.kinds[weight] not in FLOATS + EIGHT_BITS
+                or self.kinds[key] not in FLOATS
+            ):
+                kinds = f"{self.kinds.get(weight, 'missing')} with a scale of {self.kinds[key]}"
+                raise ValueError(f"{what}: {weight} is {kinds}; fp8 with a scale, fp16, bf16, fp32 are read")
+        known = {*self._scales.values()}
+        for key in self.kinds:
+            if key in known or key.endswith(INPUT_SCALES):
+                continue
+            if self.kinds.get(_BESIDE.sub(".weight", key), "F32") in (*EIGHT_BITS, "U8") and _BESIDE.search(key):
+                raise ValueError(f"{what}: {key} is of a quantised format that is not known; take fp16, bf16 or fp32")
+
+    def _formats(self) -> list[tuple[str, str]]:
+        """(layer, format) as ComfyUI's newer files say it: in the metadata, or in a tensor of JSON text a layer."""
+        from safetensors import safe_open
+
+        try:
+            said = json.loads(self.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+            found = [(layer, _format_of(about)) for layer, about in said.items()]
+            marks = [key for key in self.kinds if key.endswith(".comfy_quant")]
+            with safe_open(self.path, "pt") as file:
+                texts = {key: bytes(file.get_tensor(key).tolist()) for key in marks}
+            return found + [(key.removesuffix(".comfy_quant"), _format_of(json.loads(texts[key]))) for key in marks]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"model file {self.path.name!r}: its notes on quantised layers are damaged ({error})"
+            ) from None
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:
+    """(tensor name -> (shape, type), metadata) of a safetensors file of whatever suffix; else ValueError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {
+                key: (tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()
+            }, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        if path.suffix.lower() in PICKLES:
+            raise ValueError(
+                f"model file {path.name!r} is no .safetensors file; convert it (pickles can run code)"
+            ) from None
+        raise ValueError(f"model file {path.name!r} is damaged or no safetensors file ({error})") from None
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """'3 tensors (a, b, c)', longer lists cut."""
+    more = f", … and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:most])}{more})"
+
+
+def _format_of(about: dict[str, Any]) -> str:
+    return str(about.get("format", "unknown"))
+
+
+def _renamed(key: str) -> str:
+    for pattern, replacement in RENAMED:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _is_transposed(key: str) -> bool:
+    return key.endswith(".model.text_projection.weight")
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 convolution's shape as a linear layer's: files have either."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _multiplied(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight (out, in, …) times a scale for all, for each row, or for each block of a grid; fp32."""
+    weight, scale = weight.float(), scale.float()
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    if scale.shape[0] == weight.shape[0] and scale.numel() == weight.shape[0]:
+        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    if scale.ndim == weight.ndim and all(
+        -(-w // -(-w // s)) == s for w, s in zip(weight.shape, scale.shape, strict=True)
+    ):
+        for axis, (w, s) in enumerate(zip(weight.shape, scale.shape, strict=True)):
+            scale = scale.repeat_interleave(-(-w // s), axis).narrow(axis, 0, w)
+        return weight * scale
+    raise ValueError(f"a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}")
