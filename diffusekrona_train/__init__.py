@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusekrona_train.sampling import sample
     from diffusekrona_train.training import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Diverged",
     "Progress",

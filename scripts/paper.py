@@ -5,6 +5,7 @@
     python scripts/paper.py factors guidance --on ray                     # RAY_ADDRESS names the cluster
     python scripts/paper.py baselines --export docs/paper/toybox          # tables, plot, sheet and records, small
     python scripts/paper.py all --import-records records.jsonl --report-only
+    python scripts/paper.py confirm --photos FOLDER              # the default against LoRA, on your subjects
 
 A study is a YAML in configs/paper/: a base (configs/paper/models/) and the values to vary. Runs that several studies of
 a call need are trained once, finished records are never computed again, a run that was stopped goes on. Every study's
@@ -26,12 +27,19 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("studies", nargs="+", metavar="STUDY", help="names of configs/paper/, a YAML file, or all")
+    parser.add_argument(
+        "studies",
+        nargs="+",
+        metavar="STUDY",
+        help="names in configs/paper/, a YAML file, or all",
+    )
     parser.add_argument("--model", default="toybox", help="toybox, sdxl or sd15")
     parser.add_argument("--base", type=Path, help="another base than configs/paper/models/MODEL.yaml")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … of every run")
     parser.add_argument("--subjects", help="names in the base's suite, with commas (the base's own)")
-    parser.add_argument("--photos", type=Path, help="folder with a folder of photos for each subject (sdxl, sd15)")
+    parser.add_argument(
+        "--photos", type=Path, help="folder with a folder of photos for each subject (sdxl, sd15, confirm)"
+    )
     parser.add_argument("--runs", type=Path, help="folder of runs, records and tables (runs/paper)")
     parser.add_argument("--on", choices=("local", "ray"), default="local", help="where tasks run")
     parser.add_argument("--workers", type=int, help="processes (as many as there are GPUs, else 1)")

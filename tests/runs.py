@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import socket
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from diffusekrona_train.cli.train import run as command
@@ -23,21 +21,9 @@ from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config import RunConfig, make_config
 from diffusekrona_train.training.checkpoint import State, newest
 from tests.tiny import make_pipeline
+from tests.tiny.photos import draw_photos
 
-__all__ = ["command"]
-
-
-def draw_photos(folder: Path, count: int = 3, sizes=((80, 72), (64, 96), (100, 64))) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    dice = random.Random(0)
-    for i in range(count):
-        image = Image.new("RGB", sizes[i % len(sizes)], tuple(dice.randrange(256) for _ in range(3)))
-        pen = ImageDraw.Draw(image)
-        for _ in range(6):
-            x, y = dice.randrange(60), dice.randrange(50)
-            pen.ellipse((x, y, x + 20, y + 20), fill=tuple(dice.randrange(256) for _ in range(3)))
-        image.save(folder / f"{i}.png")
-    return folder
+__all__ = ["command", "draw_photos"]
 
 
 def make_world(folder: Path, kind: str = "sdxl") -> Path:

@@ -377,7 +377,7 @@ def test_kohyas_folders_may_hold_metadata(tmp_path):
     metadata(tmp_path / "10_sks dog", {"file_name": "a.png", "text": "inner"})
     metadata(tmp_path, {"file_name": "10_sks dog/b.png", "text": "outer"})
     found = captions_of(run(tmp_path))
-    assert [captions for captions in found.values()] == [("inner",), ("outer",), ("sks dog",)]
+    assert list(found.values()) == [("inner",), ("outer",), ("sks dog",)]
 
 
 def test_kohyas_counting_takes_the_folders_own_repeats(tmp_path):

@@ -28,10 +28,10 @@ from diffusekrona_train.cli.convert import app
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models import open_model
 from diffusekrona_train.models.layers import find_layers
-from scripts.faults.adapter_files import native
-from tests.original_layout import write_checkpoint
+from tests.faults.adapter_files import native
 from tests.test_weights import INPUTS, assert_close, predict, saved
 from tests.tiny import make_pipeline, make_unet
+from tests.tiny.original_layout import write_checkpoint
 
 SPECS = {
     "krona": AdapterConfig(a1=1, a2=16, scale=0.5),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from PIL import Image
 from diffusekrona_train import evaluation as evaluate
 from diffusekrona_train.adapters.formats import load_adapter
 from diffusekrona_train.cli.evaluate import app
+from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.evaluation.adapters import KEPT_CLIP_T, MOST_DRIFT, choose
 from diffusekrona_train.evaluation.inputs import Generated, read_generated, without_words
 from diffusekrona_train.evaluation.measure import Judges, measure
@@ -29,8 +28,12 @@ from scripts.train_suite import command_for, config_of
 from tests.runs import make_run, make_world
 
 
-def a_plan(log: Callable[[str], Any] = print, share: tuple[int, int] = (0, 1)) -> evaluate.Plan:
-    return evaluate.Plan(seeds=(0, 1), clip="toybox", dino="toybox", log=log, share=share)
+def a_plan(said: list[str] | None = None, share: tuple[int, int] = (0, 1)) -> evaluate.Plan:
+    """A plan whose messages are appended to `said`."""
+    progress = Progress(
+        lambda event, fields: said.append(fields["text"]) if said is not None and event == "message" else 0
+    )
+    return evaluate.Plan(seeds=(0, 1), clip="toybox", dino="toybox", progress=progress, share=share)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def plan():
     said: list[str] = []
-    made = a_plan(said.append)
+    made = a_plan(said)
     made.said = said  # type: ignore[attr-defined]
     return made
 
@@ -57,7 +60,7 @@ def measured(world):
     """The run's best checkpoint, measured once."""
     said: list[str] = []
     run = shutil.copytree(world / "runs" / "dog", world / "measured" / "dog")
-    return run, evaluate.best_checkpoint(run, a_plan(said.append)), said
+    return run, evaluate.best_checkpoint(run, a_plan(said)), said
 
 
 def run_app(capsys, *words) -> tuple[int, str, str]:
@@ -169,7 +172,7 @@ def test_adapters_are_compared_on_a_quantised_base(world, tmp_path, capsys):
         capsys, "compare", world / "runs" / "dog", "--num-images", 1, "--steps", 1, "--quantize", "nf4", "--vae-tiling",
         "--clip", "toybox", "--dino", "toybox", "--output", tmp_path / "out",
     )  # fmt: skip
-    assert status == 0 and "drawing" in out, error
+    assert status == 0 and "generating" in out, error
     about = (tmp_path / "out" / "pictures" / "manifest.jsonl").read_text()
     assert {json.loads(line)["quantize"] for line in about.splitlines()} == {"nf4"}
     status, _, error = run_app(capsys, "compare", world / "runs" / "dog", "--quantize", "nf3")
@@ -194,10 +197,10 @@ def test_prompts_that_are_not_read_are_told_by_krona_eval(world, foreign, tmp_pa
     few = ["--steps", 1, "--num-images", 1, "--output", tmp_path / "out"]
     status, out, err = run_app(capsys, "compare", world / "runs" / "dog", *few, *words)
     assert status == 0, err
-    assert "on the beach' is not read" in out and "'(sks dog:1.4)' means something to other programs" in out
+    assert "on the beach' is not read" in err and "'(sks dog:1.4)' means something to other programs" in err
     status, out, err = run_app(capsys, "images", foreign, "--photos", world / "photos", *words)
     assert status == 0, err
-    assert "on the beach' is not read" in out and "the text encoder reads 22" in out
+    assert "on the beach' is not read" in err and "the text encoder reads 22" in err
 
 
 # ---- images and suites ---------------------------------------------------------------------------------------------

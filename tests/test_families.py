@@ -16,8 +16,8 @@ from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models import FAMILIES, hub, local, open_model, singlefile
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models.layers import find_layers
-from tests.original_layout import vae_names, write_checkpoint
 from tests.tiny import make_pipeline
+from tests.tiny.original_layout import vae_names, write_checkpoint
 
 KINDS = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
 PROMPTS = ["A photo of a dog on the beach", "", "snow " * 100]

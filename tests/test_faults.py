@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.faults import doors, fuzz
-from scripts.faults.harness import Case, run_case, same_lines
-from scripts.faults.sandbox import Shared
-from scripts.faults.tables import AREAS, all_cases
+from tests.faults import doors, fuzz
+from tests.faults.harness import Case, run_case, same_lines
+from tests.faults.sandbox import Shared
+from tests.faults.tables import all_cases
 
 FAST = [case for case in all_cases() if case.fast]
+SLOW = [case for case in all_cases() if not case.fast]
 
 
 @pytest.fixture(scope="module")
@@ -17,22 +18,26 @@ def shared(tmp_path_factory):
     return Shared(tmp_path_factory.mktemp("shared"))
 
 
-@pytest.mark.parametrize("area", AREAS)
-def test_every_case_of_an_area_holds(shared, area):
-    results = [run_case(case, shared) for case in FAST if case.area == area]
+@pytest.mark.parametrize("area", sorted({case.area for case in FAST}))
+def test_every_case_of_an_area_holds(shared, area, cases=FAST):
+    results = [run_case(case, shared) for case in cases if case.area == area]
     failed = [f"{result.case.name}: {'; '.join(result.problems)}" for result in results if result.problems]
     assert not failed, "\n".join(failed)
     assert not same_lines(results), "\n".join(same_lines(results))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("area", sorted({case.area for case in SLOW}))
+def test_every_slow_case_of_an_area_holds(shared, area):
+    doors.preload()
+    test_every_case_of_an_area_holds(shared, area, SLOW)
 
 
 @pytest.mark.parametrize("name", fuzz.FUZZERS)
 def test_random_input_works_or_is_one_line(name):
     outcome = fuzz.try_out(name, 60)
     assert outcome.held, outcome.problem
-
-
-def test_there_are_cases_enough():
-    assert len(all_cases()) >= 120
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -57,7 +62,7 @@ def test_the_harness_sees_writes_and_code(shared):
     """What a door leaves outside the output folders, and a canary, are problems of the case."""
 
     def convert_into_the_open(box):
-        from scripts.faults.adapters import dog
+        from tests.faults.adapters import dog
 
         dog(box)
         box.canary().touch()

@@ -209,3 +209,13 @@ def test_the_old_names_of_0_1_still_work_and_say_what_to_write():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "from diffusekrona_train import load_adapter" in done.stdout and done.stdout.endswith("True\n"), done.stderr
+
+
+def test_what_a_library_warns_of_on_import_does_not_reach_a_user():
+    """bitsandbytes warns on some processors of kernels that are not installed; its errors still come as exceptions."""
+    code = (
+        f"import logging, typer; from {PACKAGE.name}.cli import PLAIN, enter; app = typer.Typer(**PLAIN);"
+        "app.command()(lambda: logging.getLogger('bitsandbytes.backends.cpu.ops').warning('noise')); enter(app)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

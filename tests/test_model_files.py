@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from diffusekrona_train.models import open_model
 from diffusekrona_train.models.original import original_tensors
 from diffusekrona_train.models.schedulers import check_ddpm
-from tests.original_layout import clip_names, open_clip_names, unet_names, vae_names, write_checkpoint
 from tests.tiny import make_pipeline
+from tests.tiny.original_layout import clip_names, open_clip_names, unet_names, vae_names, write_checkpoint
 
 KINDS = ("sd15", "sd21", "sdxl")
 LAYER = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"

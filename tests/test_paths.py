@@ -166,7 +166,7 @@ def test_the_words_that_are_not_read_are_those_that_change_nothing():
     tail, count, room = unread_part(prompt, tokenizers)
     assert room == tokenizers[0].model_max_length - 2 and count == len(tokenizers[0].tokenize(prompt)) > room
     assert prompt.endswith(tail) and tail.endswith("on the beach")
-    cut = dict(truncation=True, max_length=tokenizers[0].model_max_length)
+    cut = {"truncation": True, "max_length": tokenizers[0].model_max_length}
     whole = tokenizers[0](prompt, **cut).input_ids
     kept = prompt.removesuffix(tail).rstrip()
     ours = tokenizers[0](kept, **cut).input_ids

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusekrona_train.models import open_model
+from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, train
-from scripts.gpu.measure import chosen
-from scripts.gpu.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
-from scripts.gpu.watched import Watch
-from tests.runs import draw_photos, make_run
-from tests.tiny import packaged, real_part, write_pipeline
+from scripts.bench.__main__ import chosen
+from scripts.bench.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
+from scripts.bench.run import WATCHED, Watch, watching
+from tests.runs import make_run
+from tests.tiny import real_part, write_pipeline
+from tests.tiny.photos import draw_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,17 +28,24 @@ ROOT = Path(__file__).resolve().parents[1]
 def small(tmp_path_factory):
     """The pipeline that the script makes, in a folder with photos."""
     folder = tmp_path_factory.mktemp("small")
-    script = [sys.executable, "scripts/make_random_pipeline.py", "--size", "small-sd15", str(folder / "model")]
+    script = [sys.executable, "-m", "tests.tiny", "--size", "small-sd15", str(folder / "model")]
     subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
     draw_photos(folder / "photos")
     return folder
 
 
-def test_a_random_pipeline_trains(small, tmp_path):
-    path = train(
-        make_run(small, tmp_path / "run", train={"steps": 1, "batch_size": 1}, adapter={"a1": 4, "a2": 64})
-    ).file
+def test_a_random_pipeline_trains_and_every_phase_is_watched(small, tmp_path):
+    run = {
+        "train": {"steps": 2, "batch_size": 1},
+        "validation": {"every": 2, "steps": 1},
+        "adapter": {"a1": 4, "a2": 64},
+    }
+    with watching(time.perf_counter()) as watch:
+        path = train(make_run(small, tmp_path / "run", **run))
     assert path.stat().st_size > 0
+    phases = {phase for _, _, phase in WATCHED} | {"first step", "steps"}
+    assert phases <= watch.summary()["seconds"].keys() and watch.level == "plain"
+    assert all(watch.calls[phase] >= 1 for phase in phases)
 
 
 def test_a_random_pipeline_is_diffusers_own(small):
@@ -47,17 +55,17 @@ def test_a_random_pipeline_is_diffusers_own(small):
     assert pipe.safety_checker is None and pipe.unet.config.block_out_channels[0] == 64
 
 
-def test_parts_of_real_size_are_made_in_the_type_asked_for(tmp_path, monkeypatch):
-    """With the published configs cut to a narrow UNet, as the whole would take gigabytes."""
-    whole = packaged("sd15")["unet"]
-    monkeypatch.setattr(
-        "tests.tiny.packaged",
-        lambda kind: {**packaged(kind), "unet": {**whole, "block_out_channels": [32, 64, 64, 64]}},
-    )
-    parts = {name: (lambda name=name: real_part("sd15", name)) for name in ("unet", "tokenizer", "scheduler")}
+def test_parts_of_real_size_are_made_in_the_type_asked_for(tmp_path):
+    """With the published config cut to a narrow UNet, as the whole would take gigabytes."""
+    narrow = {"block_out_channels": [32, 64, 64, 64]}
+    parts = {
+        "unet": lambda: real_part("sd15", "unet", **narrow),
+        "tokenizer": lambda: real_part("sd15", "tokenizer"),
+        "scheduler": lambda: real_part("sd15", "scheduler"),
+    }
     write_pipeline("sd15", tmp_path, parts, dtype="bfloat16")
     source = open_model(str(tmp_path))
-    unet = source.place.load_part("unet", type(real_part("sd15", "unet")), torch_dtype=torch.bfloat16)
+    unet = source.place.load_part("unet", type(parts["unet"]()), torch_dtype=torch.bfloat16)
     assert unet.dtype == torch.bfloat16 and all(parameter.isfinite().all() for parameter in unet.parameters())
     assert len(source.load("tokenizers")["tokenizers"][0]) == 49408
     assert torch.get_default_dtype() == torch.float32
@@ -148,9 +156,8 @@ def test_the_table_lands_between_the_marks_of_the_page(tmp_path):
         write_markdown(page, {**about, "rows": []}, {})
 
 
-def test_a_watch_gives_each_phase_its_own_time(monkeypatch):
+def test_a_watch_gives_each_phase_its_own_time():
     now = [100.0]
-    monkeypatch.setattr("scripts.gpu.watched.time.perf_counter", lambda: now[0])
 
     class Room:
         @staticmethod
@@ -163,7 +170,7 @@ def test_a_watch_gives_each_phase_its_own_time(monkeypatch):
         def inner():
             now[0] += 10
 
-    watch = Watch(now[0] - 7)
+    watch = Watch(now[0] - 7, clock=lambda: now[0])
     watch.around(Room, "outer", "set-up")
     watch.around(Room, "inner", "load")
     watch.enter("other")
@@ -191,7 +198,7 @@ def test_every_carried_wheel_has_a_tested_version():
 def test_living_tensors_are_counted_at_their_peak():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from scripts.gpu.trace import Peak, storages
+    from scripts.bench.trace import Peak, storages
 
     with FakeTensorMode():
         layer = torch.nn.Linear(1024, 1024, bias=False)
@@ -204,11 +211,11 @@ def test_living_tensors_are_counted_at_their_peak():
 
 def test_the_estimates_leave_room_over_what_is_counted():
     """SD 1.5 at 512 needs a quarter of a megapixel's figure beside its weights."""
-    code = [sys.executable, "-m", "scripts.gpu.trace", "--kind", "sd15", "--checkpointing"]
+    code = [sys.executable, "-m", "scripts.bench.trace", "--kind", "sd15", "--checkpointing"]
     said = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     base, more = (float(number) for number in re.findall(r"([\d.]+) GiB", said))
     assert base == pytest.approx(859_520_964 * 2 / memory.GIB, abs=0.01)
-    assert 0.1 < more < memory.ACTIVATIONS_CHECKPOINTING / 4
+    assert 0.1 < more < family_named("sd").memory.checkpointing / 4
 
 
 # ---- kernels counted without a GPU ----------------------------------------------------------------------------------

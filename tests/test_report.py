@@ -44,7 +44,7 @@ def run(tmp_path):
         "output": str(folder),
     }
     (folder / "config.yaml").write_text(dump_config(make_config(tree)))
-    with open(folder / "metrics.jsonl", "w") as file:
+    with (folder / "metrics.jsonl").open("w") as file:
         for step in (10, 20):
             line = {"step": step, "loss": 1 / step, "lr": 5e-4, "grad_norm": 1.0, "images_per_s": 3.0, "time": step}
             file.write(json.dumps(line) + "\n" + json.dumps({"step": step, "validation_loss": 2 / step}) + "\n")

@@ -126,7 +126,7 @@ def test_resume_refuses_another_run_by_field(world, tmp_path_factory, section, v
 
 
 def test_resume_refuses_other_pictures_and_fewer_steps(world, tmp_path):
-    from tests.runs import draw_photos
+    from tests.tiny.photos import draw_photos
 
     own = tmp_path / "photos"
     draw_photos(own, 2)

@@ -7,7 +7,8 @@ from PIL import Image
 
 from diffusekrona_train.data.order import Row, order_as_before, read, refuse_changes, written
 from diffusekrona_train.training import checkpoint, train
-from tests.runs import Told, draw_photos, factors, make_run, make_world, same_factors
+from tests.runs import Told, factors, make_run, make_world, same_factors
+from tests.tiny.photos import draw_photos
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

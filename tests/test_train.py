@@ -24,7 +24,8 @@ from diffusekrona_train.training.draw import Shelf, draw
 from diffusekrona_train.training.journal import Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import Descent
-from tests.runs import Told, command, draw_photos, factors, make_run, make_world, newest_state, same_factors
+from tests.runs import Told, command, factors, make_run, make_world, newest_state, same_factors
+from tests.tiny.photos import draw_photos
 
 
 @pytest.fixture(scope="module")

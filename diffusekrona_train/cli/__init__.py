@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,9 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+"""Settings of every typer.Typer: help without boxes, in which [V] is not taken for markup."""
 
 USER_MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
 """What a user can put right: shown as one line with exit status 2. pydantic's ValidationError is a ValueError."""
@@ -97,6 +101,7 @@ def with_options(command: Callable[..., R]) -> Callable[..., R]:
 def enter(app: Callable[..., Any]) -> NoReturn:
     """Run a door's typer app: a wrong option or argument is one line too (exit status 2); SIGTERM ends it cleanly."""
     signal.signal(signal.SIGTERM, _terminated)
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns on import of kernels that no one here needs
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from diffusekrona_train.cli import door, enter
+from diffusekrona_train.cli import PLAIN, door, enter
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(**PLAIN)
 
 
 class Target(StrEnum):
@@ -67,7 +67,7 @@ def convert(
     prediction_type: Annotated[
         str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Converts an adapter file; what is written is read back and compared before it takes its name."""
     from diffusekrona_train.adapters.formats import EXPORTERS, open_adapter, write_sidecar

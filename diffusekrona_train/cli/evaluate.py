@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter, read_prompts_file, with_options
+from diffusekrona_train.cli import PLAIN, door, enter, read_prompts_file, with_options
 from diffusekrona_train.cli.terminal import Terminal
+from diffusekrona_train.config.strengths import LARGEST
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(**PLAIN, no_args_is_help=True)
 
 Photos = Annotated[str | None, typer.Option(help="The subject's photos: folder, data set, or toybox:NAME.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of scores.json and report.html.")]
@@ -182,24 +183,44 @@ def compare(
 @with_options
 def best(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
+    strengths: Annotated[
+        str, typer.Option(help="Strengths at which each checkpoint is tried, such as 0.6,0.8,1.")
+    ] = "1",
     *,
     prompts: Prompts,
     drawing: Drawing,
 ) -> None:
-    """Measure a run's checkpoints and name the best: krona-eval best runs/dog"""
+    """Measure a run's checkpoints and name the best: krona-eval best runs/dog --strengths 0.6,0.8,1
+
+    The strength of the best is written into its file; krona-sample then uses it unless --scale is given.
+    """
+    tried = _numbers("--strengths", strengths)
     from diffusekrona_train import evaluation as evaluate
     from diffusekrona_train.training.page import write_run_report
 
-    plan = _plan(drawing, prompts.read())
+    plan = replace(_plan(drawing, prompts.read()), strengths=tried)
     result = evaluate.best_checkpoint(run, plan)
     if result is None:
         return
     write_run_report(run)
-    rows = [(f"step {row['step']}", row["scores"]) for row in result["checkpoints"]]
+    at = [f", strength {row['strength']:g}" if len(tried) > 1 else "" for row in result["checkpoints"]]
+    rows = [(f"step {row['step']}{where}", row["scores"]) for row, where in zip(result["checkpoints"], at, strict=True)]
     _print_rows([*rows, ("base model", result["base"]["scores"])])
-    print(f"best: step {result['chosen_step']}, {run / result['adapter']}")
+    where = f", strength {result['strength']:g}" if tried != [1.0] else ""
+    print(f"best: step {result['chosen_step']}{where}, {run / result['adapter']}")
     print(result["rule"])
     print(run / "report.html")
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    """'0.6,0.8,1' -> [0.6, 0.8, 1.0], each once; ValueError of one line."""
+    try:
+        found = list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        found = []
+    if not found or not all(0 < number <= LARGEST for number in found):
+        raise ValueError(f"{name} {text!r}: give numbers above 0 and up to {LARGEST:g} with commas, such as 0.6,0.8,1")
+    return found
 
 
 def _beyond_chance(gaps: dict[str, Any]) -> str:

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter
+from diffusekrona_train.cli import PLAIN, door, enter
 
 app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    **PLAIN,
     no_args_is_help=True,
     help="Counts parameters, prints the paper's Table 2, and pictures what an adapter learnt.",
 )
@@ -21,7 +20,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="sdxl, sd15, sd14, sd21, toybox (no weights needed), or a pipeline folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Ffn = Annotated[bool, typer.Option("--ffn", help="The feed-forward layers too.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 class Kind(StrEnum):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import door, enter, read_prompts_file
+from diffusekrona_train.cli import PLAIN, door, enter, read_prompts_file
 from diffusekrona_train.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from diffusekrona_train.sampling import Call
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(**PLAIN)
 
 ModelGroup, MemoryGroup, PictureGroup, OutputGroup = "Model", "Memory", "Picture", "Output"
 
@@ -35,7 +35,18 @@ def sample(
     adapter: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:STRENGTH; repeat it for [V1], [V2] … in this order.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Multiplies what the adapters add; 0 is the base model.")] = 1.0,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            "--scale",
+            "--strength",
+            help="Multiplies what the adapters add; 0 is the base model (1, or what krona-eval best chose).",
+        ),
+    ] = None,
+    strength_schedule: Annotated[
+        str | None,
+        typer.Option(help='Strength over the noise levels: "0.3@0.25" is 0.3 in the first quarter of them, then 1.'),
+    ] = None,
     token: Annotated[
         list[str] | None, typer.Option(help="Identifier that [V] stands for, over the file's own.")
     ] = None,
@@ -87,6 +98,7 @@ def sample(
         raise ValueError('no prompt is given; write krona-sample RUN_OR_FILE "A [V] dog on the beach"')
     wanted = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "height": height, "width": width}
     wanted |= {"negative": negative or None, "noise": noise}
+    wanted |= {"strength_schedule": "" if strength_schedule == "none" else strength_schedule}
     _check_early(wanted, sweep or [])
 
     from diffusekrona_train.common.process import as_found

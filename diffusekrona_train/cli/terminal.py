@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from diffusekrona_train.common.progress import Fields, Progress
@@ -58,7 +59,7 @@ class Terminal(Progress):
 
     def _image(self, fields: Fields) -> None:
         if self._show_images:
-            print(os.path.basename(fields["file"]))
+            print(Path(fields["file"]).name)
 
     def _line(self, text: str, warning: bool) -> None:
         if self._bar is not None:

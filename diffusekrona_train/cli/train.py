@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusekrona_train.cli import door, enter
+from diffusekrona_train.cli import PLAIN, door, enter
 from diffusekrona_train.cli.terminal import Terminal, first_process
 
 if TYPE_CHECKING:
     from diffusekrona_train.common.progress import TrainResult
     from diffusekrona_train.config import RunConfig
 
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, help="Train a Kronecker adapter on a few photos."
-)
+app = typer.Typer(**PLAIN, help="Train a Kronecker adapter on a few photos.")
 
 
 @app.callback(invoke_without_command=True)
@@ -35,7 +33,7 @@ def train(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Say what the config would do, without training.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train an adapter: krona-train --config dog.yaml"""
     if context.invoked_subcommand:

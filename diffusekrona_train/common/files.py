@@ -40,7 +40,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(mode)
                 _flush(file)
-        os.replace(temporary, target)
+        temporary.replace(target)
         _flush(target.parent)
     except Exception as error:
         number = _system_error(error)
@@ -91,7 +91,7 @@ def _flush(path: Path) -> None:
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -144,7 +144,7 @@ class EventLog(Progress):
         assert self._path is not None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             if not self._lost:

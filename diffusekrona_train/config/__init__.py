@@ -8,7 +8,6 @@ Imports pydantic and YAML alone. The manual of all fields: `sections.py`, `train
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffusekrona_train.common.files import read_text
+from diffusekrona_train.common.nearest import did_you_mean, nearest
 from diffusekrona_train.config.base import parse_count
 from diffusekrona_train.config.factors import check_factors
 from diffusekrona_train.config.paths import user_path
@@ -158,17 +158,13 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
         return f"{place}: {_cut(repr(item['input']))} is not a section; write `key: value` lines under {place}"
     message = re.sub(r"^Input |^(List|Tuple|String|Value) ", "", item["msg"])
     if item["type"] == "literal_error":
-        message += _did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+        hint = did_you_mean(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), 0.5)
+        message += f"; {hint}" if hint else ""
     return f"{place}: {_cut(repr(item['input']))} {message}"
 
 
 def _cut(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _did_you_mean(word: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _section(parts: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:
@@ -204,13 +200,11 @@ def _unknown_key(parts: Sequence[Any], root: type[BaseModel]) -> str:
     key, place = str(parts[-1]), ".".join(map(str, parts))
     model = _section(parts, root)
     known = _keys(model) if model else []
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     # of two `steps`, train's is meant
     sections = sorted(_sections().items(), key=lambda item: item[0] == "train") if root is RunConfig else []
     elsewhere = {name: f"{section}.{name}" for section, inner in sections for name in _keys(inner)}
-    if not near:
-        near = [elsewhere[name] for name in difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)]
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    moved = [f"did you mean {elsewhere[name]}?" for name in nearest(key, elsewhere, 0.8)]
+    hint = did_you_mean(key, known) or "".join(moved) or f"known are {', '.join(known)}"
     shown = _cut(repr(place)[1:-1]) if place.strip() else repr(place)
     return f"{shown} is not a known key; {hint}"
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from diffusekrona_train.config.base import Strict, check_prompt
+from diffusekrona_train.config.strengths import parse_strengths
 
 Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -95,6 +96,8 @@ class ValidationConfig(Strict):
     """Classifier-free guidance scale."""
     negative: str = ""
     """Negative prompt."""
+    strength_schedule: str = ""
+    """Strength of the adapter over the noise levels: "0.3@0.25" is 0.3 in the first quarter of them, then 1."""
     loss: bool = True
     """Also measure the loss on fixed noise at fixed timestep quantiles."""
     report: bool = True
@@ -106,4 +109,5 @@ class ValidationConfig(Strict):
             check_prompt(f"prompts[{index}]", prompt)
         if self.every and self.prompts and not self.seeds:
             raise ValueError("seeds is empty; give at least one, or set every: 0 to render nothing")
+        parse_strengths(self.strength_schedule)
         return self

@@ -9,13 +9,13 @@ A source of images is a function and a row in `collect`. Nothing here imports to
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from diffusekrona_train.common.files import ASSETS
+from diffusekrona_train.common.nearest import did_you_mean, nearest
 from diffusekrona_train.config import RunConfig, SubjectConfig
 from diffusekrona_train.data.crops import Crop, bucket_sizes, crop_pixels, plan_crops
 from diffusekrona_train.data.datasets import HUB_NAME, is_dataset, read_dataset, read_hub
@@ -136,8 +136,7 @@ def _read_toybox(where: str, subject: SubjectConfig) -> Found:
     name = where.removeprefix("toybox:")
     subjects = toybox_subjects()
     if name not in subjects:
-        near = difflib.get_close_matches(name, subjects, n=1)
-        known = f"did you mean toybox:{near[0]}?" if near else f"there are {', '.join(subjects)}"
+        known = did_you_mean(name, subjects, shown="toybox:{}") or f"there are {', '.join(subjects)}"
         raise ValueError(f"subject.images: {printable(where)} is no embedded subject; {known}")
     folder = TOYBOX_SUBJECTS / name
     files = subjects[name].get("files") or sorted(path.name for path in folder.glob("*.png"))
@@ -169,5 +168,5 @@ def _nearest(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f"; there is no folder {printable(str(parent))} either"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+    near = nearest(path.name, (entry.name for entry in parent.iterdir()))
     return f"; did you mean {printable(str(parent / near[0]))}?" if near else ""

@@ -133,7 +133,7 @@ def _examine(candidate: Candidate, fill: Callable[[str | None], str], is_prior: 
         content = candidate.content()
         opened = inspect_image(content, candidate.name)
         if isinstance(content, Path):
-            with open(content, "rb") as file:
+            with content.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         else:
             digest = hashlib.sha256(content).hexdigest()

@@ -252,7 +252,7 @@ def _vae_identity(vae: str | None) -> str | None:
 
 
 def _ends(path: Path, length: int = 1 << 20) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         digest = hashlib.sha256(file.read(length))

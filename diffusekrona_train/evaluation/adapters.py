@@ -39,6 +39,8 @@ class Plan:
     clip: str | None = None
     dino: str | None = None
     keep_identifier: bool = False
+    strengths: Sequence[float] = (1.0,)
+    """What `best_checkpoint` tries every checkpoint at."""
     batch_size: int = 1
     memory: Memory = field(default_factory=Memory)
     device: torch.device | None = None

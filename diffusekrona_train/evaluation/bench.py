@@ -90,4 +90,4 @@ class Bench:
         studio.subjects = [subject] if subject else []
         studio.injections = [inject_file(studio.denoiser, one.file) for one in studio.subjects]
         studio.set_scale(1.0 if subject else None, self.memory.fuses)
-        return studio.painter([1.0 if subject else None])
+        return studio.painter([1.0 if subject else None], varies=bool(self.settings.strength_schedule))

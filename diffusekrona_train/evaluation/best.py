@@ -5,11 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffusekrona_train.adapters.formats import read_adapter
+from diffusekrona_train.adapters.formats.annotate import annotate
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.common.run_folder import step_of
 from diffusekrona_train.config import load_config
 from diffusekrona_train.data import collect
-from diffusekrona_train.evaluation.adapters import RULE, Plan, evaluate_adapters, rule_allows, write_json
+from diffusekrona_train.evaluation.adapters import (
+    RULE,
+    Outcome,
+    Plan,
+    choose,
+    evaluate_adapters,
+    rule_allows,
+    write_json,
+)
 from diffusekrona_train.models import open_model
 from diffusekrona_train.sampling.render import settings_of
 from diffusekrona_train.sampling.session import Memory, base_model_of, subjects_of
@@ -21,11 +31,12 @@ def best_checkpoint(
     quantize: str = "none",
     progress: Progress | None = None,
 ) -> dict[str, Any] | None:
-    """Measures every checkpoint of a run and chooses one by RULE; None on all processes but the first.
+    """Measure every checkpoint of a run at the plan's strengths and choose one by RULE.
 
-    Without a plan: the run's own prompts, four seeds, shared over the processes there are, the base model held in
-    `quantize` (none, nf4, int8), and large pictures decoded in tiles where it is not none.
-    Writes evaluation/best.json (chosen_step, rule, checkpoints with their scores, base).
+    None on all processes but the first. Without a plan: the run's own prompts, four seeds, shared over the processes
+    there are, the base model held in `quantize` (none, nf4, int8), and large pictures decoded in tiles where it is not
+    none. Writes evaluation/best.json (chosen_step, strength, rule, checkpoints with their scores, base), and the
+    strength into the chosen adapter's metadata, where krona-sample finds it.
     """
     folder, memory = Path(run_folder), Memory(quantize=quantize, vae_tiling=quantize != "none")
     plan = plan or Plan(memory=memory, progress=progress or Progress()).shared()
@@ -35,7 +46,8 @@ def best_checkpoint(
     if not files:
         raise ValueError(f"{folder}: it has no checkpoints yet")
     config = load_config(folder / "config.yaml")
-    subjects = [subject for file in files for subject in subjects_of([(file, 1.0)])]
+    uses = [(file, strength) for file in files for strength in dict.fromkeys(plan.strengths)]
+    subjects = subjects_of(uses)
     photos = [picture.open() for picture in collect(config).pictures]
     source = open_model(**base_model_of(subjects, None, folder))
     settings = settings_of(config)
@@ -45,13 +57,41 @@ def best_checkpoint(
     outcome = evaluate_adapters(source, subjects, photos, prompts, class_prompt, settings, place, plan)
     if outcome is None:
         return None
-    steps = [step_of(file.parent) for file in files]
-    rows = [
-        {"step": step, "scores": one.scores, "allowed": rule_allows(one.scores, outcome.base.scores)}
-        for step, one in zip(steps, outcome.adapted, strict=True)
-    ]
-    adapter = files[outcome.best].relative_to(folder).as_posix()
-    best = {"chosen_step": steps[outcome.best], "adapter": adapter, "rule": RULE, "checkpoints": rows}
-    best |= {"base": {"scores": outcome.base.scores}, "settings": outcome.about}
+    best = {"rule": RULE, **_told(outcome, uses, folder), "settings": outcome.about}
     write_json(place / "best.json", best)
+    _recommend(folder, folder / best["adapter"], best["strength"])
     return best
+
+
+def _told(outcome: Outcome, uses: list[tuple[Path, float]], folder: Path) -> dict[str, Any]:
+    """What was chosen, and a row for each checkpoint with the scores at the strength that is best for it."""
+    of_base, by_step = outcome.base.scores, {}
+    for (file, strength), one in zip(uses, outcome.adapted, strict=True):
+        allowed = rule_allows(one.scores, of_base)
+        row = {"step": step_of(file.parent), "strength": strength, "scores": one.scores, "allowed": allowed}
+        by_step.setdefault(row["step"], []).append(row)
+    rows = []
+    for own in by_step.values():
+        chosen = own[choose([row["scores"] for row in own], of_base)]
+        tried = [{"strength": row["strength"], "allowed": row["allowed"]} | _values(row["scores"]) for row in own]
+        rows.append({**chosen, "strengths": tried} if len(own) > 1 else chosen)
+    file, strength = uses[outcome.best]
+    chosen = {"chosen_step": step_of(file.parent), "strength": strength, "adapter": file.relative_to(folder).as_posix()}
+    return {**chosen, "checkpoints": rows, "base": {"scores": of_base}}
+
+
+def _values(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {name: score["value"] for name, score in scores.items()}
+
+
+def _recommend(folder: Path, chosen: Path, strength: float) -> None:
+    """Write the strength into the chosen checkpoint, and into the run's last adapter where that is the same one.
+
+    Only where it is not what the file says already: 1 is what a file without a word means.
+    """
+    files = [chosen]
+    final = folder / f"{folder.resolve().name}.safetensors"
+    if final.is_file() and read_adapter(final).info.get("step") == step_of(chosen.parent):
+        files.append(final)
+    for file in files:
+        annotate(file, strength=None if strength == 1 else strength)

@@ -6,9 +6,9 @@ loading a weight and without importing diffusers. A new family is one file here 
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
+from diffusekrona_train.common.nearest import did_you_mean, nearest
 from diffusekrona_train.config import MODEL_ALIASES, RunConfig
 from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models.checkpointfile import PICKLES, SAFETENSORS
@@ -62,11 +62,10 @@ def open_model(
         alias = PACKAGED.get(resolved)
         place = HubModel(resolved, revision=revision, variant=variant, alias=alias)
     else:
-        close = difflib.get_close_matches(model.lower(), MODEL_ALIASES, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(model.lower(), MODEL_ALIASES, 0.5, "'{}'")
         raise ValueError(
-            f"model {model!r} is not known: {hint}give an alias ({_aliases()}), a hub name like owner/name, "
-            "a diffusers folder or a .safetensors file"
+            f"model {model!r} is not known: {hint}{' ' if hint else ''}give an alias ({_aliases()}), a hub name like "
+            "owner/name, a diffusers folder or a .safetensors file"
         )
     config = denoiser_config(place)
     family = family_of(config, model)
@@ -101,8 +100,7 @@ def near_miss(path: Path) -> str:
     """'; did you mean …?' when the parent folder holds a similar name, else ''."""
     if not path.parent.is_dir():
         return f" ({str(path.parent)!r} does not exist either)"
-    names = [entry.name for entry in path.parent.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    close = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
     return f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
 
 

@@ -7,7 +7,6 @@ can be read with no model at hand.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import re
@@ -19,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from diffusekrona_train.common.files import ASSETS
+from diffusekrona_train.common.nearest import nearest
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.contracts import Layer, Linears
 from diffusekrona_train.models.registry import FAMILIES, family_named, known_family
@@ -282,6 +282,4 @@ def _near(pattern: str, layers: list[Layer]) -> list[str]:
     """Dotted beginnings of layer names that look like `pattern`."""
     parts = [layer.name.split(".") for layer in layers]
     prefixes = list(dict.fromkeys(".".join(words[:n]) for words in parts for n in range(1, len(words) + 1)))
-    return (
-        difflib.get_close_matches(pattern, prefixes, n=3, cutoff=0.5) or [p for p in prefixes if p.count(".") == 1][:6]
-    )
+    return nearest(pattern, prefixes, 0.5, count=3) or [p for p in prefixes if p.count(".") == 1][:6]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
+from diffusekrona_train.common.nearest import did_you_mean
 from diffusekrona_train.models.contracts import Config, Loaded
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,9 +24,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 def check_scheduler(name: str) -> str:
     """`name` if it is known; a ValueError with the closest one otherwise."""
     if name not in SCHEDULERS:
-        close = difflib.get_close_matches(name.lower(), SCHEDULERS, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"scheduler {name!r} is unknown: {hint}there are {', '.join(SCHEDULERS)}")
+        hint = did_you_mean(name.lower(), SCHEDULERS, 0.4, "'{}'")
+        raise ValueError(
+            f"scheduler {name!r} is unknown: {hint + ' ' if hint else ''}there are {', '.join(SCHEDULERS)}"
+        )
     return name
 
 

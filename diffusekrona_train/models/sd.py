@@ -47,7 +47,7 @@ class SD:
     side_multiple = 8
     negative_prompt = True
     blocks = ("down_blocks", "mid_block", "up_blocks")
-    # Counted for SDXL (scripts/gpu/trace.py): 5.3 and 0.6, without the workspaces of cuDNN and fragmentation; stepping
+    # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without cuDNN's workspaces and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
     memory = MemoryFigures(plain=6.5, checkpointing=1.2, quantized_share=0.75)
 

@@ -63,8 +63,10 @@ class SampleRequest:
     vae: str | None = None
     model_config_dir: str | None = None
     seeds: Sequence[int] = (0,)
-    scale: float = 1.0
-    """Multiplies what the adapters add; 0 is the base model."""
+    scale: float | None = None
+    """Multiplies what the adapters add; 0 is the base model. None: 1, or the strength that the file recommends."""
+    strength_schedule: str | None = None
+    """How the strength changes over the noise levels, such as 0.3@0.25: 0.3 in the first quarter, then 1."""
     steps: int | None = None
     guidance: float | None = None
     scheduler: str | None = None
@@ -137,7 +139,8 @@ class Call:
         if missing:
             texts = [text for item in self.planned for text in (item.prompt, item.settings.negative)]
             studio = Studio(self.model, self.subjects, texts, request.memory, self.device)
-            paint = studio.painter([item.scale for item in self.planned], keep=False)
+            varies = any(item.settings.strength_schedule for item in self.planned)
+            paint = studio.painter([item.scale for item in self.planned], keep=False, varies=varies)
             share = {"rank": self.rank, "world": self.world, "overwrite": request.overwrite}
             for item, image in plan.draw(self.planned, folder, paint, batch_size=request.batch_size, **share):
                 file = folder / item.file if folder else None
@@ -156,8 +159,7 @@ def open_call(request: SampleRequest, progress: Progress) -> Call:
     run = Path(request.source).expanduser() if request.source is not None else None
     if request.checkpoint is not None and run is None:
         raise ValueError(f"--checkpoint {request.checkpoint} needs a run folder before the prompts")
-    uses = [(session.find_adapter(run, request.checkpoint), 1.0)] if run else []
-    uses += [session.parse_use(text) for text in request.adapters]
+    uses = _uses(request, run)
     subjects = session.subjects_of(uses, request.tokens, request.class_noun)
     model = _base(request, subjects, run if run and run.is_dir() else None)
     crowd = session.processes()
@@ -168,8 +170,16 @@ def open_call(request: SampleRequest, progress: Progress) -> Call:
     readers = local_tokenizers(model) or (model.load("tokenizers")["tokenizers"] if call.missing else [])
     call.planned = [_with_unread(item, readers) for item in planned]
     if rank == 0:
+        _recommend(uses, subjects, progress)
         _warn(call, readers)
     return call
+
+
+def _recommend(uses: list[tuple[Path, float | None]], subjects: list[Subject], progress: Progress) -> None:
+    """Report the strengths that files recommend and that are used."""
+    for (path, strength), subject in zip(uses, subjects, strict=True):
+        if strength is None and subject.strength != 1:
+            progress.message(f"strength {subject.strength:g}, as {path.name} recommends (--scale 1 overrides it)")
 
 
 def _warn(call: Call, readers: Sequence[Loaded]) -> None:
@@ -188,6 +198,15 @@ def _with_unread(item: plan.Planned, readers: Sequence[Loaded]) -> plan.Planned:
     return replace(item, record={**item.record, "not_read": tail}) if tail else item
 
 
+def _uses(request: SampleRequest, run: Path | None) -> list[tuple[Path, float | None]]:
+    """Adapter files and their strengths; None: what the file recommends, which a scale overrides."""
+    uses: list[tuple[Path, float | None]] = [(session.find_adapter(run, request.checkpoint), None)] if run else []
+    uses += [session.parse_use(text) for text in request.adapters]
+    if request.scale is not None or any(text.startswith("scale=") for text in request.sweeps):
+        return [(path, 1.0 if strength is None else strength) for path, strength in uses]
+    return uses
+
+
 def _base(request: SampleRequest, subjects: list[Subject], run: Path | None) -> ModelSource:
     if not subjects and request.model is None:
         raise ValueError("neither an adapter nor a base model is given")
@@ -202,7 +221,7 @@ def _base(request: SampleRequest, subjects: list[Subject], run: Path | None) -> 
 def _planned(
     request: SampleRequest, model: ModelSource, subjects: list[Subject], device: torch.device
 ) -> list[plan.Planned]:
-    names = ("steps", "guidance", "scheduler", "height", "width", "negative", "noise")
+    names = ("steps", "guidance", "scheduler", "height", "width", "negative", "noise", "strength_schedule")
     wanted = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     settings = replace(session.default_settings(model, subjects), **wanted)
     dtype = pick_dtype(request.memory.dtype, device)
@@ -210,7 +229,7 @@ def _planned(
         list(dict.fromkeys(session.fill_prompt(text, subjects) for text in request.prompts)),
         list(request.seeds),
         replace(settings, negative=session.fill_prompt(settings.negative, subjects)),
-        scale=request.scale if subjects else None,
+        scale=(1.0 if request.scale is None else request.scale) if subjects else None,
         sweeps=[plan.parse_sweep(text) for text in request.sweeps],
         with_base=request.base,
         about=session.about_models(model, subjects, dtype, request.memory),

@@ -30,6 +30,7 @@ SWEEPABLE: dict[str, Callable[[str], Any]] = {
     "width": int,
     "scheduler": str,
     "negative": str,
+    "strength_schedule": lambda text: "" if text == "none" else text,
 }
 """Option of krona-sample that --sweep can take -> how a value is read."""
 
@@ -56,6 +57,7 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
     name, equals, values = text.partition("=")
     if not equals or not values.strip(","):
         raise ValueError(f"--sweep {text!r}: write OPTION=v1,v2 such as guidance=1,5,10")
+    name = name.replace("-", "_")
     if name not in SWEEPABLE:
         raise ValueError(f"--sweep {name}: there is no such option; there are {', '.join(SWEEPABLE)}")
     try:
@@ -85,7 +87,8 @@ def plan_pictures(
     for number, prompt in enumerate(prompts):
         for combination in itertools.product(*(values for _, values in sweeps)):
             chosen = dict(zip(names, combination, strict=True))
-            label = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            told = {**chosen, "strength_schedule": chosen.get("strength_schedule") or "none"}
+            label = ", ".join(f"{name} {told[name]}" for name in chosen)
             own_scale = chosen.pop("scale", scale)
             own_seeds = [chosen.pop("seed")] if "seed" in chosen else list(seeds)
             own = replace(settings, **chosen)
@@ -105,9 +108,13 @@ def _planned(
     label: str,
     about: dict[str, Any],
 ) -> Planned:
+    if scale is None:  # no adapter whose strength could vary
+        settings = replace(settings, strength_schedule="")
     record = {"prompt": prompt, "seed": seed, **asdict(settings), **about, "scale": scale}
     if settings.noise == "prompt":
         del record["noise"]  # pictures of version 0.1 keep their names
+    if not settings.strength_schedule:
+        del record["strength_schedule"]
     if scale is None:
         record |= {"adapters": []}
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
@@ -180,6 +187,8 @@ def parameters_text(record: dict[str, Any], size: tuple[int, int]) -> str:
         "Size": f"{size[0]}x{size[1]}",
         "Model": record.get("model", ""),
     }
+    if record.get("strength_schedule"):
+        settings["Strength schedule"] = record["strength_schedule"]
     negative = f"\nNegative prompt: {record['negative']}" if record["negative"] else ""
     return f"{record['prompt']}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.strengths import parse_strengths
 from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.models.contracts import Conditioning, Family, Loaded, Request, Tensors
 from diffusekrona_train.models.schedulers import build_scheduler
@@ -27,7 +28,8 @@ Job = tuple[str, int]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How a picture is drawn. Height and width in pixels (None: the model's own); scheduler: a row of SCHEDULERS."""
+    """How a picture is drawn. Height and width in pixels (None: the model's own); scheduler: a row of SCHEDULERS;
+    strength_schedule: as in `config.strengths` ("": strength 1 throughout)."""
 
     steps: int = 50
     guidance: float = 7.5
@@ -37,8 +39,10 @@ class SampleSettings:
     scheduler: str | None = None
     noise: str = "prompt"
     """What the noise of a picture depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
+    strength_schedule: str = ""
 
     def __post_init__(self) -> None:
+        parse_strengths(self.strength_schedule)
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; give 1 or more")
         if not 0 <= self.guidance <= 100:
@@ -54,7 +58,8 @@ class SampleSettings:
 def settings_of(config: RunConfig) -> SampleSettings:
     """Return how a run's own images are sampled: its validation settings, at the size that it trains at."""
     wanted, side = config.validation, config.data.resolution
-    return SampleSettings(wanted.steps, wanted.guidance, config.subject.fill(wanted.negative), side, side)
+    negative, schedule = config.subject.fill(wanted.negative), wanted.strength_schedule
+    return SampleSettings(wanted.steps, wanted.guidance, negative, side, side, strength_schedule=schedule)
 
 
 def noise_generator(prompt: str, seed: int) -> torch.Generator:

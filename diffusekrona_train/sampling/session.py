@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from diffusekrona_train.models.contracts import Tensors
 from diffusekrona_train.models.source import ModelSource, quiet
 from diffusekrona_train.sampling.plan import Planned
 from diffusekrona_train.sampling.render import SampleSettings, render
+from diffusekrona_train.sampling.strengths import scheduled
 
 OFFLOADS = ("none", "model", "sequential")
 
@@ -106,23 +108,37 @@ def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
     return finals[0] if finals else steps[max(steps)]
 
 
-def parse_use(text: str) -> tuple[Path, float]:
-    """'dog.safetensors:0.7' -> (path, 0.7); without a number the strength is 1."""
+def parse_use(text: str) -> tuple[Path, float | None]:
+    """'dog.safetensors:0.7' -> (path, 0.7); without a number None, the strength that the file recommends."""
     text = user_path(text, "--adapter")
     match = re.fullmatch(r"(.+?):([-+]?[0-9]*\.?[0-9]+)", text)
     if match and not Path(text).exists():
         return find_adapter(Path(match[1]).expanduser()), float(match[2])
-    return find_adapter(Path(text).expanduser()), 1.0
+    return find_adapter(Path(text).expanduser()), None
+
+
+def recommended_strength(file: AdapterFile) -> float:
+    """Return the strength that `krona-eval best` wrote into the file, 1 if none; ValueError where it is no number."""
+    value = file.info.get("strength", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(
+            f"{file.path}: its metadata recommends strength {value!r}, which is not a number; give --scale"
+        )
+    return float(value)
 
 
 def subjects_of(
-    uses: Sequence[tuple[Path, float]], tokens: Sequence[str] = (), noun: str | None = None
+    uses: Sequence[tuple[Path, float | None]], tokens: Sequence[str] = (), noun: str | None = None
 ) -> list[Subject]:
-    """Adapter files read and checked, in their order; `tokens` and `noun` win over what the files say."""
+    """Adapter files read and checked, in their order; `tokens` and `noun` win over what the files say.
+
+    A strength of None is the one that the file recommends.
+    """
     found = []
     for i, (path, strength) in enumerate(uses):
         file = read_adapter(path)
         token = tokens[i] if i < len(tokens) else file.info.get("token")
+        strength = recommended_strength(file) if strength is None else strength
         found.append(Subject(file, strength, token, noun or file.info.get("class")))
     families = {subject.file.family for subject in found if subject.file.family}
     if len(families) > 1:
@@ -288,14 +304,18 @@ class Studio:
             self.pipe.enable_sequential_cpu_offload(device=self._device)
         self._offloaded = True
 
-    def painter(self, scales: Sequence[float | None], keep: bool = True) -> Callable[[list[Planned]], list[Any]]:
+    def painter(
+        self, scales: Sequence[float | None], keep: bool = True, varies: bool = False
+    ) -> Callable[[list[Planned]], list[Any]]:
         """A function that draws one batch of a plan whose pictures have these `scales`.
 
         Adapters are fused where the base can take it (not 4 or 8 bits); with offload, only if the scale never changes.
         `keep` False: nothing else will be drawn, so that fused weights need no copy where there is one scale.
+        `varies`: a picture has a schedule of strengths; fused adapters are then fused again at each switch.
         """
-        fuse = self.memory.fuses and (self.memory.offload == "none" or len(set(scales)) == 1)
-        keep = keep or len(set(scales)) > 1
+        varies = varies or len(set(scales)) > 1
+        fuse = self.memory.fuses and (self.memory.offload == "none" or not varies)
+        keep = keep or varies
 
         @while_drawing()
         def paint(batch: list[Planned]) -> list[Any]:
@@ -304,16 +324,29 @@ class Studio:
             self.offload()
             quiet()  # between two images the caller's log levels are back
             jobs = [(item.prompt, item.seed) for item in batch]
-            return render(
-                self.pipe,
-                self.family,
-                jobs,
-                batch[0].settings,
-                batch_size=len(jobs),
-                conditioning_of=self._conditioning.__getitem__,
-            )
+            with self._scheduled(batch[0], fuse):
+                return render(
+                    self.pipe,
+                    self.family,
+                    jobs,
+                    batch[0].settings,
+                    batch_size=len(jobs),
+                    conditioning_of=self._conditioning.__getitem__,
+                )
 
         return paint
+
+    def _scheduled(self, item: Planned, fuse: bool) -> contextlib.AbstractContextManager[None]:
+        """The block in which the adapters follow the item's schedule of strengths, times its scale."""
+        scale = item.scale
+        if scale is None:
+            return contextlib.nullcontext()
+        return scheduled(
+            self.denoiser,
+            item.settings.strength_schedule,
+            self.pipe.scheduler,
+            lambda strength: self.set_scale(scale * strength, fuse),
+        )
 
 
 def encode_texts(source: ModelSource, texts: Sequence[str], device: torch.device) -> dict[str, Tensors]:

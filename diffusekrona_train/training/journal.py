@@ -74,7 +74,7 @@ class Journal:
         self.progress.report("loss", **line)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
+            with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             self.warn("metrics.jsonl cannot be written, lines are lost", error)

@@ -20,6 +20,7 @@ from diffusekrona_train.common.run_folder import step_name
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
+from diffusekrona_train.sampling.strengths import scheduled
 from diffusekrona_train.training.loss import Objective
 
 
@@ -59,15 +60,17 @@ class Gallery:
         pipe = self._pipeline()
         try:
             pipe.vae.to(self.objective.device)
-            render(
-                pipe,
-                self.objective.family,
-                [self.jobs[number] for number in mine],
-                settings_of(self.config),
-                batch_size=1,
-                conditioning_of=self.objective.data.conditioning_of,
-                on_image=on_image,
-            )
+            schedule, apply = self.config.validation.strength_schedule, self.objective.injection.set_strength
+            with scheduled(self.objective.denoiser, schedule, pipe.scheduler, apply):
+                render(
+                    pipe,
+                    self.objective.family,
+                    [self.jobs[number] for number in mine],
+                    settings_of(self.config),
+                    batch_size=1,
+                    conditioning_of=self.objective.data.conditioning_of,
+                    on_image=on_image,
+                )
         finally:
             pipe.vae.to("cpu")
             free()

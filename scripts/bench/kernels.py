@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.gpu.contender import Bench
-from scripts.gpu.trace import SIDES, FusedAttention
+from scripts.bench.contender import Bench
+from scripts.bench.trace import SIDES, FusedAttention
 from tests.tiny import real_part
 
 ADAPTERS: dict[str, dict[str, Any] | None] = {

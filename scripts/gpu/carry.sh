@@ -2,17 +2,20 @@
 # Downloads into .wheels/ what a GPU machine without a network lacks to run this project; measure.sh installs from there.
 #   scripts/gpu/carry.sh                   for Python 3.12 on x86-64 Linux, with bitsandbytes' library for CUDA 13.0
 #   PYTHON_VERSION=3.13 CUDA=128 PLATFORM=aarch64 scripts/gpu/carry.sh
-#   WITHOUT="transformers tokenizers accelerate" scripts/gpu/carry.sh     those are there already
-# Packages: scripts/gpu/wheels.txt, versions: constraints.txt. Prints how large all is, the checkout beside it.
+#   WITHOUT="" scripts/gpu/carry.sh        for a machine that has torch alone: 16 MiB more
+# Packages: scripts/gpu/wheels.txt, versions: constraints.txt. WITHOUT names those that the machine has (by default what comes
+# with an installation of transformers). Checkout and wheels together may weigh LIMIT (64) MiB: more is an error.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 version=${PYTHON_VERSION:-3.12} cuda=${CUDA:-130} machine=${PLATFORM:-x86_64}
 
+# transformers and huggingface_hub stay or go together: their versions belong to each other
+without=${WITHOUT-transformers tokenizers huggingface_hub accelerate safetensors peft psutil einops regex}
 pinned=()
 while read -r name; do
-    case " ${WITHOUT:-} " in *" $name "*) continue ;; esac
+    case " $without " in *" $name "*) continue ;; esac
     line=$(grep -i "^${name//[-_]/[-_]}==" constraints.txt) || {
         echo "carry.sh: constraints.txt has no version of $name" >&2
         exit 1
@@ -54,8 +57,12 @@ slim.replace(wheel)
 PYTHON
 
 files=(.wheels/*.whl)
-tracked=$(git ls-files -z 2>/dev/null | xargs -0 du -ck 2>/dev/null | tail -n 1 | cut -f 1)
-wheels=$(du -ck "${files[@]}" | tail -n 1 | cut -f 1)
-du -k "${files[@]}" | sort -rn | head -n 5 | awk '{ printf "%8.1f MiB  %s\n", $1 / 1024, $2 }'
-awk -v n=${#files[@]} -v wheels="$wheels" -v tracked="${tracked:-0}" \
-    'BEGIN { printf "%8.1f MiB  all %d wheels; %.1f MiB with the checkout\n", wheels / 1024, n, (wheels + tracked) / 1024 }'
+kilobytes() { du -ck "$@" | tail -n 1 | cut -f 1; }
+mapfile -d '' -t tracked < <(git ls-files -z)
+wheels=$(kilobytes "${files[@]}") checkout=$(printf '%s\0' "${tracked[@]}" | du -ck --files0-from=- | tail -n 1 | cut -f 1)
+du -k "${files[@]}" "${tracked[@]}" | sort -rn | head -n 8 | awk '{ printf "%8.1f MiB  %s\n", $1 / 1024, $2 }'
+awk -v n=${#files[@]} -v wheels="$wheels" -v checkout="$checkout" -v limit="${LIMIT:-64}" 'BEGIN {
+    both = (wheels + checkout) / 1024
+    printf "%8.1f MiB  %d wheels, %.1f MiB with the checkout\n", wheels / 1024, n, both
+    if (both > limit) { printf "carry.sh: that is over %d MiB; name more packages in WITHOUT\n", limit > "/dev/stderr"; exit 1 }
+}'

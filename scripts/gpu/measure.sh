@@ -18,4 +18,4 @@ if compgen -G '.wheels/*.whl' >/dev/null; then
     [ ! -e "$site/installed" ] || export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONUNBUFFERED=1
-exec "$python" -m scripts.gpu.measure "$@"
+exec "$python" -m scripts.bench "$@"

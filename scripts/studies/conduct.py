@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from scripts.studies import figures, records, spread, tables
+from scripts.studies import confirm, figures, records, spread, tables, verdict
+from scripts.studies.judge import methods_of, ranking
 from scripts.studies.plan import Planner, order, unfinished
 from scripts.studies.rows import rows_of
-from scripts.studies.study import Study, load_base, load_studies
+from scripts.studies.study import Base, Study, load_base, load_studies
 from scripts.studies.task import Cell, Task, texts_of
 from scripts.studies.work import stays
 
@@ -20,6 +22,8 @@ def conduct(options: argparse.Namespace) -> int:
     """0 where everything is measured, 1 where something is missing; ValueError of one line for a user's mistake."""
     studies = load_studies(options.studies)
     base = load_base(options.model, options.base)
+    photos = options.photos.expanduser().absolute() if options.photos else None
+    further = subjects_to_confirm(options.studies, base, photos)
     # absolute: a process of a cluster may stand elsewhere
     runs = (options.runs or Path("runs") / "paper").expanduser().absolute()
     for name, folder in (("--runs", runs), ("--export", options.export)):
@@ -32,8 +36,10 @@ def conduct(options: argparse.Namespace) -> int:
         base,
         runs,
         seeds=options.seeds,
-        subjects=[name for name in (options.subjects or "").split(",") if name],
-        photos=options.photos.expanduser().absolute() if options.photos else None,
+        subjects=[name for name in (options.subjects or "").split(",") if name] or further.get("subjects"),
+        photos=photos,
+        suite=further.get("suite"),
+        look_alikes=further.get("look_alikes", ()),
         sets=[*options.set, *([f"train.steps={options.steps}"] if options.steps else [])],
     )
     cells = {name: planner.expand(name, study, options.model) for name, study in studies.items()}
@@ -52,9 +58,23 @@ def conduct(options: argparse.Namespace) -> int:
         write_all(studies, cells, runs, {name: options.export / name for name in studies}, small=True)
         kept = read_all([cell for own in cells.values() for cell in own], runs)
         records.write_lines(options.export / "records.jsonl", kept.values())
+    if further and not options.check:
+        found = read_all(cells[confirm.NAME], runs)
+        told_about = about(cells[confirm.NAME], found) if found else "nothing is measured yet"
+        print("\n".join(verdict.lines_of_verdict(studies[confirm.NAME], cells[confirm.NAME], found, told_about)))
     for task, why in failed:
         print(f"failed: {task.subject}, seed {task.seed}, run {task.run}: {why}", file=sys.stderr)
     return 1 if missing else 0
+
+
+def subjects_to_confirm(names: Sequence[str], base: Base, photos: Path | None) -> dict[str, Any]:
+    """Return what `confirm` gives the planner in the place of the base's suite; nothing for other studies."""
+    if confirm.NAME not in names:
+        return {}
+    if len(names) > 1:
+        raise ValueError(f"{confirm.NAME} has subjects of its own; give it alone, without other studies")
+    suite = confirm.suite_of(photos, base)
+    return {"suite": suite, "subjects": [row.name for row in suite.rows], "look_alikes": confirm.look_alikes()}
 
 
 def work_off(tasks: Sequence[Task], runs: Path, on: str, workers: int | None) -> list[spread.Done]:
@@ -155,12 +175,25 @@ def write_all(
             print(f"{name}: nothing is measured yet")
             continue
         rows, target = rows_of(study, cells[name], found), targets[name]
-        tables.write_markdown(target / "table.md", study, rows, about(cells[name], found))
+        shown = cells[name]
         tables.write_csv(target / "table.csv", study, rows)
-        figures.write_plot(target / "plot.png", study, rows)
-        figures.write_sheet(target / "sheet.png", study, cells[name], found, runs, small=small)
+        if study.judge:
+            verdict.write_verdict(target / "table.md", study, shown, found, about(shown, found))
+            verdict.write_fronts(target / "plot.png", study, shown, found)
+            shown = best_cells(study, shown, found)
+        else:
+            tables.write_markdown(target / "table.md", study, rows, about(shown, found))
+            figures.write_plot(target / "plot.png", study, rows)
+        if shown:
+            figures.write_sheet(target / "sheet.png", study, shown, found, runs, small=small)
         print(f"{os.path.relpath(target / 'table.md')}" + (f" ({lacking} records missing)" if lacking else ""))
     return missing
+
+
+def best_cells(study: Study, cells: Sequence[Cell], found: dict[str, records.Record]) -> list[Cell]:
+    """Return each method's cells at its best point: a sheet of all points would be hundreds of rows."""
+    best = {method.label: method.best() for method in ranking(methods_of(study, cells, found))}
+    return [cell for cell in cells if best.get(cell.series.label) == (cell.value.label, cell.strength)]
 
 
 def about(cells: Sequence[Cell], found: dict[str, records.Record]) -> str:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.evaluation.inputs import photos_of
-from diffusekrona_train.evaluation.metrics import METRICS
 from diffusekrona_train.report.sheet import contact_sheet
+from scripts.studies.gallery import TITLES
 from scripts.studies.records import Record, strip_of
 from scripts.studies.rows import Row
 from scripts.studies.study import Study
@@ -90,7 +90,7 @@ def write_plot(path: Path, study: Study, rows: Sequence[Row]) -> bool:
     *panels, last = figure.subplots(1, len(study.metrics) + 1, width_ratios=[1] * len(study.metrics) + [1.25])
     _draw_exchange(last, rows, lines, joined=numeric)
     for panel, metric in zip(panels, study.metrics, strict=True):
-        panel.set_title(METRICS[metric].title, loc="left", fontsize=10)
+        panel.set_title(TITLES[metric], loc="left", fontsize=10)
         for i, series in enumerate(lines):
             own = [k for k, row in enumerate(rows) if (row.series or row.section) == series]
             x = [rows[k].x if numeric else k for k in own]

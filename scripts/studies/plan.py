@@ -11,9 +11,11 @@ from typing import Any
 from diffusekrona_train.config import RunConfig, make_config
 from diffusekrona_train.data import collect
 from diffusekrona_train.evaluation.inputs import Suite, SuiteRow, load_suite
+from diffusekrona_train.evaluation.metrics.encoders import CLIP, DINO
 from diffusekrona_train.models import open_model
+from scripts.studies.gallery import needs_gallery
 from scripts.studies.records import key_of, model_mark, read, run_mark
-from scripts.studies.study import Base, Series, Study, Value
+from scripts.studies.study import Base, Sampling, Series, Study, Value
 from scripts.studies.task import Cell, Task
 
 SETTLED = ("model", "subject.images", "subject.files", "subject.class", "subject.token")
@@ -33,9 +35,11 @@ class Planner:
         subjects: Sequence[str] | None = None,
         photos: Path | None = None,
         sets: Sequence[str] = (),
+        suite: Suite | None = None,
+        look_alikes: Sequence[str] = (),
     ):
         self.base, self.runs, self.seeds, self.photos, self.sets = base, runs, seeds, photos, list(sets)
-        self.suite: Suite = load_suite(base.suite)
+        self.suite, self.look_alikes = suite or load_suite(base.suite), list(look_alikes)
         known = [row.name for row in self.suite.rows]
         for name in subjects or base.subjects:
             if name not in known:
@@ -46,6 +50,8 @@ class Planner:
         self.asked = list(dict.fromkeys(subjects or []))
         self.model = str(base.config.get("model", model))
         self.mark = model_mark(open_model(self.model))
+        names = ("toybox", "toybox") if self.mark.startswith("toybox ") else (CLIP, DINO)
+        self.encoders = dict(zip(("CLIP", "DINO"), names, strict=True))
         self.tasks: dict[tuple[str, str], Task] = {}
 
     def rows_of(self, study: Study) -> list[SuiteRow]:
@@ -60,20 +66,34 @@ class Planner:
                 value,
                 row.name,
                 seed,
-                self._need(name, study, series, value, row, seed),
+                self._need(name, study, series, value, row, seed, strength, model),
                 self._images(row),
                 row.group,
+                strength,
             )
             for seed in range(self.seeds)
             for row in self.rows_of(study)
             for series in study.series
             for value in study.values_for(model)
+            for strength in study.strengths
         ]
 
-    def _need(self, name: str, study: Study, series: Series, value: Value, row: SuiteRow, seed: int) -> str:
+    def _need(
+        self,
+        name: str,
+        study: Study,
+        series: Series,
+        value: Value,
+        row: SuiteRow,
+        seed: int,
+        strength: float,
+        model: str,
+    ) -> str:
+        """Note what the task of a cell has to measure; the key of its record."""
         images = self._images(row)
+        fields = {**series.set, **series.models.get(model, {}), **value.set}  # type: ignore[call-overload]
         try:
-            config = self._config(row, images, seed, {**series.set, **value.set})
+            config = self._config(row, images, seed, fields)
         except ValueError as error:
             raise ValueError(f"study {name}, value {value.label!r}: {error}") from None
         if value.untrained:
@@ -82,8 +102,19 @@ class Planner:
         else:
             of_run = run_mark(config, self.mark, self._hashes(images, config.subject.limit))
             run, step = key_of(of_run), config.train.steps
-        sampling = self._sampling(study, value, row, seed, config.data.resolution)
-        of = {"run": of_run, "step": step, "sampling": sampling, "photos": self._hashes(images, None)}
+        own = [study.sample, series.sample, value.sample]
+        sampling = self._sampling(study, own, row, seed, config.data.resolution)
+        if not value.untrained:
+            sampling["strength"] *= strength
+        gallery = self._gallery(row) if needs_gallery(study.metrics) else []
+        of = {
+            "run": of_run,
+            "step": step,
+            "sampling": sampling,
+            "photos": self._hashes(images, None),
+            "encoders": self.encoders,
+            "gallery": key_of({"photos": [self._hashes(each, None) for each in gallery]}) if gallery else "",
+        }
         key = key_of(of)
         task = self.tasks.setdefault(
             (run, row.name if value.untrained else run),
@@ -92,15 +123,14 @@ class Planner:
                 batch_size=self.base.batch_size,
             ),
         )  # fmt: skip
-        task.needs[key] = {"step": step, "seed": seed, "sampling": sampling, "of": of}
+        task.needs[key] = {"step": step, "seed": seed, "sampling": sampling, "gallery": gallery, "of": of}
         task.studies.add(name)
         return key
 
     @staticmethod
     def _source(config: RunConfig) -> dict[str, Any]:
         """What else says which model is drawn with."""
-        given = {name: getattr(config, name) for name in ("revision", "variant", "vae", "model_config_dir")}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: getattr(config, name) for name in ("revision", "variant", "vae", "model_config_dir")}
 
     def _images(self, row: SuiteRow) -> str:
         return self.suite.images_of(row, self.photos)
@@ -113,16 +143,27 @@ class Planner:
         own = {**fields, "train.seed": seed, "validation": quiet, "data.cache_dir": str(self.runs / "cache")}
         return make_config(tree, [*self.sets, *(f"{key}={json.dumps(value)}" for key, value in own.items())])
 
-    def _sampling(self, study: Study, value: Value, row: SuiteRow, seed: int, side: int) -> dict[str, Any]:
-        own, common = value.sample, self.base.sampling
+    def _sampling(self, study: Study, own: Sequence[Sampling], row: SuiteRow, seed: int, side: int) -> dict[str, Any]:
+        """Everything that decides the images of a value; the last of `own` that says something wins."""
         prompts = self.base.prompts if study.prompts == "base" else self._prompts_of_suite(row)
+        chosen = {**self.base.sampling.model_dump(), "strength": 1.0, "strength_schedule": ""}
+        for one in own:
+            chosen |= one.model_dump(exclude_none=True)
         return {
-            "steps": own.steps if own.steps is not None else common.steps,
-            "guidance": float(own.guidance if own.guidance is not None else common.guidance),
+            **chosen,
+            "guidance": float(chosen["guidance"]),
             "side": side,
             "prompts": list(prompts),
             "seeds": [seed * self.base.pictures + i for i in range(self.base.pictures)],
+            "negative": "",
+            "scheduler": None,
+            "noise": "prompt",
+            "batch_size": self.base.batch_size,
         }
+
+    def _gallery(self, row: SuiteRow) -> list[str]:
+        """Where the photos of the look-alikes are: the suite's other subjects and those given beside it."""
+        return [self._images(other) for other in self.suite.rows if other.name != row.name] + self.look_alikes
 
     def _prompts_of_suite(self, row: SuiteRow) -> list[str]:
         return self.suite.prompts[row.prompts] if isinstance(row.prompts, str) else row.prompts

@@ -20,6 +20,18 @@ from diffusekrona_train.config import RunConfig
 ASSETS = Path(__file__).resolve().parents[2] / "diffusekrona_train" / "assets"
 METRICS = ("clip_i", "clip_t", "dino")
 WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log_every", "trackers")
+"""Fields of `train` that do not change the factors."""
+SINCE: dict[str, Any] = {
+    "subject.caption_key": None,
+    "subject.image_column": None,
+    "subject.caption_column": None,
+    "subject.split": None,
+}
+"""Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
+
+A run with exactly this value is named as if there were no such field, so that older records are found. It is written
+here and not taken from the config: when a default changes, the new value is part of the name, and no old record fits.
+"""
 Record = dict[str, Any]
 
 
@@ -36,16 +48,31 @@ def model_mark(source: Any) -> str:
 
 
 def run_mark(config: RunConfig, model: str, photos: list[str]) -> dict[str, Any]:
-    """What a run's factors depend on. With a constant rate the steps are left out: fewer steps are its beginning."""
-    tree = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    """Return what a run's factors depend on, every default written out.
+
+    With a constant rate the steps are left out: fewer steps are the beginning of the same run. The photos stand for
+    `subject.images`, `files` and `limit`.
+    """
+    tree = config.model_dump(mode="json", by_alias=True)
     for name in ("model", "output", "validation"):
-        tree.pop(name, None)
-    tree.get("data", {}).pop("cache_dir", None)
-    train = tree.get("train", {})
+        del tree[name]
+    del tree["data"]["cache_dir"]
     for name in WITHOUT_INFLUENCE + (("steps",) if config.train.schedule == "constant" else ()):
-        train.pop(name, None)
-    subject = {name: value for name, value in tree["subject"].items() if name not in ("images", "files", "limit")}
-    return {"model": model, "config": {**tree, "subject": subject}, "photos": photos}
+        del tree["train"][name]
+    for name in ("images", "files", "limit"):
+        del tree["subject"][name]
+    return {"model": model, "config": without_neutral(tree, SINCE), "photos": photos}
+
+
+def without_neutral(tree: dict[str, Any], since: dict[str, Any]) -> dict[str, Any]:
+    """Return a config tree without the fields of `since` that have the value given there."""
+    kept = {}
+    for name, value in tree.items():
+        inner = {key.partition(".")[2]: own for key, own in since.items() if key.startswith(f"{name}.")}
+        if name in since and value == since[name]:
+            continue
+        kept[name] = without_neutral(value, inner) if inner and isinstance(value, dict) else value
+    return kept
 
 
 def path_of(runs: Path, key: str) -> Path:

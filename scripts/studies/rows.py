@@ -80,7 +80,9 @@ def rows_of(study: Study, cells: Sequence[Cell], records: dict[str, Record]) -> 
         return _rows_of_subjects(cells, records)
     grouped: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
-        grouped.setdefault((cell.series.label, cell.value.section, cell.value.label), []).append(cell)
+        strength = f"strength {cell.strength:g}" if len(study.strengths) > 1 else ""
+        label = ", ".join(filter(None, [cell.value.label, strength]))
+        grouped.setdefault((cell.series.label, cell.value.section, label), []).append(cell)
     return [
         _row(", ".join(filter(None, [series, label])), section, series, own, records)
         for (series, section, label), own in grouped.items()

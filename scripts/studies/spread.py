@@ -31,7 +31,7 @@ def attempt(task: Task, runs: Path) -> tuple[str | None, list[tuple[records.Reco
     except Exception as error:
         folder = runs / "trained" / task.run
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
         return f"{type(error).__name__}: {' '.join(str(error).split())}", []
 

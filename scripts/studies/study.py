@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from diffusekrona_train.config import one_line, read_yaml
 from diffusekrona_train.config.base import Strict
+from diffusekrona_train.config.strengths import LARGEST, parse_strengths
 from scripts.studies.records import METRICS
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
@@ -22,6 +23,15 @@ class Sampling(Strict):
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     """Classifier-free guidance scale."""
+    strength: Annotated[float, Field(ge=0, le=LARGEST)] | None = None
+    """Multiplies what the adapter adds."""
+    strength_schedule: str | None = None
+    """Strength over the noise levels, as `krona-sample --strength-schedule`."""
+
+    @model_validator(mode="after")
+    def _schedule_is_one(self) -> Sampling:
+        parse_strengths(self.strength_schedule or "")
+        return self
 
 
 class BaseSampling(Strict):
@@ -59,6 +69,10 @@ class Series(Strict):
     """Its name."""
     set: dict[str, Any] = {}
     """Config fields by dotted name."""
+    models: dict[Literal["toybox", "sdxl", "sd15"], dict[str, Any]] = {}
+    """Config fields that hold for one model, such as its tuned rate."""
+    sample: Sampling = Sampling()
+    """Sampling settings that differ from the base's."""
 
 
 class Value(Strict):
@@ -82,6 +96,50 @@ class Value(Strict):
     """The base model without an adapter, on the prompts without the identifier."""
 
 
+class Bar(Strict):
+    """What a study has to show, written down before its runs."""
+
+    kind: Literal["hypervolume", "one rate", "floor"]
+    """hypervolume: `least` more than `against`, above 0 in at least `subjects` subjects; one rate: there is a value at
+    which each series is within `within` of its own best; floor: no value of a series ends further below its best."""
+    methods: Annotated[list[str], Field(min_length=1)]
+    """Labels of the series that it is for."""
+    metric: Literal["dino", "clip_t"] = "dino"
+    """What `one rate` and `floor` look at."""
+    least: float = 0.0
+    """hypervolume: the smallest mean difference that counts."""
+    subjects: Annotated[int, Field(ge=0)] = 0
+    """hypervolume: in how many subjects the difference has to be above 0."""
+    within: Annotated[float, Field(ge=0)] = 0.0
+    """one rate, floor: how far below the best is near enough."""
+
+
+class Dropped(Strict):
+    """What was tried and is not pursued."""
+
+    what: str
+    """The variant."""
+    why: str
+    """What spoke against it."""
+
+
+class Judge(Strict):
+    """How the series of a study are compared."""
+
+    against: str
+    """Label of the series that the others are compared with."""
+    selected_on: list[str] = []
+    """Subjects that the series were chosen on; the verdict is told with and without them."""
+    keep: Annotated[int, Field(ge=0)] = 0
+    """How many of the best go on to the next stage, beside those of `always`."""
+    always: list[str] = []
+    """Labels of the series that go on whatever they reach."""
+    bars: list[Bar] = []
+    """What counts as shown."""
+    dropped: list[Dropped] = []
+    """What was tried and is not pursued."""
+
+
 class Study(Strict):
     """A figure or table of the paper: a base config and the values to vary."""
 
@@ -97,8 +155,16 @@ class Study(Strict):
     """The base's subjects, or all of its suite."""
     prompts: Annotated[str, Field(pattern="^(base|suite)$")] = "base"
     """The base's prompts, or the suite's own."""
-    metrics: Annotated[list[Literal["clip_i", "clip_t", "dino", "copy"]], Field(min_length=1)] = [*METRICS]
+    metrics: Annotated[list[Literal["clip_i", "clip_t", "dino", "copy", "gallery", "rank"]], Field(min_length=1)] = [
+        *METRICS
+    ]
     """What the table shows."""
+    sample: Sampling = Sampling()
+    """Sampling settings of all rows."""
+    strengths: Annotated[list[Annotated[float, Field(gt=0, le=LARGEST)]], Field(min_length=1)] = [1.0]
+    """Every value is sampled at each of these strengths."""
+    judge: Judge | None = None
+    """Compare the series by the area that their values and strengths dominate together."""
     rows: Annotated[str, Field(pattern="^(values|subjects)$")] = "values"
     """What a row of the table is."""
     series: Annotated[list[Series], Field(min_length=1)] = [Series()]
@@ -119,6 +185,13 @@ class Study(Strict):
             for value in rows:
                 if value.against and (value.section, value.against) not in marks:
                     raise ValueError(f"values.{name}: {value.label} is against {value.against!r}, which is not there")
+        if self.judge:
+            labels = [series.label for series in self.series]
+            named = [self.judge.against, *self.judge.always, *(name for bar in self.judge.bars for name in bar.methods)]
+            if lost := [name for name in named if name not in labels]:
+                raise ValueError(f"judge: {lost[0]!r} is no series; there are {', '.join(labels)}")
+            if len(set(labels)) < len(labels):
+                raise ValueError("series: two have the same label")
         return self
 
     def values_for(self, model: str) -> list[Value]:
@@ -133,7 +206,13 @@ Kind = TypeVar("Kind", bound=Strict)
 
 
 def known_studies() -> list[str]:
+    """Return the names of the paper's studies."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def further_studies() -> list[str]:
+    """Return the names of the studies beyond the paper, which `all` leaves out."""
+    return sorted(path.stem for path in (FOLDER / "method").glob("*.yaml"))
 
 
 def load_studies(names: list[str]) -> dict[str, Study]:
@@ -141,9 +220,11 @@ def load_studies(names: list[str]) -> dict[str, Study]:
     wanted = [each for name in names for each in (known_studies() if name == "all" else [name])]
     found = {}
     for name in dict.fromkeys(wanted):
-        path = FOLDER / f"{name}.yaml" if name in known_studies() else Path(name)
+        places = {each: FOLDER / f"{each}.yaml" for each in known_studies()}
+        places |= {each: FOLDER / "method" / f"{each}.yaml" for each in further_studies()}
+        path = places.get(name, Path(name))
         if not path.is_file():
-            raise ValueError(f"study {name!r} is not known; there are {', '.join(known_studies())} and all")
+            raise ValueError(f"study {name!r} is not known; there are {', '.join(places)} and all")
         found[path.stem] = _read(path, Study)
     return found
 

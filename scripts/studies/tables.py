@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from diffusekrona_train.common.files import atomic
-from diffusekrona_train.evaluation.metrics import METRICS
 from scripts.studies.compare import Gap, against, pairs_of, reference_of, spread_gap, spreads_of
+from scripts.studies.gallery import TITLES
 from scripts.studies.rows import Row
 from scripts.studies.study import Study
 
@@ -63,14 +63,14 @@ def write_csv(path: Path, study: Study, rows: Sequence[Row]) -> None:
 
 
 def write_markdown(path: Path, study: Study, rows: Sequence[Row], about: str) -> None:
-    titles = [METRICS[metric].title for metric in study.metrics]
+    titles = [TITLES[metric] for metric in study.metrics]
     other = reference_of(study, rows)
-    gaps = [f"{METRICS[metric].title} minus {other.label}" for metric in COMPARED] if other else []
+    gaps = [f"{TITLES[metric]} minus {other.label}" for metric in COMPARED] if other else []
     head = ["", *titles, "n", "trained", "seconds", *gaps]
     lines = [f"# {study.title} ({study.paper})", "", about, "", HOW_TO_READ, ""]
     for section in dict.fromkeys(row.section for row in rows):
         lines += [f"## {section}", ""] if section else []
-        lines += [*_header(head), *(_line(row, other, study) for row in rows if row.section == section), ""]
+        lines += [*header(head), *(_line(row, other, study) for row in rows if row.section == section), ""]
     lines += _pairs(rows, study)
     if study.spread_of_series:
         lines += _spreads(rows, study)
@@ -78,7 +78,8 @@ def write_markdown(path: Path, study: Study, rows: Sequence[Row], about: str) ->
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
-def _header(titles: Sequence[str]) -> list[str]:
+def header(titles: Sequence[str]) -> list[str]:
+    """Return the two lines that a Markdown table begins with."""
     return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
 
 
@@ -106,7 +107,7 @@ def _pairs(rows: Sequence[Row], study: Study) -> list[str]:
             lines.append(f"| {row.label} | {other.label} | {' | '.join(map(told, gaps))} |")
     if not lines:
         return []
-    return ["## Pairs", "", *_header(["", "minus", *(METRICS[metric].title for metric in study.metrics)]), *lines, ""]
+    return ["## Pairs", "", *header(["", "minus", *(TITLES[metric] for metric in study.metrics)]), *lines, ""]
 
 
 def _spreads(rows: Sequence[Row], study: Study) -> list[str]:
@@ -119,7 +120,7 @@ def _spreads(rows: Sequence[Row], study: Study) -> list[str]:
     for k, other in enumerate(by_metric[0][1:], start=1):
         cells = [told(spread_gap(own[0], own[k])) for own in by_metric]
         lines.append(f"| {by_metric[0][0].series} minus {other.series} | | {' | '.join(cells)} |")
-    head = _header(["", "values", *(METRICS[metric].title for metric in study.metrics)])
+    head = header(["", "values", *(TITLES[metric] for metric in study.metrics)])
     told_as = "Standard deviation (range) over the values at one subject and seed; the mean over subjects and seeds."
     return ["## Spread over the values", "", told_as, "", *head, *lines, ""]
 

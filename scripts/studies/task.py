@@ -22,6 +22,8 @@ class Cell:
     """All photos of the subject."""
     group: str = ""
     """The subject's group in its suite."""
+    strength: float = 1.0
+    """At which it is sampled, where the study tries several."""
 
 
 @dataclass

@@ -21,6 +21,8 @@ from diffusekrona_train.common.run_folder import adapter_file, claimed, read_met
 from scripts.studies import records
 from scripts.studies.task import Task, filled
 
+SETTINGS = ("steps", "guidance", "negative", "scheduler", "noise", "strength_schedule")
+"""What a record's sampling says of SampleSettings, by the same names."""
 STRIP_SIDE = 256
 """Pictures of a strip are at most this wide, in pixels."""
 
@@ -75,9 +77,12 @@ def ensure_trained(task: Task, folder: Path) -> tuple[float, bool]:
     if not stays(task.config["model"]):
         forget_studio()
     began = time.monotonic()
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            diverged = _train(config, bool(goes_on))
+    with (
+        (folder / "log.txt").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        diverged = _train(config, bool(goes_on))
     with contextlib.suppress(ValueError), claimed(folder):  # another call that trains on in it keeps it
         shutil.rmtree(folder / "resume", ignore_errors=True)  # three times the adapters, and needed no more
     return max(0.0, time.monotonic() - began - seconds_at(folder, wanted[-1])), diverged
@@ -120,6 +125,7 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
     from diffusekrona_train.evaluation.measure import Judges, measure
     from diffusekrona_train.evaluation.metrics import METRICS
     from diffusekrona_train.sampling.session import subjects_of
+    from scripts.studies.gallery import rank_in_gallery
 
     step, token = need["step"], task.config["subject"]["token"]
     wearing = subjects_of([(adapter_of(folder, step), 1.0)]) if step else []
@@ -129,11 +135,12 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
         between = time.monotonic()
         judges = open_judges(Judges, task.config["model"] == "toybox")
         measured = measure(judges, open_photos(task.images), drawn, identifiers=(token,))
+        ranked = rank_in_gallery(judges.dino, task.images, need["gallery"], drawn) if need["gallery"] else {}
     import numpy as np
 
     scores = {
         name: round(float(METRICS[name].reduce(np.asarray(values))), 6) for name, values in measured.values.items()
-    }
+    } | ranked
     dtype = pick_dtype("auto", pick_device())
     groups = [tensors for subject in wearing for tensors in subject.file.groups.values()]
     record = {
@@ -175,14 +182,18 @@ def _draw(task: Task, need: dict[str, Any], wearing: list, room: Path) -> tuple[
     from diffusekrona_train.sampling.render import SampleSettings
 
     asked, prompts = need["sampling"], filled(task, need)
-    settings = SampleSettings(asked["steps"], asked["guidance"], height=asked["side"], width=asked["side"])
+    settings = SampleSettings(
+        height=asked["side"],
+        width=asked["side"],
+        **{name: asked[name] for name in SETTINGS},
+    )
     studio = open_studio(task, prompts)
     while studio.injections:
         studio.injections.pop().eject()
     _wear(studio, wearing)
-    scale = 1.0 if wearing else None
+    scale = asked["strength"] if wearing else None
     planned = plan_pictures(prompts, asked["seeds"], settings, scale=scale)
-    paint = studio.painter([scale])
+    paint = studio.painter([scale], varies=bool(asked["strength_schedule"]))
     studio.set_scale(scale, studio.memory.fuses)
     starts = range(0, len(planned), task.batch_size)
     pictures = [picture for i in starts for picture in paint(planned[i : i + task.batch_size])]

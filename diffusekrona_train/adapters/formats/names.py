@@ -239,7 +239,9 @@ def _usual_resolution(base: dict[str, str]) -> str:
     return f"{side}x{side}"
 
 
-def _network(kind: str, groups: dict, options: dict) -> tuple[str, dict[str, str], str, str]:
+def _network(
+    kind: str, groups: dict[str, dict[str, Tensor]], options: dict[str, dict[str, Any]]
+) -> tuple[str, dict[str, str], str, str]:
     """ss_network_module, _args, _dim and _alpha as strings (the args a dict)."""
     largest = max(groups, key=lambda name: options.get(name, {}).get("rank", 0))
     rank, alpha = options.get(largest, {}).get("rank", 1), options.get(largest, {}).get("alpha", 1)
@@ -267,8 +269,8 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str | Path):
         text = str(value)
         local = text.startswith(("/", "./", "../", "~", "\\")) or text[1:3] == ":\\"
-        if local or isinstance(value, Path) or (os.sep in text and len(text) < 1000 and os.path.exists(text)):
-            return os.path.basename(text.replace("\\", "/").rstrip("/"))
+        if local or isinstance(value, Path) or (os.sep in text and len(text) < 1000 and Path(text).exists()):
+            return text.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return value
 
 

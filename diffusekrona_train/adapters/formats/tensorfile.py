@@ -89,7 +89,7 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"{path}: is a folder; give the .safetensors file inside it")
     if not path.is_file():
         raise ValueError(f"{path}: {'is no regular file' if path.exists() else 'no such file'}")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         start, mark = file.read(8), file.read(1)
         file.seek(8)
         size = path.stat().st_size

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.config import make_config, parse_yaml
-from diffusekrona_train.data import collect, toybox_subjects
+from diffusekrona_train.data import collect
 
 TEMPLATE = """\
 # {heading}
@@ -124,10 +124,3 @@ def _quoted(text: str) -> str:
     if re.fullmatch(r"[A-Za-z_./][\w./-]*", text) and text.lower() not in ("null", "true", "false"):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-
-
-def default_class(where: str) -> str | None:
-    """The class noun of an embedded subject."""
-    return (
-        toybox_subjects().get(where.removeprefix("toybox:"), {}).get("class") if where.startswith("toybox:") else None
-    )

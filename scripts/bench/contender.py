@@ -1,0 +1,169 @@
+"""A training step to be timed: the loop's own over random latents, or the bare frozen UNet's two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.config import make_config
+from diffusekrona_train.data.training_set import Bucket, TrainingSet
+from diffusekrona_train.models import family_of
+from diffusekrona_train.models.process import Ddpm
+from diffusekrona_train.training.loss import Batch, Objective
+from diffusekrona_train.training.optimizer import SPARE, Descent
+from scripts.bench.setting import Setting
+from tests.tiny import make_unet, real_part
+
+OneProcess = SimpleNamespace(num_processes=1, scaler=None, backward=lambda loss: loss.backward())
+
+
+def load(setting: Setting, kind: str) -> Any:
+    """A random UNet of the real configuration on the device, or the small one."""
+    torch.manual_seed(0)
+    if setting.small:
+        return make_unet(kind, 64).requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setting.dtype)
+    try:
+        with torch.device(setting.device):
+            return real_part(kind, "unet").requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass
+class Bench:
+    """A frozen UNet on the device, and what it is shown: random latents of its size."""
+
+    unet: Any
+    side: int
+    batch: int
+
+    def objective(self, injection: Any) -> Objective:
+        config = self.unet.config
+        family = family_of({"_class_name": "UNet2DConditionModel", **config}, "random")
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(5, 1, 4, self.side // 8, self.side // 8, generator=generator)
+        conditioning = {"prompt_embeds": torch.randn(77, config.cross_attention_dim, generator=generator)}
+        crop = (self.side, self.side)
+        told = family.picture_conditioning(crop, (0, 0), crop)
+        extras = {name: value.expand(5, 1, *value.shape).clone() for name, value in told.items()}
+        if family.name == "sdxl":
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            conditioning["pooled"] = torch.randn(width, generator=generator)
+        data = TrainingSet(
+            [Bucket(latents, extras, torch.zeros(5, dtype=torch.long), list("abcde"))], [], [""], [conditioning]
+        )
+        process = Ddpm.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+        device = next(self.unet.parameters()).device
+        return Objective(
+            self.config(), family, self.unet, injection, data, process, self.unet.dtype, device
+        )  # fmt: skip
+
+    def config(self, adapter: dict | None = None) -> Any:
+        tree = {"subject": {"images": "x", "class": "dog"}, "adapter": adapter or {}, "output": "x"}
+        return make_config({**tree, "train": {"batch_size": self.batch}})
+
+    def contender(self, adapter: dict | None) -> Contender:
+        """The step with an adapter, which sits in the UNet until `leave`; the bare UNet's for None."""
+        if adapter is None:
+            return Contender(self.objective(None))
+        config = self.config(adapter)
+        before = dict(self.unet.named_modules())
+        injection = inject(self.unet, config.adapter)
+        descent = Descent(injection.flatten(SPARE), config.train, OneProcess)
+        swaps = {name: (before[name], self.unet.get_submodule(name)) for name in injection.adapters}
+        return Contender(self.objective(injection), descent, swaps)
+
+    def peft_lokr(self) -> Contender:
+        """PEFT's LoKr as the paper's baseline has it (factor -1, rank 8), under the same objective and optimiser.
+
+        It stays in the UNet: its wrapping cannot be taken out bit for bit.
+        """
+        from peft import LoKrConfig, inject_adapter_in_model
+
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        inject_adapter_in_model(LoKrConfig(r=8, alpha=8, decompose_factor=-1, target_modules=targets), self.unet)
+        parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        return Contender(self.objective(None), Descent(parameters, self.config().train, OneProcess))
+
+
+@dataclass
+class Contender:
+    """The loop's own step; without an adapter, a forward and backward pass of the frozen UNet alone."""
+
+    objective: Objective
+    descent: Descent | None = None
+    swaps: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Layer name -> (the frozen module, the module with its adapter)."""
+    hook: Any = None
+
+    def __post_init__(self) -> None:
+        self.enter()
+
+    def step(self, number: int) -> None:
+        (batch,) = self.objective.batches(number, 0)
+        self.passes(batch)
+        self.finish()
+
+    def passes(self, batch: Batch) -> None:
+        if self.descent is None:
+            self.objective._predicted(batch.x_0, batch).square().mean().backward()
+        else:
+            self.descent.backward(self.objective.per_sample(batch).sum() / len(batch))
+
+    def finish(self) -> None:
+        if self.descent is not None:
+            self.descent.step(5e-4)
+
+    def captured(self) -> Callable[[int], None]:
+        """`step` with both passes replayed as one CUDA graph, over a batch that each step is copied into."""
+        (first,) = self.objective.batches(0, 0)
+        names = [name for name, value in vars(first).items() if isinstance(value, torch.Tensor)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.passes(first)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.passes(first)
+        if self.descent is not None:
+            self.descent.clear()
+
+        def step(number: int) -> None:
+            (batch,) = self.objective.batches(number, 0)
+            with torch.no_grad():
+                for name in names:
+                    getattr(first, name).copy_(getattr(batch, name))
+            graph.replay()
+            self.finish()
+
+        return step
+
+    def enter(self) -> None:
+        """Put the adapted layers into the UNet; in the bare one, let the backward pass end where theirs ends."""
+        self._put(1)
+        if self.descent is None and self.hook is None:
+            first = next(m for m in self.objective.denoiser.modules() if type(m).__name__ == "Transformer2DModel")
+            self.hook = first.register_forward_pre_hook(
+                lambda _, given: (given[0].detach().requires_grad_(), *given[1:])
+            )
+
+    def leave(self) -> None:
+        """Put the frozen layers back."""
+        self._put(0)
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+    def _put(self, which: int) -> None:
+        for name, pair in self.swaps.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.objective.denoiser.get_submodule(parent), child, pair[which])
