@@ -16,7 +16,7 @@ from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models.contracts import Family, Request
 from diffusekrona_train.models.quantize import quantize_linears
 from diffusekrona_train.models.source import ModelSource
-from tests.tiny_families import HEIGHT, TINY, WIDTH, Tiny
+from tests.tiny.families import HEIGHT, TINY, WIDTH, Tiny
 
 PROMPTS = ["A photo of a dog on the beach, in the snow", "a cat"]
 CROP = ((100, 80), (4, 2), (HEIGHT, WIDTH))

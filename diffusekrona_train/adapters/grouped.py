@@ -185,7 +185,7 @@ class GroupLane:
     def __init__(self, group: Group, index: int):
         self.group, self.index = group, index
 
-    def __deepcopy__(self, memo: dict) -> None:
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
         """A copy's factors do not lie in the flat buffers."""
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:

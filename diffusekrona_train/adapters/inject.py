@@ -11,7 +11,7 @@ Several injections may sit on one model; each sees only its own adapters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -147,7 +147,7 @@ class Injection:
             adapter.strength = float(strength)
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Generator[None]:
         """Within, the model is the base model (a teacher, a render without the subject); strengths come back after."""
         before = [adapter.strength for adapter in self.adapters.values()]
         self.set_strength(0.0)

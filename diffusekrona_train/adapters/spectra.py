@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusekrona_train.adapters.kron import kron_delta
+from diffusekrona_train.models.contracts import Layer
 
 Matrix = Tensor | tuple[Tensor, Tensor]
 """A matrix, or (up, down) that stand for up @ down."""
@@ -124,7 +125,7 @@ def strongest(rows: list[LayerSpectrum]) -> list[LayerSpectrum]:
 
 
 def measure(
-    groups: dict[str, dict[str, Tensor]], layers: list, base_norms: dict[str, float] | None = None, top: int = 64
+    groups: dict[str, dict[str, Tensor]], layers: list[Layer], base_norms: dict[str, float] | None = None, top: int = 64
 ) -> list[LayerSpectrum]:
     """One LayerSpectrum a layer, with its `top` largest singular values; `groups` maps layer names to their tensors."""
     rows = []

@@ -73,7 +73,7 @@ def sizes_of(A: Tensor, B: Tensor) -> Sizes:
 
 def _run(launch: Launch, *arguments: Tensor | float) -> None:
     kernel = KERNELS[launch.kernel]
-    kernel[launch.grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    kernel[launch.grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)  # pyright: ignore[reportCallIssue]  Triton takes more than it declares
 
 
 # In the kernels `P` pads the side that the intermediate shares with the tokens (a1, or a2 with A first), `T` its other

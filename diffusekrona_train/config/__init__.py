@@ -89,7 +89,7 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema(by_alias=True)}
 
 
-def model_defaults(model: Any) -> dict[str, Any]:
+def model_defaults(model: object) -> dict[str, Any]:
     """Defaults that `model` brings, by alias, by hub name, or from the sample size that a local folder states."""
     if not isinstance(model, str):
         return {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -22,7 +22,7 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
     yaml_constructors: dict = {}
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.MarkedYAMLError(
@@ -31,7 +31,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _mapping(loader: Any, node: Any) -> dict:
+def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict:
     if not isinstance(node, yaml.MappingNode):
         raise yaml.MarkedYAMLError(problem="expected a mapping", problem_mark=node.start_mark)
     result: dict = {}
@@ -45,11 +45,11 @@ def _mapping(loader: Any, node: Any) -> dict:
     return result
 
 
-def _sequence(loader: Any, node: Any) -> list:
+def _sequence(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> list:
     return loader.construct_sequence(node, deep=True)
 
 
-def _number(loader: Any, node: Any) -> int | float:
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     text = loader.construct_scalar(node)
     if len(text) > 100:
         raise yaml.MarkedYAMLError(problem="a number of more than 100 digits", problem_mark=node.start_mark)
@@ -58,11 +58,11 @@ def _number(loader: Any, node: Any) -> int | float:
     return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
 
 
-def _text(loader: Any, node: Any) -> str:
+def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
     return loader.construct_scalar(node)
 
 
-def _other(loader: Any, node: Any) -> Any:
+def _other(loader: yaml.SafeLoader, node: yaml.Node) -> NoReturn:
     raise yaml.MarkedYAMLError(
         problem=f"the tag {_short(node.tag)} is not taken; a config holds text, numbers, lists and mappings",
         problem_mark=node.start_mark,
@@ -152,7 +152,7 @@ def read_yaml(
     return tree
 
 
-def _short(value: Any, limit: int = 60, quote: bool = True) -> str:
+def _short(value: object, limit: int = 60, quote: bool = True) -> str:
     text = repr(value)
     text = text if quote or not isinstance(value, str) else text[1:-1]
     return text if len(text) <= limit or not quote else text[: limit - 1] + "…"

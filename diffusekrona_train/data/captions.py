@@ -55,7 +55,7 @@ def pick(row: dict[str, Any], key: str | None) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def looks_like_text(value: Any) -> bool:
+def looks_like_text(value: object) -> bool:
     """Whether a value that nobody reads could be a caption: a text with letters, or a list of such."""
     if isinstance(value, list | tuple):
         return any(map(looks_like_text, value))

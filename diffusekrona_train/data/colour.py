@@ -7,7 +7,6 @@ as sRGB they would be learnt paler, brighter or greener than every viewer shows 
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -34,7 +33,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> tu
     if not profile:
         return image, False
     try:
-        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         colours = _described(image, space)
         if colours is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -14,6 +15,9 @@ from diffusekrona_train.config import SubjectConfig
 from diffusekrona_train.data.captions import KEYS, as_captions, looks_like_text
 from diffusekrona_train.data.names import loose, printable
 from diffusekrona_train.data.pictures import Candidate, Found
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -98,7 +102,7 @@ def read_hub(name: str, subject: SubjectConfig) -> Found:
     return _rows(table, subject, name)
 
 
-def _rows(table: Any, subject: SubjectConfig, shown: str) -> Found:
+def _rows(table: Dataset, subject: SubjectConfig, shown: str) -> Found:
     column = _image_column(table, subject.image_column, shown)
     words, notes = _caption_column(table, subject, column, shown)
     import datasets
@@ -116,7 +120,7 @@ def _rows(table: Any, subject: SubjectConfig, shown: str) -> Found:
     return Found(candidates, [], notes)
 
 
-def _image_column(table: Any, wanted: str | None, shown: str) -> str:
+def _image_column(table: Dataset, wanted: str | None, shown: str) -> str:
     """The column of images: the one asked for, `image`, or the only one; ValueError naming them otherwise."""
     import datasets
 
@@ -153,7 +157,7 @@ def _holds_images(table: Any, column: str) -> bool:
         return False
 
 
-def _bytes_of(cell: Any) -> bytes | None:
+def _bytes_of(cell: object) -> bytes | None:
     """The content of a cell: plain bytes, or {bytes, path} as data sets keep images; None where it has none."""
     if isinstance(cell, dict):
         if cell.get("bytes") is None and cell.get("path"):
@@ -162,7 +166,7 @@ def _bytes_of(cell: Any) -> bytes | None:
     return bytes(cell) if isinstance(cell, bytes | bytearray | memoryview) else None
 
 
-def _caption_column(table: Any, subject: SubjectConfig, image: str, shown: str) -> tuple[str | None, list[str]]:
+def _caption_column(table: Dataset, subject: SubjectConfig, image: str, shown: str) -> tuple[str | None, list[str]]:
     """(column of captions or None, what is to be said); ValueError where the one asked for is not there."""
     names = [name for name in table.column_names if name != image]
     if subject.caption_column is not None and subject.caption_column not in table.column_names:
@@ -188,7 +192,7 @@ def _caption_column(table: Any, subject: SubjectConfig, image: str, shown: str) 
     ]
 
 
-def _reader(table: Any, index: int, column: str) -> Any:
+def _reader(table: Dataset, index: int, column: str) -> Callable[[], bytes]:
     cells = table.select_columns([column])
 
     def read() -> bytes:

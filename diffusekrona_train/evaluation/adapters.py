@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from diffusekrona_train.common.device import pick_device
@@ -16,6 +17,7 @@ from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.evaluation.bench import Bench
 from diffusekrona_train.evaluation.inputs import Generated, without_words
 from diffusekrona_train.evaluation.measure import Judges, Measured, measure
+from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import SampleSettings
 from diffusekrona_train.sampling.session import Memory, Subject, check_base, fill_prompt, processes
 
@@ -41,7 +43,7 @@ class Plan:
     """What `best_checkpoint` tries every checkpoint at."""
     batch_size: int = 1
     memory: Memory = field(default_factory=Memory)
-    device: Any = None
+    device: torch.device | None = None
     share: tuple[int, int] = (0, 1)
     wait: Callable[[], None] = lambda: None
     """Waits for the other processes, under `accelerate launch`."""
@@ -87,7 +89,7 @@ def choose(scores: Sequence[dict[str, dict[str, Any]]], base: dict[str, dict[str
 
 
 def evaluate_adapters(
-    source: Any,
+    source: ModelSource,
     subjects: Sequence[Subject],
     photos: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -136,7 +138,7 @@ def evaluate_adapters(
     return Outcome(list(subjects), of_base, adapted, best, about, [class_base, *(changed for _, changed in drawn)])
 
 
-def _settings_told(settings: SampleSettings, plan: Plan, source: Any) -> dict[str, str]:
+def _settings_told(settings: SampleSettings, plan: Plan, source: ModelSource) -> dict[str, str]:
     return {
         "base model": source.identity,
         "sampling": f"{settings.steps} steps, guidance {settings.guidance:g}, {settings.height} × {settings.width}",
@@ -145,6 +147,6 @@ def _settings_told(settings: SampleSettings, plan: Plan, source: Any) -> dict[st
     }
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

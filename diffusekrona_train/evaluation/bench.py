@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from diffusekrona_train.adapters.formats import inject_file
 from diffusekrona_train.common.device import pick_dtype
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.evaluation.inputs import Generated
+from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.plan import draw, plan_pictures, settle_manifest
 from diffusekrona_train.sampling.render import SampleSettings
 from diffusekrona_train.sampling.session import Memory, Studio, Subject, about_models
@@ -24,12 +26,12 @@ class Bench:
 
     def __init__(
         self,
-        source: Any,
+        source: ModelSource,
         texts: Sequence[str],
         settings: SampleSettings,
         folder: Path,
         *,
-        device: Any,
+        device: torch.device,
         memory: Memory | None = None,
         batch_size: int = 1,
         share: tuple[int, int] = (0, 1),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from diffusekrona_train.evaluation.inputs import Generated, without_words
@@ -22,7 +23,9 @@ class Judges:
     dino: Encoder
 
     @classmethod
-    def open(cls, clip: str | None, dino: str | None, *, toybox: bool, device: Any, cache: Path | None) -> Judges:
+    def open(
+        cls, clip: str | None, dino: str | None, *, toybox: bool, device: torch.device | str, cache: Path | None
+    ) -> Judges:
         """Encoders by name; without one the paper's, or toybox's own for pictures of the embedded model."""
         names = ("toybox", "toybox") if toybox else (CLIP, DINO)
         return cls(open_clip(clip or names[0], device, cache), open_dino(dino or names[1], device, cache))

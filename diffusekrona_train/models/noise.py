@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -19,14 +20,14 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 def noise_schedule(scheduler: object) -> torch.Tensor:
     """alphas_cumprod (T,), fp32, from a scheduler's config (a mapping, or an object with `.config`)."""
-    config: Mapping = getattr(scheduler, "config", scheduler)  # type: ignore[assignment]
+    config: Mapping[str, Any] = getattr(scheduler, "config", scheduler)  # type: ignore[assignment]
     betas = _betas(config)
     if config.get("rescale_betas_zero_snr"):
         betas = _rescale_zero_terminal_snr(betas)
     return torch.cumprod(1.0 - betas, dim=0).float()
 
 
-def _betas(config: Mapping) -> torch.Tensor:
+def _betas(config: Mapping[str, Any]) -> torch.Tensor:
     steps = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 2e-2))
     kind = config.get("beta_schedule", "linear")

@@ -34,7 +34,7 @@ def quantize_linears(model: nn.Module, kind: str, compute_dtype: torch.dtype, wa
 
 def _quantized(bnb: ModuleType, linear: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Module:
     shape = (linear.in_features, linear.out_features)
-    bias = linear.bias is not None
+    bias = linear.bias is not None  # pyright: ignore[reportUnnecessaryComparison]  torch types it as never None
     if kind == "nf4":
         new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4")
         # on a CPU with AVX512-BF16, bitsandbytes 0.50 would repack the weights at the first call without gradients, for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusekrona_train.common.nearest import did_you_mean
-from diffusekrona_train.models.contracts import Config
+from diffusekrona_train.models.contracts import Config, Loaded
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
@@ -63,7 +63,7 @@ def check_ddpm(config: Config) -> None:
         )
 
 
-def build_scheduler(name: str, model_scheduler: Any) -> Any:
+def build_scheduler(name: str, model_scheduler: Loaded) -> Any:
     """Scheduler `name` with the model's betas, prediction type and timestep spacing."""
     import diffusers
 

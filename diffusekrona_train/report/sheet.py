@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffusekrona_train.common.files import atomic
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, PAPER, PALE = (32, 33, 36), (255, 255, 255), (225, 228, 232)
 
 
@@ -86,7 +87,7 @@ def fit(picture: Image.Image, cell: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[str]:
+def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> list[str]:
     """`text` in at most three lines that fit `width` pixels; an empty text takes no line."""
     lines: list[str] = []
     for word in " ".join(text.split()).split(" "):
@@ -99,7 +100,7 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[s
     return [_fit_text(draw, line, font, width) for line in lines]
 
 
-def _fit_text(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+def _fit_text(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     """`text`, cut with an ellipsis where it is wider than `width` pixels."""
     if draw.textlength(text, font=font) <= width:
         return text

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.sampling.render import SampleSettings
 
@@ -164,7 +166,7 @@ def draw(
                 yield item, image
 
 
-def save_picture(path: Path, image: Any, record: dict[str, Any]) -> None:
+def save_picture(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
     """PNG with the record as JSON under `krona`, and under `parameters` the line that other tools show."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -225,8 +227,6 @@ def write_sheet(planned: Sequence[Planned], folder: Path) -> Path:
 
     Where that would be wider than eight pictures, the base has a row of its own above the adapter's.
     """
-    from PIL import Image
-
     from diffusekrona_train.report.sheet import contact_sheet
 
     rows: dict[tuple[str, str], list[Planned]] = {}

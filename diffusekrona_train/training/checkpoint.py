@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from diffusekrona_train.adapters import formats
 from diffusekrona_train.adapters.flat import ALIGN, FlatFactors
+from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.common.run_folder import adapter_file, step_name, step_of
@@ -67,7 +68,7 @@ class State:
 def save(
     folder: Path,
     step: int,
-    injection: Any,
+    injection: Injection,
     optimizer: torch.optim.Optimizer,
     *,
     info: dict,
@@ -83,6 +84,7 @@ def save(
     faults.reach("adapter", step)
     adapter = adapter_file(folder, step)
     formats.save_adapter(adapter, injection, info)
+    assert injection.flat is not None, "a run trains factors in flat buffers"
     moments, numbers = moments_by_name(injection.flat, optimizer)
     tensors = {f"factors/{name}": value for name, value in injection.state_dict().items()}
     tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
@@ -230,13 +232,14 @@ def refuse_lost(folder: Path) -> None:
         )
 
 
-def restore(state: State, injection: Any, optimizer: torch.optim.Optimizer) -> None:
+def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer) -> None:
     """Puts factors and optimiser back, bit for bit. ValueError where the state belongs to other factors."""
     wanted = {name: tuple(value.shape) for name, value in injection.state_dict().items()}
     factors = state.part("factors")
     if wanted != {name: tuple(value.shape) for name, value in factors.items()}:
         raise ValueError(f"the resume state {state.path} was made for other factors than this config describes")
     injection.load_state_dict(factors)
+    assert injection.flat is not None, "a run trains factors in flat buffers"
     moments, numbers = state.part("optimizer"), state.about["optimizer"]
     if state.about["format"] == OLDER:
         moments, numbers = _of_the_older_format(state, list(wanted), moments, numbers)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from diffusekrona_train.common.progress import Progress
 
@@ -18,7 +19,7 @@ class Journal:
     def __init__(
         self,
         folder: Path,
-        accelerator: Any,
+        accelerator: Accelerator,
         progress: Progress,
         start: int,
         steps: int,

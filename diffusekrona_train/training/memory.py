@@ -52,11 +52,10 @@ def choose(
     if device.type != "cuda":
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = torch.cuda.mem_get_info(device)[0] / GIB
-    for level in ladder:
-        need = estimate(level, base_parameters, samples * (config.data.resolution / 1024) ** 2, dtype, figures)
-        need += trained * trained_bytes(config) / GIB
-        if need <= free:
-            break
+    megapixels = samples * (config.data.resolution / 1024) ** 2
+    extra = trained * trained_bytes(config) / GIB
+    needs = [(level, estimate(level, base_parameters, megapixels, dtype, figures) + extra) for level in ladder]
+    level, need = next((pair for pair in needs if pair[1] <= free), needs[-1])
     return level, f"memory: {level.name} (about {need:.1f} GiB needed, {free:.1f} GiB free)"
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 
 from diffusekrona_train.adapters.flat import FlatFactors
+from diffusekrona_train.config.training import TrainConfig
 
 BAD_IN_A_ROW = 3
 """Non-finite steps in a row that end a run."""
@@ -31,7 +32,7 @@ class Descent:
     in a row now and at most, the last gradient norm.
     """
 
-    def __init__(self, factors: FlatFactors | list[torch.nn.Parameter], train: Any, accelerator: Any):
+    def __init__(self, factors: FlatFactors | list[torch.nn.Parameter], train: TrainConfig, accelerator: Any):
         if isinstance(factors, list):  # parameters of another library, or of a test
             factors = FlatFactors([{"": torch.nn.ParameterList(factors)}], SPARE)
         assert factors.slots == 1, "a run of several subjects has an optimiser for each slot"
@@ -119,7 +120,7 @@ class Descent:
         self.factors.clear()
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], train: Any) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
     settings = {
         "lr": train.learning_rate,
         "betas": tuple(train.betas),

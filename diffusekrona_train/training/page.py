@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusekrona_train.common.run_folder import adapter_file, read_metrics, step_name, step_of
 from diffusekrona_train.config import RunConfig, load_config
-from diffusekrona_train.data import collect, crop_pixels, plan_crops
+from diffusekrona_train.data import Crop, collect, crop_pixels, plan_crops
 from diffusekrona_train.evaluation.page import score_charts, score_table
 from diffusekrona_train.report.charts import Line, heat_map, line_chart
 from diffusekrona_train.report.page import Figure, Section, Strip, picture, write_page
@@ -112,7 +112,7 @@ def _photos(config: RunConfig) -> Section | None:
     return Section("The subject", note=note, strips=[Strip("Photos", photos), Strip("What was learnt from", cut)])
 
 
-def _crop_caption(crop: Any) -> str:
+def _crop_caption(crop: Crop) -> str:
     return f"{crop.size_hw[1]} × {crop.size_hw[0]}, {crop.share:.0%} of the photo" + (
         ", mirrored" if crop.flipped else ""
     )

@@ -204,7 +204,7 @@ def load_denoiser(
     return denoiser
 
 
-def enable_checkpointing(denoiser: Any) -> None:
+def enable_checkpointing(denoiser: Denoiser) -> None:
     """Compute blocks again in the backward pass. No layer is random: to set a generator's state back, a hundred times a
     step, would cost time and forbid to capture the step as a graph."""
     again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -28,6 +28,7 @@ from diffusekrona_train.adapters.kron import lora_truncate
 from diffusekrona_train.adapters.spectra import lora_pair, norm, terms
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
+from diffusekrona_train.models.source import ModelSource
 
 __all__ = ["EXPORTERS", "delta", "exact_rank", "export_command", "lora_pairs", "merge", "row_order"]
 
@@ -37,14 +38,18 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 """Layer -> (up (out, r), down (r, in)) with every scale inside up."""
 
 
-def to_native(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_native(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """This project's own file, JSON and all."""
     no_rank(rank, "native")
     write_adapter(out, file, dtype)
     return [f"{len(file.layers)} layers of {kind_of_adapter(file)}"]
 
 
-def to_lokr(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_lokr(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """A plain LoKr file. ValueError for adapters that are no Kronecker product and for the authors' order of rows."""
     no_rank(rank, "lokr")
     if file.row_permutation:
@@ -64,7 +69,9 @@ def to_lokr(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None
     return remarks
 
 
-def to_lora(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_lora(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """A LoRA file in kohya's keys, one alpha for the whole file (diffusers mis-scales files where alphas differ)."""
     pairs, remarks = lora_pairs(file, rank)
     alpha = Counter(up.shape[1] for up, _ in pairs.values()).most_common(1)[0][0]
@@ -82,7 +89,9 @@ def to_lora(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None
     return remarks
 
 
-def to_diffusers(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_diffusers(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """A LoRA file in PEFT's keys, `unet.<path>.lora_A.weight`; alpha equals the rank, so that the scale is 1."""
     pairs, remarks = lora_pairs(file, rank)
     tensors = {f"unet.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}

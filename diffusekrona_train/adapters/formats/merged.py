@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from diffusekrona_train.adapters.formats.names import layers_per_block, model_he
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.models.layers import Layer
 from diffusekrona_train.models.original import CLIP_PREFIX, original_tensors
+from diffusekrona_train.models.source import ModelSource
 
 
-def to_merged(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None) -> list[str]:
+def to_merged(
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
+) -> list[str]:
     """A diffusers pipeline folder with the adapter summed into the weights; `source` is the opened base model."""
     no_rank(rank, "merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not an empty folder; a merged pipeline needs a new one")
-    parts = _merged_parts(file, source, dtype, "merged")
+    source = _given(source, "merged")
+    parts = _merged_parts(file, source, dtype)
     denoiser, pipe = parts["denoiser"], source.family.pipeline(parts)
     _check_room(out, denoiser.parameters())
     with atomic(out) as folder:
@@ -33,14 +38,14 @@ def to_merged(file: AdapterFile, out: Path, *, dtype: str, rank: int | None = No
 
 
 def to_checkpoint(
-    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: Any = None
+    file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
     """The same as one .safetensors file in the layout of the original releases, which ComfyUI and A1111 load."""
     no_rank(rank, "checkpoint")
     source = _given(source, "checkpoint")
     if source.family.name not in CLIP_PREFIX:
         raise ValueError(f"--to checkpoint writes SD and SDXL; use --to merged for family {source.family.name!r}")
-    parts = _merged_parts(file, source, dtype, "checkpoint")
+    parts = _merged_parts(file, source, dtype)
     config, family = source.place.config, source.family.name
     second = family == "sd" and bool(config("unet").get("use_linear_projection"))
     modules = {"unet": parts["denoiser"], "vae": parts["vae"]}
@@ -67,15 +72,14 @@ def to_checkpoint(
     return [f"{len(file.layers)} layers of {kind_of_adapter(file)} summed into {source.identity}", *remarks]
 
 
-def _given(source: Any, name: str) -> Any:
+def _given(source: ModelSource | None, name: str) -> ModelSource:
     if source is None:
         raise ValueError(f"--to {name} needs the base model: give --model with an alias, hub name, folder or file")
     return source
 
 
-def _merged_parts(file: AdapterFile, source: Any, dtype: str, name: str) -> dict[str, Any]:
+def _merged_parts(file: AdapterFile, source: ModelSource, dtype: str) -> dict[str, Any]:
     """All parts of the base in `dtype`, the adapter summed into its denoiser in fp32 and rounded once."""
-    source = _given(source, name)
     denoiser = source.load("denoiser", dtype=torch.float32, device="cpu")["denoiser"]
     merge(denoiser, identify(file, source.layers(), source.family.name, layers_per_block(denoiser.config)))
     denoiser.to(tensorfile.DTYPES[dtype])
@@ -85,7 +89,7 @@ def _merged_parts(file: AdapterFile, source: Any, dtype: str, name: str) -> dict
     return {"denoiser": denoiser, **others}
 
 
-def _check_room(out: Path, tensors: Any) -> None:
+def _check_room(out: Path, tensors: Iterable[Tensor]) -> None:
     """ValueError where the disk has no room for these tensors."""
     free, needed = shutil.disk_usage(_standing(out)).free, sum(one.numel() * one.element_size() for one in tensors)
     if free < needed:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,9 @@ def _usual_resolution(base: dict[str, str]) -> str:
     return f"{side}x{side}"
 
 
-def _network(kind: str, groups: dict, options: dict) -> tuple[str, dict[str, str], str, str]:
+def _network(
+    kind: str, groups: dict[str, dict[str, Tensor]], options: dict[str, dict[str, Any]]
+) -> tuple[str, dict[str, str], str, str]:
     """ss_network_module, _args, _dim and _alpha as strings (the args a dict)."""
     largest = max(groups, key=lambda name: options.get(name, {}).get("rank", 0))
     rank, alpha = options.get(largest, {}).get("rank", 1), options.get(largest, {}).get("alpha", 1)
@@ -278,7 +280,7 @@ def family_name(model: nn.Module) -> str:
     return family_of(config, type(model).__name__).name
 
 
-def layers_per_block(config: Any) -> int:
+def layers_per_block(config: Mapping[str, Any] | None) -> int:
     """Layers in each block of a denoiser's config; 2, as in SDXL, where it does not say one number."""
     value = dict(config or {}).get("layers_per_block", 2)
     return value if isinstance(value, int) else 2

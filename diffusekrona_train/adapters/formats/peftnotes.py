@@ -63,7 +63,7 @@ def bare_name(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
 
 
-def _config(path: Path, groups: dict, metadata: dict[str, str]) -> dict[str, Any]:
+def _config(path: Path, groups: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
     """PEFT's settings for the denoiser, {} where the file has none."""
     beside = path.parent / BESIDE
     of_peft = any(name.startswith("base_model.model.") for name in groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -37,7 +38,7 @@ def write_sidecar(adapter: Path) -> str:
     return f"{path.name}: trigger words {words!r} for A1111, Forge and InvokeAI"
 
 
-def _noted(path: Path) -> dict | None:
+def _noted(path: Path) -> dict[str, Any] | None:
     """What stands in a sidecar, {} where there is none; None for a file that is no sidecar."""
     if not path.exists():
         return {}

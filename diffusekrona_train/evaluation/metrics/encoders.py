@@ -29,6 +29,7 @@ from diffusekrona_train.evaluation.metrics.preprocess import (
     IMAGENET_STD,
     Preprocessing,
 )
+from diffusekrona_train.models.contracts import Loadable, Loaded
 
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 TOYBOX = ASSETS / "toybox"
@@ -44,9 +45,9 @@ class Encoder:
     preprocessing: Preprocessing
     embed_pixels: Callable[[Tensor], Tensor]
     embed_text: Callable[[list[str]], Tensor] | None = None
-    tokenizer: Any = None
+    tokenizer: Loaded | None = None
     """Of a CLIP: tells how much of a text it reads."""
-    device: Any = "cpu"
+    device: torch.device | str = "cpu"
     batch_size: int = 32
     cache: Path | None = None
     _held: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -109,7 +110,7 @@ def _content(picture: Image.Image) -> str:
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
-def open_clip(name: str = CLIP, device: Any = "cpu", cache: Path | None = None) -> Encoder:
+def open_clip(name: str = CLIP, device: torch.device | str = "cpu", cache: Path | None = None) -> Encoder:
     """A CLIP model with its text side; ValueError of one line where `name` is none."""
     from transformers import AutoTokenizer, CLIPModel
 
@@ -131,7 +132,7 @@ def open_clip(name: str = CLIP, device: Any = "cpu", cache: Path | None = None) 
     return Encoder(name, _identity(name, where, model), shown, pixels, text, tokenizer, device, cache=cache)
 
 
-def open_dino(name: str = DINO, device: Any = "cpu", cache: Path | None = None) -> Encoder:
+def open_dino(name: str = DINO, device: torch.device | str = "cpu", cache: Path | None = None) -> Encoder:
     """A ViT whose class token is the embedding; `toybox` is the embedded network that knows its subjects apart."""
     if name == "toybox":
         net = load_identity_net(TOYBOX / "identity.safetensors").to(device)
@@ -151,7 +152,7 @@ def open_dino(name: str = DINO, device: Any = "cpu", cache: Path | None = None) 
     return Encoder(name, _identity(name, name, model), shown, pixels, device=device, cache=cache)
 
 
-def _load(kind: Any, where: str, name: str, expected: str, device: Any) -> Any:
+def _load(kind: type[Loadable], where: str, name: str, expected: str, device: torch.device | str) -> Any:
     import huggingface_hub
     import transformers
 
@@ -175,7 +176,7 @@ def _load(kind: Any, where: str, name: str, expected: str, device: Any) -> Any:
         transformers.logging.set_verbosity(before)
 
 
-def _load_tokenizer(kind: Any, where: str, name: str) -> Any:
+def _load_tokenizer(kind: type[Loadable], where: str, name: str) -> Any:
     try:
         return kind.from_pretrained(where)
     except (OSError, ValueError) as error:
@@ -183,7 +184,7 @@ def _load_tokenizer(kind: Any, where: str, name: str) -> Any:
         raise ValueError(f"encoder {name!r}: its tokenizer cannot be loaded ({reason})") from None
 
 
-def _identity(name: str, where: str, model: Any) -> str:
+def _identity(name: str, where: str, model: Loaded) -> str:
     """toybox and folders by the hash of their weights, hub models by their revision."""
     folder = Path(where)
     if folder.is_dir():

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -23,6 +22,8 @@ from diffusekrona_train.data import (
     plan_crops,
     printable,
 )
+from diffusekrona_train.models.hub import HubModel
+from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.report.sheet import contact_sheet, fit
 from diffusekrona_train.training.check.advice import advise
 from diffusekrona_train.training.check.identifier import (
@@ -146,7 +147,7 @@ def _with_boxes(crops: list[Crop], photo: Image.Image) -> Image.Image:
     return photo
 
 
-def model_lines(config: RunConfig, source: Any) -> list[str]:
+def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
     """What the model is, and a warning where the resolution is not the one it was made for."""
     parameters = base_parameters(source)
     lines = [f"{source.identity}: family {source.family.name}, {parameters:,} parameters, {source.prediction_type}"]
@@ -155,12 +156,12 @@ def model_lines(config: RunConfig, source: Any) -> list[str]:
             f"data.resolution: {config.data.resolution}, and the model was made for {source.default_resolution}; "
             "it draws worse at other sizes"
         )
-    if type(source.place).__name__ == "HubModel" and not _is_cached(source.place):
+    if isinstance(source.place, HubModel) and not _is_cached(source.place):
         lines.append(f"its weights are not on this machine: about {parameters * 2.6 / 1e9:.1f} GB are fetched first")
     return lines
 
 
-def _is_cached(place: Any) -> bool:
+def _is_cached(place: HubModel) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(place.name, "model_index.json", revision=place.revision)
@@ -194,7 +195,7 @@ def _quoted(text: str) -> str:
     return f"{text[:110]!r}{'…' if len(text) > 110 else ''}"
 
 
-def identifier_lines(config: RunConfig, source: Any, collection: Collection) -> list[str]:
+def identifier_lines(config: RunConfig, source: ModelSource, collection: Collection) -> list[str]:
     """Tokens of the identifier in each encoder, whether it means something already, and captions that are too long."""
     token = config.subject.token
     if token.lower() == config.subject.class_noun.lower():
@@ -225,7 +226,7 @@ def identifier_lines(config: RunConfig, source: Any, collection: Collection) -> 
     return lines + told[:5]
 
 
-def adapter_lines(config: RunConfig, source: Any) -> tuple[int, list[str]]:
+def adapter_lines(config: RunConfig, source: ModelSource) -> tuple[int, list[str]]:
     """(trainable parameters, lines on layers and factors)."""
     from diffusekrona_train.adapters import count_parameters, plan, plan_notes
     from diffusekrona_train.models.layers import select_layers
