@@ -58,7 +58,7 @@ def test_a_step_mixes_no_devices_and_waits_for_none(dtype, adapter, monkeypatch)
                 run.descent.backward(run.objective.loss(number, 0))
                 run.descent.step(1e-3)
         assert mode.sent <= 2 * 8  # noise, timesteps, indices, … of each micro-batch
-    assert all(parameter.grad.device.type == "meta" for parameter in run.injection.parameters())
+    assert all(parameter.grad.device.type == "meta" for parameter in run.objective.injection.parameters())
 
 
 def test_the_held_out_loss_mixes_no_devices():

@@ -41,7 +41,7 @@ def test_a_random_pipeline_trains_and_every_phase_is_watched(small, tmp_path):
         "adapter": {"a1": 4, "a2": 64},
     }
     with watching(time.perf_counter()) as watch:
-        path = train(make_run(small, tmp_path / "run", **run))
+        path = train(make_run(small, tmp_path / "run", **run)).file
     assert path.stat().st_size > 0
     phases = {phase for _, _, phase in WATCHED} | {"first step", "steps"}
     assert phases <= watch.summary()["seconds"].keys() and watch.level == "plain"

@@ -433,8 +433,8 @@ def test_a_base_that_gives_nan_is_blamed_and_not_the_rate(world, tmp_path):
 def test_the_prediction_type_of_the_config_is_trained_and_kept(world_sd, tmp_path):
     """Said of a model whose own files say epsilon: the target, the file's description and its header follow."""
     said = {"adapter": {"a1": 1, "a2": 1}, "train": {"steps": 1}}
-    first = train(make_run(world_sd, tmp_path / "epsilon", **said))
-    other = train(make_run(world_sd, tmp_path / "v", prediction_type="v_prediction", **said))
+    first = train(make_run(world_sd, tmp_path / "epsilon", **said)).file
+    other = train(make_run(world_sd, tmp_path / "v", prediction_type="v_prediction", **said)).file
     losses = [metrics(path.parent)[-1]["loss"] for path in (first, other)]
     assert losses[0] != losses[1]
     file = weights.read_adapter(other)

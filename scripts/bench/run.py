@@ -105,7 +105,7 @@ def cap_memory(gib: float, blind: bool) -> None:
 
 
 WATCHED = (
-    ("training.run", "assemble", "set-up"),
+    ("training.setup", "assemble", "set-up"),
     ("training.setup", "build_training_set", "cache"),
     ("models.source.ModelSource", "load_denoiser", "load"),
     ("training.setup", "inject_factors", "adapters"),

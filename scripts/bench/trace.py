@@ -94,6 +94,7 @@ def step_peak(kind: str, side: int, batch: int, checkpointing: bool) -> tuple[fl
     with next(unet.parameters()).fake_mode:
         if checkpointing:
             unet.enable_gradient_checkpointing()
+        base = sum(parameter.untyped_storage().nbytes() for parameter in unet.parameters())  # before adapters join
         contender = bench.contender({"a1": 4, "a2": 64})
         with Peak(storages(unet)) as peak:
             for _ in range(2):
@@ -103,7 +104,6 @@ def step_peak(kind: str, side: int, batch: int, checkpointing: bool) -> tuple[fl
                 sample = Batch(noise, noise.clone(), count, [0] * batch, extras, torch.ones(batch))
                 contender.passes(sample)
                 contender.finish()
-        base = sum(parameter.untyped_storage().nbytes() for parameter in unet.parameters())
     return base / GIB, peak.most / GIB
 
 

@@ -22,6 +22,7 @@ METRICS = ("clip_i", "clip_t", "dino")
 WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log_every", "trackers")
 """Fields of `train` that do not change the factors."""
 SINCE: dict[str, Any] = {
+    "prediction_type": None,
     "subject.caption_key": None,
     "subject.image_column": None,
     "subject.caption_column": None,
