@@ -243,6 +243,8 @@ def find_projections(model: nn.Module) -> list[Layer]:
     """proj_in and proj_out around the transformer blocks of a built UNet, adapted ones too."""
     found = []
     for name, module in model.named_modules():
+        if not name:
+            continue  # diffusers' models warn where one of their config's fields is asked for as an attribute
         width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
         if isinstance(width, int) and (layer := describe_projection(name, width)):
             found.append(layer)
