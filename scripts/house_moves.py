@@ -22,8 +22,9 @@ PACKAGE = "diffusekrona_train."
 PHOTO_BAR, CONFIG_BAR = 12, 30
 SET_UP = ("config", "common", "models.source", "models.local", "models.hub", "models.singlefile", "models.__init__")
 """Modules that are no part of a photo's way, though they run meanwhile."""
-WINDOWS = {"build_training_set": "data.training_set", "gradients": "training.step"}
-"""Function in which a photo is on its way -> its module."""
+WINDOWS = {"_image_maker.<locals>.make": "data.training_set", "gradients": "training.step"}
+"""Function in which a photo is on its way, from opening it to its latents and from a draw to the return of backward ->
+its module. What comes before (finding photos, planning crops) is set-up."""
 
 
 class Moves:
@@ -40,7 +41,7 @@ class Moves:
         if event not in ("call", "return") or not (here := module_of(frame)):
             return
         name = frame.f_code.co_name
-        if WINDOWS.get(name) == here:
+        if WINDOWS.get(frame.f_code.co_qualname) == here:
             self._inside += 1 if event == "call" else -1
         if event == "return":
             return
