@@ -214,11 +214,16 @@ def read(path: Path) -> State:
 
 def newest(folder: Path, warn: Callable[[str], object] = lambda _: None) -> State | None:
     """Return the newest state that can be read, None without one; a damaged one is reported to `warn` and skipped."""
+    damaged = []
     for path in states(folder):
         try:
-            return read(path)
+            state = read(path)
         except ValueError as error:
-            warn(f"{error}; taking the one before")
+            damaged.append(f"{error}; taking the one before")
+            continue
+        for line in damaged:
+            warn(line)
+        return state
     return None
 
 

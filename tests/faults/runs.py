@@ -151,6 +151,13 @@ def _memory() -> list[Case]:
         training_case(
             "out of memory late",
             fresh,
+            0,
+            r"out of memory.*going on with checkpointing",
+            **fault("step:3"),
+        ),
+        training_case(
+            "out of memory late, checkpointing asked for",
+            lambda box: fresh(box, {"train.memory": "checkpointing"}),
             1,
             three,
             same,
