@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train, sample, evaluate, compare with LoRA, report: the whole of it on the embedded model, without a download.
-#   scripts/demo_eval.sh [FOLDER]      about 5 minutes on 2 cores; open the two report.html that it names at the end
+# Train, sample, evaluate, compare with LoRA and report, all on the embedded model, without a download.
+#   scripts/demo_eval.sh [FOLDER]      about 5 minutes on 2 cores; open the two report.html that it prints at the end
 # PYTHON names an interpreter that has the package installed (.venv/bin/python).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +28,7 @@ lora=$!
 wait $krona || { tail -n 5 "$folder/krona.log" >&2; exit 1; }
 wait $lora || { tail -n 5 "$folder/lora.log" >&2; exit 1; }
 
-echo "== sampling, base model beside the adapter"
+echo "== generating images, base model beside the adapter"
 "$python" -m diffusekrona_train.cli.sample "$folder/krona" "A [V] dog on the beach" "A [V] dog at night" \
     --num-images 3 --base --sheet --output "$folder/pictures" | tail -n 2
 

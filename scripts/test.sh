@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that has to hold before a change lands: ruff, codespell, pyright, the documentation and all tests, in a .venv
-# made here (or found here).
-#   scripts/test.sh                    all of it
-#   scripts/test.sh --all              with the long forms of tests, such as every case of the fault matrix
+# Run every check that a change must pass: ruff, codespell, the documentation, pyright and all tests. Makes .venv, or uses
+# the one that exists.
+#   scripts/test.sh                    everything
+#   scripts/test.sh --all              also the long forms of tests, such as every case of the fault matrix
 #   scripts/test.sh tests/test_kron.py -k compiles    the checks, and only these tests
-# PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 takes .venv as it is.
+# PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 uses .venv as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,5 +24,5 @@ step .venv/bin/zensical build --strict
 step .venv/bin/pyright --pythonpath "$python"
 step "$python" -m pytest -n 2 --dist loadfile "$@"   # one-thread processes
 if ! command -v chromium chromium-browser google-chrome >/dev/null; then
-    echo "not checked: report pages in a browser (no Chromium here)"
+    echo "not checked: report pages in a browser (Chromium is not installed)"
 fi

@@ -1,7 +1,7 @@
-# Sourced by quickstart.sh and test.sh: makes or finds .venv in the project folder and installs into it.
+# Sourced by quickstart.sh and test.sh: make or find .venv in the project folder and install into it.
 #   prepare_venv .            the package
 #   prepare_venv '.[test]'    the package and what the tests need
-# PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 takes .venv as it is. Sets $python.
+# PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 uses .venv as it is. Sets $python.
 
 fail() {
     echo "$(basename "$0"): $*" >&2
@@ -18,7 +18,7 @@ find_python() {
             return
         fi
     done
-    fail "needs Python 3.11, 3.12 or 3.13, found $(found=$(python3 --version 2>/dev/null) || :; echo "${found:-none}"); name one with PYTHON=…"
+    fail "needs Python 3.11, 3.12 or 3.13, but found $(found=$(python3 --version 2>/dev/null) || :; echo "${found:-none}"); name one with PYTHON=…"
 }
 
 prepare_venv() {

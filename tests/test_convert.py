@@ -137,7 +137,7 @@ def test_a_rank_too_large_is_refused_or_cut_with_its_error(pipelines, tmp_path):
         assert up.shape[1] == 5
         error = float((dense - up @ down).norm())
         assert error == pytest.approx(float((sigma[5:] ** 2).sum().sqrt()), rel=1e-5)
-    assert f"error of the cut: {(lost / whole) ** 0.5:.2%} of ‖ΔW‖" in output
+    assert f"error of the truncation: {(lost / whole) ** 0.5:.2%} of ‖ΔW‖" in output
 
 
 @pytest.mark.parametrize("name", ["lora", "loha", "lokr", "full"])

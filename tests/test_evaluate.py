@@ -326,7 +326,7 @@ def test_train_suite_makes_a_config_a_row_and_goes_on_where_it_was(suite_file, t
     [
         (["images", "nowhere", "--photos", "{photos}"], "nowhere is not a folder"),
         (["images", "{photos}"], "--photos is missing"),
-        (["images", "{photos}", "--photos", "{photos}", "--clip", "toybox"], "nothing says its prompt"),
+        (["images", "{photos}", "--photos", "{photos}", "--clip", "toybox"], "its prompt is not known"),
         (["images", "{photos}", "--prompt", "a dog", "--photos", "toybox:podle"], "did you mean toybox:poodle"),
         (["suite", "dreambnch", "--runs", "{runs}"], "bundled are dreambench, toybox"),
         (["suite", "dreambench", "--runs", "{runs}"], "give the folder that holds dog/ with --photos"),

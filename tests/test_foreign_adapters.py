@@ -155,11 +155,11 @@ def test_an_alpha_in_the_file_wins_over_the_settings(unets, tmp_path):
 REFUSED = {
     "is a DoRA": {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_dora": True},
     "as pissa_niter_4, which changes the base": {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_4"},
-    "was started as olora": {"r": 4, "lora_alpha": 4, "init_lora_weights": "olora"},
+    "was initialised as olora": {"r": 4, "lora_alpha": 4, "init_lora_weights": "olora"},
     "has lora_bias: True": {"unet.r": 4, "unet.lora_alpha": 4, "unet.lora_bias": True},
     "say no lora_alpha|say no alpha": {"unet.r": 4},
     "are not JSON": "{",
-    "are no JSON object": "[1]",
+    "are not a JSON object": "[1]",
 }  # fmt: skip
 
 

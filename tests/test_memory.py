@@ -51,7 +51,7 @@ def test_other_errors_are_not_taken_for_it(error):
 
 @pytest.mark.parametrize("error", OUT.values(), ids=OUT)
 def test_drawing_without_memory_says_what_to_take(error):
-    told = "^out of device memory while drawing. Take --quantize nf4"
+    told = "^out of device memory while generating. Use --quantize nf4"
     with pytest.raises(RuntimeError, match=told), while_drawing():
         raise error
     with pytest.raises(RuntimeError, match="^mat1 and mat2"), while_drawing():

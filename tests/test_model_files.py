@@ -316,7 +316,7 @@ def test_a_denoiser_and_a_vae_of_different_models_are_refused(models, tmp_path, 
 )
 def test_a_scheduler_of_another_process_is_refused(models, tmp_path, config):
     source = open_model(with_config(models, tmp_path / "flow", "scheduler", **config))
-    refused(source, "not of the diffusion process|is none of epsilon")
+    refused(source, "not of the diffusion process|is not one of epsilon")
 
 
 def test_the_samplers_that_are_accepted_are_those_with_a_table_of_betas():
@@ -395,7 +395,7 @@ def test_the_prediction_type_can_be_said(models):
         assert source.prediction_type == "v_prediction"
         assert source.load("scheduler")["scheduler"].config.prediction_type == "v_prediction"
         assert opened(models, "sd15", path).prediction_type == "epsilon"
-    with pytest.raises(ValueError, match="'velocity' is none of epsilon"):
+    with pytest.raises(ValueError, match="'velocity' is not one of epsilon"):
         opened(models, "sd15", models["sd15"][0], prediction_type="velocity").check()
 
 

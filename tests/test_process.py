@@ -87,7 +87,7 @@ def test_weightings_by_signal_to_noise_are_refused_for_a_flow():
 
 
 def test_what_no_process_can_follow_is_refused():
-    with pytest.raises(ValueError, match="'flow' is none of epsilon, v_prediction, sample"):
+    with pytest.raises(ValueError, match="'flow' is not one of epsilon, v_prediction, sample"):
         Ddpm.from_config({"prediction_type": "flow"})
-    with pytest.raises(ValueError, match="shift 0.0 is no positive number"):
+    with pytest.raises(ValueError, match="shift 0.0 is not a positive number"):
         Flow.from_config({"shift": 0.0}, 1024)

@@ -47,7 +47,7 @@ def test_it_ends_with_a_sheet_and_is_quick_the_second_time(checkout, tmp_path):
     done = quickstart(checkout, tmp_path, SKIP_INSTALL="1", STEPS="2")
     assert done.returncode == 0, done.stderr
     run = checkout / "runs" / "toybox"
-    sheet = next(line for line in done.stdout.splitlines() if line.startswith("what it learnt:")).split(": ", 1)[1]
+    sheet = next(line for line in done.stdout.splitlines() if line.startswith("contact sheet:")).split(": ", 1)[1]
     with Image.open(sheet.strip()) as picture:
         assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or []) > 100  # not a blank page
     for name in ("report.html", "toybox.safetensors", "toybox.png", "metrics.jsonl"):
@@ -56,7 +56,7 @@ def test_it_ends_with_a_sheet_and_is_quick_the_second_time(checkout, tmp_path):
 
     written = (run / "toybox.safetensors").stat().st_mtime_ns
     again = quickstart(checkout, tmp_path, SKIP_INSTALL="1", STEPS="2")
-    assert again.returncode == 0 and "is there already" in again.stdout
+    assert again.returncode == 0 and "exists: not trained again" in again.stdout
     assert (run / "toybox.safetensors").stat().st_mtime_ns == written
 
 

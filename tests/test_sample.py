@@ -370,7 +370,7 @@ def test_what_a_prompt_says_in_vain_is_told_and_kept(world, tmp_path):
 def test_two_adapters_with_one_identifier_are_told():
     several = [studio.Subject(None, token=token) for token in ("sks", "ohwx", "SKS", None, None)]  # type: ignore[arg-type]
     (told,) = studio.shared_identifiers(several)
-    assert told.startswith("[V1] and [V3] are the same word, 'sks'")
+    assert told.startswith("[V1] and [V3] have the same identifier token, 'sks'")
     assert studio.shared_identifiers(several[:2]) == []
 
 
@@ -416,7 +416,7 @@ MISTAKES = [
     (("FILE", "a [V2]"), "[V2] has no adapter"),
     (("FILE", "a [V]", "--checkpoint", "3"), "--checkpoint 3 needs a run folder"),
     (("FILE", "a [V]", "--scheduler", "eulr"), "did you mean 'euler'"),
-    (("FILE", "a [V]", "--sweep", "colour=1"), "there is no such option"),
+    (("FILE", "a [V]", "--sweep", "colour=1"), "unknown option; use one of"),
     (("FILE", "a [V]", "--sweep", "steps=0,1"), "steps is 0"),
     (("FILE", "a [V]", "--height", "63"), "height is 63"),
     (("FILE", "a [V]", "--dtype", "half"), "--dtype 'half'"),

@@ -224,7 +224,7 @@ DAMAGE = {
     "half a pair": (rewritten(lambda t, m: t.pop(first(t, "lokr_w2"))), "lokr_w2 is missing"),
     "a layer lost": (
         rewritten(lambda t, m: [t.pop(first(t, "to_q." + s)) for s in ("lokr_w1", "lokr_w2", "alpha")]),
-        "is missing (1 of 128 that it promises)",
+        "is missing (1 of 128 that it lists)",
     ),
     "alpha lost": (rewritten(lambda t, m: t.pop(first(t, "alpha"))), "alpha is missing"),
     "alpha alone": (rewritten(lambda t, m: [t.pop(first(t, s)) for s in ("lokr_w1", "lokr_w2")]), "missing"),

@@ -64,7 +64,7 @@ class Injection:
             }
             if unknown := [name for name in options if name not in everything]:
                 raise ValueError(
-                    f"{unknown[0]} is no attention or feed-forward layer of this {type(self.model).__name__}"
+                    f"{unknown[0]} is not an attention or feed-forward layer of this {type(self.model).__name__}"
                 )
             layers = [everything[name] for name in options]
             self.options = {name: dict(value) for name, value in options.items()}
@@ -80,7 +80,7 @@ class Injection:
     def _inject_whole(self, names: list[str] | None) -> None:
         found = owners_of_parameters(self.model)
         if unknown := [name for name in names or [] if name not in found]:
-            raise ValueError(f"{unknown[0]} is no module with parameters of this {type(self.model).__name__}")
+            raise ValueError(f"{unknown[0]} is not a module with parameters of this {type(self.model).__name__}")
         for name in names or list(found):
             self._sites[name] = WholeModule(name, found[name], self.spec.scale)
         self.options = {name: {} for name in self._sites}

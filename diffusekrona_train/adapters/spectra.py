@@ -45,7 +45,7 @@ def terms(tensors: dict[str, Tensor]) -> tuple[float, list[Matrix]]:
             matrices.append(tensors[name] if whole else (tensors[f"{name}_a"], tensors[f"{name}_b"]))
             rank = rank if whole else tensors[f"{name}_b"].shape[0]
         return 1.0 if rank is None else _scale(alpha, rank), matrices
-    raise ValueError(f"tensors {', '.join(sorted(tensors))} are of no known adapter")
+    raise ValueError(f"tensors {', '.join(sorted(tensors))} do not belong to a known adapter type")
 
 
 def _scale(alpha: float | None, rank: int) -> float:

@@ -74,7 +74,7 @@ class AdaptedLinear(nn.Module):
     def unfuse(self) -> None:
         linear = self._innermost()
         if self.adapter not in linear.__dict__.get("_fused_adapters", []):
-            raise ValueError(f"{self.adapter.layer.name} was fused for good; load the model again to be without it")
+            raise ValueError(f"{self.adapter.layer.name} was fused permanently; load the model again to remove it")
         linear.__dict__["_fused_adapters"].remove(self.adapter)
         _sum_into(linear)
         self.fused = False
@@ -131,7 +131,7 @@ class WholeModule:
     @torch.no_grad()
     def unfuse(self) -> None:
         if self.fused and not self._kept:
-            raise ValueError(f"{self.name} was fused for good; load the model again to be without it")
+            raise ValueError(f"{self.name} was fused permanently; load the model again to remove it")
         for key, kept in self._kept.items():
             self._original(key).copy_(kept)
         self._kept, self.adapter.fused = {}, False

@@ -66,7 +66,7 @@ def run_of(file: Path) -> Path | None:
 
 def _photos_of_run(config: RunConfig | None, subject: Subject) -> list[Image.Image]:
     if config is None:
-        raise ValueError(f"{subject.name} lies in no run folder: give the subject's photos with --photos")
+        raise ValueError(f"{subject.name} is not in a run folder: give the subject's photos with --photos")
     return [picture.open() for picture in collect(config).pictures]
 
 
@@ -123,7 +123,7 @@ def _write_page(path: Path, outcome: Outcome, rows: list[dict], names: list[str]
         {
             "title": "Comparison",
             "summary": f"{len(rows)} adapters on the same {len(outcome.base.pictures)} prompts and seeds",
-            "note": f"Mean ± standard deviation over pictures. {RULE}",
+            "note": f"Mean ± standard deviation over images. {RULE}",
             "rows": [*table, ("base model", outcome.base.scores)],
             "best": next(i for i, row in enumerate(rows) if row["best"]),
             "extra": ("parameters", "size"),

@@ -53,11 +53,11 @@ def read_generated(folder: Path, prompts: Sequence[str] = ()) -> list[Generated]
     whose number its name begins with (00, 01, …); one prompt alone serves all. ValueError where none says it.
     """
     if not folder.is_dir():
-        raise ValueError(f"{printable(str(folder))} is not a folder of pictures")
+        raise ValueError(f"{printable(str(folder))} is not a folder of images")
     manifest = _manifest(folder / "manifest.jsonl")
     files = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("sheet-"))
     if not files:
-        raise ValueError(f"{printable(str(folder))} holds no picture")
+        raise ValueError(f"{printable(str(folder))} contains no image")
     return [_generated(path, i, manifest.get(plain(path.name)), prompts) for i, path in enumerate(files)]
 
 
@@ -74,7 +74,7 @@ def _generated(path: Path, index: int, row: dict[str, Any] | None, prompts: Sequ
         prompt = prompts[int(number[0])]
     if not isinstance(prompt, str):
         raise ValueError(
-            f"{printable(path.name)}: nothing says its prompt; give a manifest.jsonl, a .txt beside it, or prompts and "
+            f"{printable(path.name)}: its prompt is not known; give a manifest.jsonl, a .txt beside it, or prompts and "
             "names that begin with the prompt's number (00, 01, …)"
         )
     seed = re.search(r"(\d+)$", path.stem)
@@ -132,7 +132,7 @@ class Suite(Strict):
     def _names_are_known(self) -> Suite:
         names = [row.name for row in self.rows]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"rows: {twice[0]} is there twice")
+            raise ValueError(f"rows: duplicate name {twice[0]}")
         for row in self.rows:
             if isinstance(row.prompts, str) and row.prompts not in self.prompts:
                 raise ValueError(
@@ -151,7 +151,7 @@ class Suite(Strict):
         if where.startswith("toybox:"):
             return where
         if photos is None:
-            raise ValueError(f"suite {self.name} brings no photos: give the folder that holds {where}/ with --photos")
+            raise ValueError(f"suite {self.name} has no photos: give the folder that holds {where}/ with --photos")
         return str(photos / where)
 
 

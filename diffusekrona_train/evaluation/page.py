@@ -65,16 +65,16 @@ def write_evaluation_report(
         sections.append(
             Section(
                 "By seed",
-                note="Means over the pictures of one seed; the number is the seed.",
+                note="Means over the images of one seed; the number is the seed.",
                 tables=[Table(*result["seeds"])],
             )
         )
     if result.get("differences"):
-        note = "Difference to the best, picture by picture, with its 95 % bootstrap interval."
+        note = "Difference to the best, image by image, with its 95 % bootstrap interval."
         sections.append(Section("Is it a difference?", note=note, tables=[Table(*result["differences"])]))
     if pictures:
         strips = [Strip(label, [picture(file, caption, side=344) for caption, file in row]) for label, row in pictures]
-        sections.append(Section("Pictures", strips=strips))
+        sections.append(Section("Images", strips=strips))
     sections.append(
         Section("How it was measured", facts=[(key, str(value)) for key, value in result["settings"].items()])
     )

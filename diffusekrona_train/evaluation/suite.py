@@ -59,7 +59,7 @@ def evaluate_images(
         by_prompt.setdefault(picture.prompt, []).append((f"seed {picture.seed}", picture.file))
     page = {
         "title": name,
-        "summary": f"{len(generated)} pictures against {len(photos)} photos",
+        "summary": f"{len(generated)} images against {len(photos)} photos",
         "rows": [(name, measured.scores)],
         "seeds": seed_table([(name, measured.scores)]),
         "settings": about,
@@ -86,10 +86,10 @@ def evaluate_suite(
     """
     folder = runs or generated
     if folder is None or (runs and generated):
-        raise ValueError("a suite needs either the folder of its runs (--runs) or of its pictures (--generated)")
+        raise ValueError("a suite needs either the folder of its runs (--runs) or of its images (--generated)")
     present = [row for row in suite.rows if (folder / row.name).is_dir()]
     if not present:
-        raise ValueError(f"{folder} holds none of the suite's folders ({suite.rows[0].name}, …)")
+        raise ValueError(f"{folder} contains none of the suite's folders ({suite.rows[0].name}, …)")
     rank, world = plan.share
     for row in present[rank::world]:
         plan.progress.message(f"subject {row.name}")

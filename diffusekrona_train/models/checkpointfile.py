@@ -80,7 +80,9 @@ class CheckpointFile:
         """ValueError naming the tensors of `expected` (name -> any tensor of its shape) that are not in the file, or of
         another shape, or no numbers."""
         if missing := [name for name in expected if name not in self.shapes]:
-            raise ValueError(f"model file {self.path.name!r} lacks {listed(missing)} of its {what}; take a whole one")
+            raise ValueError(
+                f"model file {self.path.name!r} lacks {listed(missing)} of its {what}; use a complete file"
+            )
         for name, tensor in expected.items():
             ours, theirs = _squeezed(self.shapes[name]), _squeezed(tuple(tensor.shape))
             if ours != theirs:
@@ -90,7 +92,7 @@ class CheckpointFile:
                 )
             kind = self.kinds[self.stored[name]]
             if kind not in FLOATS and self.stored[name] not in self._scales:
-                raise ValueError(f"model file {self.path.name!r}: {name} is {kind}, without a scale that makes numbers")
+                raise ValueError(f"model file {self.path.name!r}: {name} is {kind}, without a scale to convert it")
 
     def _check_quantised(self) -> None:
         """ValueError for weights in fewer bits that are more than a product with a scale."""
@@ -111,7 +113,7 @@ class CheckpointFile:
             if key in known or key.endswith(INPUT_SCALES):
                 continue
             if self.kinds.get(_BESIDE.sub(".weight", key), "F32") in (*EIGHT_BITS, "U8") and _BESIDE.search(key):
-                raise ValueError(f"{what}: {key} is of a quantised format that is not known; take fp16, bf16 or fp32")
+                raise ValueError(f"{what}: {key} has an unknown quantised format; use fp16, bf16 or fp32")
 
     def _formats(self) -> list[tuple[str, str]]:
         """(layer, format) as ComfyUI's newer files say it: in the metadata, or in a tensor of JSON text a layer."""
@@ -126,7 +128,7 @@ class CheckpointFile:
             return found + [(key.removesuffix(".comfy_quant"), _format_of(json.loads(texts[key]))) for key in marks]
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"model file {self.path.name!r}: its notes on quantised layers are damaged ({error})"
+                f"model file {self.path.name!r}: its metadata about quantised layers is damaged ({error})"
             ) from None
 
 
@@ -143,9 +145,9 @@ def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dic
     except (SafetensorError, OSError) as error:
         if path.suffix.lower() in PICKLES:
             raise ValueError(
-                f"model file {path.name!r} is no .safetensors file; convert it (pickles can run code)"
+                f"model file {path.name!r} is not a .safetensors file; convert it (pickles can run code)"
             ) from None
-        raise ValueError(f"model file {path.name!r} is damaged or no safetensors file ({error})") from None
+        raise ValueError(f"model file {path.name!r} is damaged or not a safetensors file ({error})") from None
 
 
 def listed(names: list[str], most: int = 3) -> str:

@@ -60,5 +60,5 @@ def check_numbers(what: str, model: nn.Module) -> None:
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(
                 f"{what}: tensor {name} holds NaN or infinity in {str(tensor.dtype).removeprefix('torch.')}; the base "
-                "itself is damaged (or its numbers too large for this type): take another copy of it"
+                "itself is damaged (or its numbers too large for this type): use another copy"
             )

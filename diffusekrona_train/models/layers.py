@@ -78,7 +78,7 @@ def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
     """`describe`, with a ValueError for a name that is no such linear's."""
     found = describe(name, in_features, out_features) or describe_projection(name, in_features)
     if found is None:
-        raise ValueError(f"{name} is no attention or feed-forward linear of a transformer block")
+        raise ValueError(f"{name} is not an attention or feed-forward linear of a transformer block")
     return found
 
 

@@ -96,7 +96,9 @@ class LocalModel:
             return
         there = {name for file in files for name in read_header(file)[0]}
         if missing := [name for name in tensors() if name not in there]:
-            raise ValueError(f"model folder {str(self.path)!r}, part {part} lacks {listed(missing)}; take a whole copy")
+            raise ValueError(
+                f"model folder {str(self.path)!r}, part {part} lacks {listed(missing)}; use a complete copy"
+            )
 
     def _weight_files(self, part: str) -> list[Path]:
         return sorted(file for pattern in WEIGHTS for file in (self.path / part).glob(pattern))
@@ -114,7 +116,7 @@ def load_whole(cls: Any, name: str, **options: Any) -> Any:
         return cls.from_pretrained(name, **options)
     model, told = cls.from_pretrained(name, output_loading_info=True, **options)
     if missing := sorted(told["missing_keys"]):
-        raise ValueError(f"lacks {listed(missing)}; take a whole copy")
+        raise ValueError(f"lacks {listed(missing)}; use a complete copy")
     if scales := sorted(key for key in told["unexpected_keys"] if key.endswith(BESIDE_WEIGHTS)):
         raise ValueError(f"holds {listed(scales)} of quantised weights, which are read from single files only")
     return model

@@ -25,7 +25,9 @@ class Ddpm:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in noise.PREDICTION_TYPES:
-            raise ValueError(f"prediction_type {self.prediction_type!r} is none of {', '.join(noise.PREDICTION_TYPES)}")
+            raise ValueError(
+                f"prediction_type {self.prediction_type!r} is not one of {', '.join(noise.PREDICTION_TYPES)}"
+            )
 
     @classmethod
     def from_config(cls, scheduler_config: Config) -> Ddpm:
@@ -73,7 +75,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
-            raise ValueError(f"flow shift {self.shift} is no positive number")
+            raise ValueError(f"flow shift {self.shift} is not a positive number")
 
     @classmethod
     def from_config(cls, scheduler_config: Config, tokens: int) -> Flow:

@@ -21,7 +21,7 @@ def quantize_linears(model: nn.Module, kind: str, compute_dtype: torch.dtype, wa
     import bitsandbytes as bnb
 
     if kind not in ("nf4", "int8"):
-        raise ValueError(f"quantize {kind!r} is unknown; there are none, nf4, int8")
+        raise ValueError(f"quantize {kind!r} is unknown; use none, nf4 or int8")
     targets = [name for name, module in model.named_modules() if type(module) is nn.Linear and wanted(name)]
     if not targets:
         raise ValueError(f"quantize: {kind} finds no linear to replace in this {type(model).__name__}")

@@ -51,7 +51,7 @@ class SingleFile:
         self.file = CheckpointFile(self.path)
         check_checkpoint(self.path, self.file.shapes, self.own_vae)
         if self.config_folder is not None and not Path(self.config_folder).is_dir():
-            raise ValueError(f"model_config_dir {self.config_folder!r} is no folder")
+            raise ValueError(f"model_config_dir {self.config_folder!r} is not a folder")
         name = packaged_configs(self.path, self.file.shapes, self.file.metadata) if self.config_folder is None else ""
         self.configs = LocalModel(Path(self.config_folder) if self.config_folder else CONFIGS / name)
 
@@ -108,7 +108,7 @@ def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], own_vae: bo
     if entry is None:
         alone = "conv_in.weight" in shapes
         near = "only a denoiser in diffusers' layout" if alone else f"no {DENOISER}input_blocks keys"
-        raise ValueError(f"{what} has {near}; a whole Stable Diffusion checkpoint is needed")
+        raise ValueError(f"{what} has {near}; a complete Stable Diffusion checkpoint is needed")
     if entry[1] != shapes.get(f"{DENOISER}out.2.weight", entry)[0]:
         raise ValueError(f"{what} takes {entry[1]} input channels (inpainting or editing); text-to-image is needed")
     if f"{DENOISER}label_emb.0.0.weight" in shapes and not any(key.startswith("conditioner.") for key in shapes):

@@ -31,7 +31,7 @@ def contact_sheet(
     without blur.
     """
     if not rows or not any(pictures for _, pictures in rows):
-        raise ValueError(f"contact sheet {Path(path).name}: there are no pictures to draw")
+        raise ValueError(f"contact sheet {Path(path).name}: there are no images to show")
     cell = cell or max(128, min(320, max(max(p.size) for _, pictures in rows for p in pictures)))
     gap, margin, size = max(4, cell // 32), max(10, cell // 16), max(12, cell // 11)
     text = "".join([title, *columns, *(label for label, _ in rows)])

@@ -59,11 +59,11 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
         raise ValueError(f"--sweep {text!r}: write OPTION=v1,v2 such as guidance=1,5,10")
     name = name.replace("-", "_")
     if name not in SWEEPABLE:
-        raise ValueError(f"--sweep {name}: there is no such option; there are {', '.join(SWEEPABLE)}")
+        raise ValueError(f"--sweep {name}: unknown option; use one of {', '.join(SWEEPABLE)}")
     try:
         return name, list(dict.fromkeys(SWEEPABLE[name](value.strip()) for value in values.split(",") if value.strip()))
     except ValueError:
-        raise ValueError(f"--sweep {text!r}: a value is no {SWEEPABLE[name].__name__}") from None
+        raise ValueError(f"--sweep {text!r}: a value is not of type {SWEEPABLE[name].__name__}") from None
 
 
 def plan_pictures(

@@ -30,8 +30,8 @@ OFFLOADS = ("none", "model", "sequential")
 
 
 DRAWING = (
-    "out of device memory while drawing. Take --quantize nf4 and --vae-tiling, a smaller --batch-size or smaller "
-    "pictures, and end other programs on the device"
+    "out of device memory while generating. Use --quantize nf4 and --vae-tiling, a smaller --batch-size or smaller "
+    "images, and close other programs on the device"
 )
 
 
@@ -142,7 +142,9 @@ def subjects_of(
         found.append(Subject(file, strength, token, noun or file.info.get("class")))
     families = {subject.file.family for subject in found if subject.file.family}
     if len(families) > 1:
-        raise ValueError(f"the adapters are for different families ({', '.join(sorted(families))}); draw them apart")
+        raise ValueError(
+            f"the adapters are for different families ({', '.join(sorted(families))}); use them in separate commands"
+        )
     return found
 
 
@@ -154,11 +156,11 @@ def fill_prompt(prompt: str, subjects: Sequence[Subject]) -> str:
             raise ValueError(f"prompt {prompt!r}: {marker} has no adapter; there are {len(subjects)}")
         token = subjects[number - 1].token
         if token is None:
-            raise ValueError(f"{subjects[number - 1].name} does not say what {marker} stands for; give --token")
+            raise ValueError(f"{subjects[number - 1].name} has no identifier token for {marker}; give --token")
         prompt = prompt.replace(marker, token)
     if "{class}" in prompt:
         if not subjects or subjects[0].noun is None:
-            raise ValueError(f"prompt {prompt!r}: nothing says what {{class}} stands for; give --class")
+            raise ValueError(f"prompt {prompt!r}: the adapter file has no class noun for {{class}}; give --class")
         prompt = prompt.replace("{class}", subjects[0].noun)
     return prompt
 
@@ -181,7 +183,7 @@ def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
         if subject.token:
             owners.setdefault(subject.token.lower(), []).append(i)
     return [
-        f"{' and '.join(f'[V{i}]' for i in own)} are the same word, {token!r}: train each with its own subject.token"
+        f"{' and '.join(f'[V{i}]' for i in own)} have the same identifier token, {token!r}: train each with its own subject.token"
         for token, own in owners.items()
         if len(own) > 1
     ]
@@ -199,7 +201,7 @@ def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Pa
         return {name: getattr(config, name) for name in names}
     named = [subject.file.info["model"] for subject in subjects if subject.file.info.get("model")]
     if not named:
-        raise ValueError(f"{subjects[0].name} does not say its base model; give --model")
+        raise ValueError(f"{subjects[0].name} does not name its base model; give --model")
     if " sha256:" in named[0]:
         raise ValueError(f"{subjects[0].name} was trained on the local model {named[0]!r}; give its path with --model")
     return {"model": named[0], **({"prediction_type": said} if said else {})}
@@ -297,7 +299,7 @@ class Studio:
         if self.memory.offload == "none" or self._offloaded:
             return
         if self._device.type != "cuda":
-            raise ValueError(f"--offload {self.memory.offload} moves parts to a GPU, and there is none")
+            raise ValueError(f"--offload {self.memory.offload} moves parts to a GPU, but there is no GPU")
         if self.memory.offload == "model":
             self.pipe.enable_model_cpu_offload(device=self._device)
         else:

@@ -133,7 +133,7 @@ def _others() -> list[Case]:
             "the authors' file", authors("--to", "native", *importing), "", status=0, exists=("out/dog.safetensors",)
         ),
         adapter_case("our own as the authors'", _ours_as_theirs, r"is extra: the authors' keys read"),
-        adapter_case("a pipeline as adapter", _pipeline_weights, r"is extra: no part of a LoKr"),
+        adapter_case("a pipeline as adapter", _pipeline_weights, r"is extra: not part of a LoKr"),
     ]
 
 

@@ -199,7 +199,7 @@ def _adapters() -> list[Case]:
         adapter_case(
             "a LoRA that took from its base",
             lora(f"unet.{name}", said(r=2, lora_alpha=2, init_lora_weights="pissa")),
-            r"was started as pissa",
+            r"was initialised as pissa",
         ),
         adapter_case("settings that are no JSON", lora(f"unet.{name}", {"lora_adapter_metadata": "{"}), r"not JSON"),
         adapter_case("PEFT's file alone", lora(f"base_model.model.{name}"), r"adapter_config\.json beside it"),

@@ -176,7 +176,7 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
         ]
         layers = [row for row in rows if row is not None]
         if len(layers) < len(rows):
-            raise ValueError(f"{info['layers'][rows.index(None)]} is no layer of family {family}")
+            raise ValueError(f"{info['layers'][rows.index(None)]} is not a layer of family {family}")
         shapes = {
             layer.name: ADAPTERS[spec.type].shapes(layer, options[layer.name], spec)
             for layer in layers
@@ -194,7 +194,7 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
         name: {key.removeprefix("rows_"): value for key, value in group.items()} for name, group in groups.items()
     }
     if missing := [name for name in names if names[name] not in groups]:
-        raise ValueError(f"layer {missing[0]} is missing ({len(missing)} of {len(names)} that it promises)")
+        raise ValueError(f"layer {missing[0]} is missing ({len(missing)} of {len(names)} that it lists)")
     if extra := sorted(groups.keys() - names.values()):
         raise ValueError(f"layer {extra[0]} is extra: its own description does not list it ({len(extra)} such)")
     by_layer = {name: groups[names[name]] for name in names}

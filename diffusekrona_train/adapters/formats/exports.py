@@ -54,12 +54,12 @@ def to_lokr(
     no_rank(rank, "lokr")
     if file.row_permutation:
         raise ValueError(
-            f"{file.path}: the authors' layers permute the rows of A ⊗ B, which no LoKr file can say; "
+            f"{file.path}: the authors' layers permute the rows of A ⊗ B, which a LoKr file cannot express; "
             "use --to lora or merged"
         )
     if kind_of_adapter(file) not in ("krona", "lokr"):
         raise ValueError(
-            f"{file.path}: holds {kind_of_adapter(file)}, no Kronecker product; use --to lora, diffusers or merged"
+            f"{file.path}: holds {kind_of_adapter(file)}, not a Kronecker product; use --to lora, diffusers or merged"
         )
     write_adapter(out, file, dtype, own_json=False)
     shapes = Counter(tuple(group["lokr_w1"].shape) for group in file.groups.values() if "lokr_w1" in group)
@@ -150,13 +150,13 @@ def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[
     pairs, errors, norms = {}, {}, {}
     for layer in file.layers:
         if layer.kind == "all":
-            raise ValueError(f"{file.path}: full fine-tuning of the whole denoiser is no LoRA; use --to merged")
+            raise ValueError(f"{file.path}: full fine-tuning of the whole denoiser is not a LoRA; use --to merged")
         group = {suffix: tensor.float() for suffix, tensor in file.groups[layer.name].items()}
         exact = exact_rank(group)
         if rank is None and exact > _largest_rank(layer):
             raise ValueError(
                 f"{file.path}: layer {layer.name} has exact LoRA rank {exact}, larger than the dense difference of "
-                f"{layer.out_features} x {layer.in_features}; cut it with --rank, or use --to merged"
+                f"{layer.out_features} x {layer.in_features}; truncate it with --rank, or use --to merged"
             )
         up, down, errors[layer.name] = _pair(group, exact if rank is None else min(rank, exact), exact)
         if file.options[layer.name].get("row_permutation"):
@@ -214,5 +214,5 @@ def _remarks(pairs: Pairs, errors: dict[str, float], norms: dict[str, float]) ->
     share = errors[worst] / (norms[worst] or 1.0)
     return [
         f"cut: {listed}",
-        f"error of the cut: {lost / whole:.2%} of ‖ΔW‖ over all layers, at most {share:.2%} ({worst})",
+        f"error of the truncation: {lost / whole:.2%} of ‖ΔW‖ over all layers, at most {share:.2%} ({worst})",
     ]

@@ -35,9 +35,7 @@ def open_adapter(
     if model is None:
         if file.layers:
             return file
-        raise ValueError(
-            f"{path}: does not say which model it is for; give --model sdxl, sd15, sd21 or a pipeline folder"
-        )
+        raise ValueError(f"{path}: does not name its base model; give --model sdxl, sd15, sd21 or a pipeline folder")
     layers, family, per_block = known_layers(model, model_config_dir)
     return (
         import_diffusekrona(path, layers, family, per_block) if authors else identify(file, layers, family, per_block)

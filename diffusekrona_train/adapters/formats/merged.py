@@ -44,7 +44,9 @@ def to_checkpoint(
     no_rank(rank, "checkpoint")
     source = _given(source, "checkpoint")
     if source.family.name not in CLIP_PREFIX:
-        raise ValueError(f"--to checkpoint writes SD and SDXL; use --to merged for family {source.family.name!r}")
+        raise ValueError(
+            f"--to checkpoint supports only SD and SDXL; use --to merged for family {source.family.name!r}"
+        )
     parts = _merged_parts(file, source, dtype)
     config, family = source.place.config, source.family.name
     second = family == "sd" and bool(config("unet").get("use_linear_projection"))
@@ -94,7 +96,7 @@ def _check_room(out: Path, tensors: Iterable[Tensor]) -> None:
     free, needed = shutil.disk_usage(_standing(out)).free, sum(one.numel() * one.element_size() for one in tensors)
     if free < needed:
         raise ValueError(
-            f"{out}: the merged model takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there"
+            f"{out}: the merged model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there"
         )
 
 
@@ -126,7 +128,7 @@ def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         for key, tensor in tensorfile.read(path)[0].items():
             if not torch.equal(tensor, expected.pop(key)):
-                raise OSError(f"{out}: tensor {key} does not read back as it was written; is the disk sound?")
+                raise OSError(f"{out}: tensor {key} does not read back as it was written; is the disk faulty?")
     if expected:
         raise OSError(f"{out}: {len(expected)} tensors were not written")
 

@@ -63,11 +63,13 @@ def split_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for key, tensor in tensors.items():
         match = _SUFFIX.match(key)
         if match is None:
-            raise ValueError(f"tensor {key} is extra: no part of a LoKr, LoRA or LoHa adapter")
+            raise ValueError(f"tensor {key} is extra: not part of a LoKr, LoRA or LoHa adapter")
         groups.setdefault(match[1], {})[SAME.get(match[2], match[2])] = tensor
     kinds = {name: kind_of(name, group) for name, group in groups.items()}
     if len(set(kinds.values())) > 1:
-        raise ValueError(f"mixes {' and '.join(sorted(set(kinds.values())))} layers; one kind a file can be read")
+        raise ValueError(
+            f"mixes {' and '.join(sorted(set(kinds.values())))} layers; only one kind per file is supported"
+        )
     return groups
 
 
@@ -110,7 +112,7 @@ def kind_of(name: str, group: dict[str, Tensor]) -> str:
         return kind
     if any(suffix.startswith("diff") for suffix in group):
         return "full"
-    raise ValueError(f"layer {name} has nothing but {', '.join(sorted(group))}: its tensors are missing")
+    raise ValueError(f"layer {name} has only {', '.join(sorted(group))}: its tensors are missing")
 
 
 def _any(halves: list[str], group: dict[str, Tensor]) -> bool:

@@ -73,7 +73,7 @@ def _config(path: Path, groups: dict[str, Any], metadata: dict[str, str]) -> dic
         elif of_peft and beside.is_file():
             found = json.loads(beside.read_text(encoding="utf-8-sig"))
         elif of_peft:
-            raise ValueError(f"is PEFT's file; its scale is said in {BESIDE} beside it, which is missing")
+            raise ValueError(f"is a PEFT file; its scale is in {BESIDE} beside it, which is missing")
         else:
             return {}
     except json.JSONDecodeError as error:
@@ -81,7 +81,7 @@ def _config(path: Path, groups: dict[str, Any], metadata: dict[str, str]) -> dic
             f"its PEFT settings ({HEADER if HEADER in metadata else BESIDE}) are not JSON: {error}"
         ) from None
     if not isinstance(found, dict):
-        raise ValueError(f"its PEFT settings ({HEADER}) are no JSON object")
+        raise ValueError(f"its PEFT settings ({HEADER}) are not a JSON object")
     parts = ("unet.", "transformer.")
     own = {key.removeprefix(part): value for part in parts for key, value in found.items() if key.startswith(part)}
     return own or {key: value for key, value in found.items() if "." not in key}
@@ -94,7 +94,7 @@ def _said(config: dict[str, Any], usual: str, patterns: str, name: str) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", bare):
             return value
     if not isinstance(config.get(usual), int | float):
-        raise ValueError(f"its PEFT settings say no {usual} for layer {bare}")
+        raise ValueError(f"its PEFT settings have no {usual} for layer {bare}")
     return config[usual]
 
 
@@ -107,8 +107,8 @@ def _refuse(config: dict[str, Any]) -> None:
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(RESIDUAL):
         raise ValueError(
-            f"was started as {start}, which changes the base's weights; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            f"was initialised as {start}, which changes the base's weights; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which converts it to a plain LoRA"
         )
 
 

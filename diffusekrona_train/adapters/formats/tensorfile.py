@@ -34,7 +34,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: is no sound safetensors file: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: is not a valid safetensors file: {' '.join(str(error).split())}") from None
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")
     for key, tensor in tensors.items():
@@ -55,7 +55,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         again, metadata_again = read(temporary)
         same = again.keys() == tensors.keys() and metadata_again == metadata
         if not same or not all(_equal(again[key], tensor) for key, tensor in tensors.items()):
-            raise OSError(f"{path}: what was written does not read back the same; is the disk sound?")
+            raise OSError(f"{path}: what was written does not read back the same; is the disk faulty?")
 
 
 def cast(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def _check_header(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the .safetensors file inside it")
     if not path.is_file():
-        raise ValueError(f"{path}: {'is no regular file' if path.exists() else 'no such file'}")
+        raise ValueError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
     with path.open("rb") as file:
         start, mark = file.read(8), file.read(1)
         file.seek(8)
@@ -103,7 +103,9 @@ def _check_header(path: Path) -> None:
             raise ValueError(f"{path}: is truncated: {size} bytes, less than a header")
         (length,) = struct.unpack("<Q", start)
         if length > size - 8:
-            raise ValueError(f"{path}: is truncated or no safetensors file: a header of {length} bytes in {size} bytes")
+            raise ValueError(
+                f"{path}: is truncated or not a safetensors file: a header of {length} bytes in {size} bytes"
+            )
         header = file.read(length)
     try:
         entries = json.loads(header)

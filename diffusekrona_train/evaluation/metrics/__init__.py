@@ -131,7 +131,7 @@ def bootstrap(
 def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """Mean of first - second over the same prompts and seeds, its bootstrap interval, and whether that excludes 0."""
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} pictures cannot be compared one by one")
+        raise ValueError(f"{len(first)} and {len(second)} images cannot be compared one by one")
     gap = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     low, high = bootstrap(gap)
     return {"value": float(gap.mean()), "low": low, "high": high, "larger_than_chance": low > 0 or high < 0}

@@ -142,7 +142,7 @@ def open_dino(name: str = DINO, device: torch.device | str = "cpu", cache: Path 
 
     model = _load(AutoModel, name, name, "vit", device)
     if not isinstance(getattr(model.config, "image_size", None), int) or not hasattr(model, "embeddings"):
-        raise ValueError(f"encoder {name!r} is a {model.config.model_type} and not a vision transformer such as {DINO}")
+        raise ValueError(f"encoder {name!r} is a {model.config.model_type} not a vision transformer such as {DINO}")
 
     def pixels(batch: Tensor) -> Tensor:
         return model(pixel_values=batch).last_hidden_state[:, 0]
@@ -166,7 +166,7 @@ def _load(kind: type[Loadable], where: str, name: str, expected: str, device: to
         except ValueError as error:
             raise OSError(str(error)) from None
         if expected == "clip" and config.model_type != "clip":
-            raise ValueError(f"encoder {name!r} is a {config.model_type} and not a CLIP such as {CLIP}")
+            raise ValueError(f"encoder {name!r} is a {config.model_type} not a CLIP such as {CLIP}")
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         return kind.from_pretrained(where, dtype=torch.float32, **options).to(device).eval().requires_grad_(False)
     except OSError as error:
