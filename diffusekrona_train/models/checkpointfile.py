@@ -132,8 +132,12 @@ class CheckpointFile:
             ) from None
 
 
-def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:
-    """(tensor name -> (shape, type), metadata) of a safetensors file of whatever suffix; else ValueError."""
+def read_header(path: Path, shown: str | None = None) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:
+    """Return (tensor name -> (shape, type), metadata) of a safetensors file of any suffix; else ValueError.
+
+    `shown` is what errors call the file, if omitted its name.
+    """
+    shown = shown or path.name
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -145,9 +149,9 @@ def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dic
     except (SafetensorError, OSError) as error:
         if path.suffix.lower() in PICKLES:
             raise ValueError(
-                f"model file {path.name!r} is not a .safetensors file; convert it (pickles can run code)"
+                f"model file {shown!r} is not a .safetensors file; convert it (pickles can run code)"
             ) from None
-        raise ValueError(f"model file {path.name!r} is damaged or not a safetensors file ({error})") from None
+        raise ValueError(f"model file {shown!r} is damaged or not a safetensors file ({error})") from None
 
 
 def listed(names: list[str], most: int = 3) -> str:

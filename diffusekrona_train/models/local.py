@@ -94,7 +94,7 @@ class LocalModel:
         files = self._weight_files(part)
         if part != "unet" or not files:
             return
-        there = {name for file in files for name in read_header(file)[0]}
+        there = {name for file in files for name in read_header(file, f"{part}/{file.name}")[0]}
         if missing := [name for name in tensors() if name not in there]:
             raise ValueError(
                 f"model folder {str(self.path)!r}, part {part} lacks {listed(missing)}; use a complete copy"

@@ -183,7 +183,8 @@ def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
         if subject.token:
             owners.setdefault(subject.token.lower(), []).append(i)
     return [
-        f"{' and '.join(f'[V{i}]' for i in own)} have the same identifier token, {token!r}: train each with its own subject.token"
+        f"{' and '.join(f'[V{i}]' for i in own)} have the same identifier token, {token!r}: "
+        "train each with its own subject.token"
         for token, own in owners.items()
         if len(own) > 1
     ]
