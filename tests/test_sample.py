@@ -296,7 +296,7 @@ def test_two_subjects_and_sweeps(world, tmp_path):
     assert row["prompt"] == "A sks dog and a zwx cat"
     assert [item["strength"] for item in row["adapters"]] == [0.7, 1.0]
     done = door("--adapter", first, "--prompt", "A [V] dog", "--sweep", "guidance=1,5", "--sweep", "scale=0,1", *common)
-    assert done.exit_code == 0 and "4 pictures" in done.output
+    assert done.exit_code == 0 and "4 images" in done.output
 
 
 def test_a_prompt_without_the_identifier_is_warned_about(world, tmp_path):
@@ -316,7 +316,7 @@ def test_the_bare_base_prompts_file_and_quantised(tmp_path):
         "--output",
         tmp_path / "out",
     )
-    assert "2 pictures" in door(*words).output
+    assert "2 images" in door(*words).output
     quantised = door(*words, "--quantize", "nf4", "--vae-tiling", "--vae-slicing")
     assert quantised.exit_code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 4
 

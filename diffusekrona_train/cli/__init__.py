@@ -1,4 +1,4 @@
-"""The doors: thin typer commands that parse, call one function and print.
+"""The commands: thin typer functions that parse, call one function and print.
 
 Nothing heavy is imported before a command runs, so `krona-* --help` answers at once.
 """
@@ -20,7 +20,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 
 # Read when torch is loaded: OpenMP threads that spin while they wait make a step many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Read when CUDA begins: pictures of other shapes and validations would else leave holes that nothing fits in.
+# Read when CUDA begins: images of other shapes and validations would else leave holes that nothing fits in.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 P = ParamSpec("P")
@@ -33,7 +33,7 @@ USER_MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectory
 """What a user can put right: shown as one line with exit status 2. pydantic's ValidationError is a ValueError."""
 
 
-def door(command: Callable[P, R]) -> Callable[P, R]:
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """Decorate a typer command: a user's mistake prints `error: …` (exit 2), anything else `fault: …` (exit 1).
 
     With the environment variable KRONA_DEBUG=1, or `--debug` on the command line, the traceback is printed too.
@@ -99,7 +99,7 @@ def with_options(command: Callable[..., R]) -> Callable[..., R]:
 
 
 def enter(app: Callable[..., Any]) -> NoReturn:
-    """Run a door's typer app: a wrong option or argument is one line too (exit status 2); SIGTERM ends it cleanly."""
+    """Run a command: a wrong option or argument is one line too (exit status 2); SIGTERM ends it cleanly."""
     signal.signal(signal.SIGTERM, _terminated)
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns on import of kernels that no one here needs
     try:

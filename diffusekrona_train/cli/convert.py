@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffusekrona_train.cli import PLAIN, door, enter
+from diffusekrona_train.cli import PLAIN, enter, guarded
 
 app = typer.Typer(**PLAIN)
 
@@ -38,7 +38,7 @@ WHOLE = (Target.merged, Target.checkpoint)
 
 
 @app.command()
-@door
+@guarded
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Adapter file (.safetensors).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write; for merged: a new folder.")],

@@ -1,4 +1,4 @@
-"""krona-eval: scores of pictures, of a suite of subjects, of several adapters, of the checkpoints of a run."""
+"""krona-eval: scores of images, of a suite of subjects, of several adapters, of the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import PLAIN, door, enter, read_prompts_file, with_options
+from diffusekrona_train.cli import PLAIN, enter, guarded, read_prompts_file, with_options
 from diffusekrona_train.cli.terminal import Terminal
 from diffusekrona_train.config.strengths import LARGEST
 
@@ -39,14 +39,14 @@ class Judging:
 
 @dataclass
 class Drawing(Judging):
-    """Options of evaluations that draw the pictures themselves."""
+    """Options of evaluations that generate the images themselves."""
 
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 4
+    num_images: Annotated[int, typer.Option(min=1, help="Images for each prompt, with consecutive seeds.")] = 4
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated in one batch.")] = 1
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto"
     quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8, where memory is short.")] = "none"
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.")] = False
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large images in tiles.")] = False
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Prompts:
 
 
 @app.command()
-@door
+@guarded
 @with_options
 def images(
-    folder: Annotated[Path, typer.Argument(help="Generated pictures, by any tool.")],
+    folder: Annotated[Path, typer.Argument(help="Generated images, by any tool.")],
     photos: Photos = None,
     token: Annotated[
         list[str] | None, typer.Option(help="Identifier that CLIP-T's text leaves out; repeatable.")
@@ -74,7 +74,7 @@ def images(
     prompts: Prompts,
     judging: Judging,
 ) -> None:
-    """Score a folder of pictures against photos: krona-eval images pictures --photos photos/dog --token sks"""
+    """Score a folder of images against photos: krona-eval images pictures --photos photos/dog --token sks"""
     if photos is None:
         raise ValueError("--photos is missing: name the folder of the subject's photos")
     from diffusekrona_train import evaluation as evaluate
@@ -91,14 +91,14 @@ def images(
 
 
 @app.command()
-@door
+@guarded
 @with_options
 def suite(
     name: Annotated[str, typer.Argument(metavar="SUITE", help="dreambench, toybox, or a YAML file.")],
     runs: Annotated[
         Path | None, typer.Option(help="Folder with a run for each subject (scripts/train_suite.py).")
     ] = None,
-    generated: Annotated[Path | None, typer.Option(help="Folder with a folder of pictures for each subject.")] = None,
+    generated: Annotated[Path | None, typer.Option(help="Folder with one folder of images for each subject.")] = None,
     photos: Annotated[Path | None, typer.Option(help="Folder with a folder of photos for each subject.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -109,7 +109,7 @@ def suite(
 ) -> None:
     """Score every subject of a suite, by subject and group: krona-eval suite toybox --runs runs/toybox"""
     if (runs is None) == (generated is None):
-        raise ValueError("give either --runs (adapters, drawn here) or --generated (pictures)")
+        raise ValueError("give either --runs (adapters; the images are generated here) or --generated (images)")
     from diffusekrona_train import evaluation as evaluate
 
     chosen = evaluate.load_suite(name)
@@ -136,7 +136,7 @@ def suite(
 
 
 @app.command()
-@door
+@guarded
 @with_options
 def compare(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter files or run folders of one subject.")],
@@ -179,7 +179,7 @@ def compare(
 
 
 @app.command()
-@door
+@guarded
 @with_options
 def best(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
@@ -252,7 +252,7 @@ def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
 
 
 def _print_rows(rows: list[tuple[str, dict[str, Any]]], extra: list[str] | None = None) -> None:
-    """A table of value ± standard deviation over pictures."""
+    """A table of value ± standard deviation over images."""
     from diffusekrona_train.evaluation.metrics import METRICS
 
     shown = [name for name in METRICS if any(name in scores for _, scores in rows)]

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import PLAIN, door, enter
+from diffusekrona_train.cli import PLAIN, enter, guarded
 
 app = typer.Typer(
     **PLAIN,
     no_args_is_help=True,
-    help="Counts parameters, prints the paper's Table 2, and pictures what an adapter learnt.",
+    help="Count parameters, print the paper's Table 2, and plot what an adapter learnt.",
 )
 
 Model = Annotated[str, typer.Option(help="sdxl, sd15, sd14, sd21, toybox (no weights needed), or a pipeline folder.")]
@@ -32,7 +32,7 @@ class Kind(StrEnum):
 
 
 @app.command()
-@door
+@guarded
 def params(
     model: Model = "sdxl",
     adapter: Annotated[Kind, typer.Option(help="Kind of adapter.")] = Kind.krona,
@@ -99,7 +99,7 @@ def params(
 
 
 @app.command()
-@door
+@guarded
 def grid(model: Model = "sdxl", ffn: Ffn = False, json_: Json = False, debug: Debug = False) -> None:
     """The paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
     from diffusekrona_train.models.layers import select_layers
@@ -119,26 +119,26 @@ def grid(model: Model = "sdxl", ffn: Ffn = False, json_: Json = False, debug: De
         print(
             "remark: the paper's a1 = 1 row counts a B four times smaller than its shapes allow; the row here is exact."
         )
-    print("        a1 and a2 count through their product alone; '-': a1 or a2 does not divide a width.")
+    print("        a1 and a2 count only through their product; '-': a1 or a2 does not divide a width.")
 
 
 @app.command()
-@door
+@guarded
 def factors(
     file: Annotated[Path, typer.Argument(help="Adapter file (.safetensors).")],
-    output: Annotated[Path, typer.Option(help="Folder for the pictures and spectra.json.")],
+    output: Annotated[Path, typer.Option(help="Folder for the plots and spectra.json.")],
     model: Annotated[str | None, typer.Option(help="The base, for norms relative to its weights.")] = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Picture what an adapter learnt: norms by layer, singular values, the factors A; the same as JSON."""
+    """Plot what an adapter learnt: norms by layer, singular values, the factors A; the same as JSON."""
     from diffusekrona_train.adapters import spectra
     from diffusekrona_train.adapters.formats import open_adapter
     from diffusekrona_train.report import factors as plots
 
     adapter = open_adapter(file, model)
     if any(layer.kind == "all" for layer in adapter.layers):
-        raise ValueError(f"{file}: full fine-tuning of the whole denoiser has no factors to picture")
+        raise ValueError(f"{file}: full fine-tuning of the whole denoiser has no factors to plot")
     norms, remark = _base_norms(adapter, model)
     rows = spectra.measure(adapter.groups, adapter.layers, norms)
     written = plots.write_pictures(rows, adapter.groups, output)
@@ -239,7 +239,7 @@ def _base_norms(adapter: Any, model: str | None) -> tuple[dict[str, float] | Non
             None,
             f"absolute norms only: the base model ({named or 'not named in the file'}) is not here; give --model",
         )
-    if model is None:  # a picture is no reason to download gigabytes
+    if model is None:  # a plot is not a reason to download gigabytes
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 

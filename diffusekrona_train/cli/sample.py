@@ -1,4 +1,4 @@
-"""krona-sample: pictures from an adapter, or from several, or from the bare base model."""
+"""krona-sample: images from an adapter, from several, or from the bare base model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusekrona_train.cli import PLAIN, door, enter, read_prompts_file
+from diffusekrona_train.cli import PLAIN, enter, guarded, read_prompts_file
 from diffusekrona_train.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(**PLAIN)
 
-ModelGroup, MemoryGroup, PictureGroup, OutputGroup = "Model", "Memory", "Picture", "Output"
+ModelGroup, MemoryGroup, PictureGroup, OutputGroup = "Model", "Memory", "Image", "Output"
 
 
 @app.command()
-@door
+@guarded
 def sample(
     source_and_prompts: Annotated[
         list[str] | None,
@@ -61,7 +61,7 @@ def sample(
     prediction_type: Annotated[
         str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, help="Images for each prompt, with consecutive seeds.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps (50; toybox 25).")] = None,
@@ -72,13 +72,15 @@ def sample(
     height: Annotated[int | None, typer.Option(help="Pixels (the adapter's training resolution).")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels (the adapter's training resolution).")] = None,
     sweep: Annotated[list[str] | None, typer.Option(help="OPTION=v1,v2: all values of an option; repeatable.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Draw the base model beside the adapter.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Generate with the base model too, for comparison.")] = False,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a labelled contact sheet too.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder of the pictures (pictures/ beside the adapter).")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Draw pictures again that are there.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the images (default: pictures/ beside the adapter).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Generate images again that exist already.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated in one batch.")] = 1,
     noise: Annotated[
-        str, typer.Option(help="prompt: noise by prompt and seed; seed: by seed alone, to compare prompts.")
+        str, typer.Option(help="prompt: noise from prompt and seed; seed: from the seed only, to compare prompts.")
     ] = "prompt",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8.")] = "none",
@@ -86,11 +88,11 @@ def sample(
     offload: Annotated[
         str, typer.Option(help="none, model or sequential: move parts to the GPU when needed.")
     ] = "none",
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.")] = False,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large images in tiles.")] = False,
     vae_slicing: Annotated[bool, typer.Option("--vae-slicing", help="Decode a batch one by one.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Draw pictures: krona-sample runs/dog "A [V] dog on the beach" --num-images 4 --sheet"""
+    """Generate images: krona-sample runs/dog "A [V] dog on the beach" --num-images 4 --sheet"""
     words = list(source_and_prompts or [])
     run = _take_source(words, bool(adapter), model)
     prompts = [*words, *(prompt or []), *read_prompts_file(prompts_file)]
@@ -129,7 +131,7 @@ def _generate(call: Call, sheet: bool) -> None:
             print(write_sheet(call.planned, folder))
         mine = f"{written} by this process" if call.world > 1 else f"{written} new"
         already = f"; {there} were there already" if there else ""
-        print(f"{len(call.planned)} pictures in {folder} ({mine}{already})")
+        print(f"{len(call.planned)} images in {folder} ({mine}{already})")
 
 
 def _home(run: Path | None, adapters: list[str]) -> Path:

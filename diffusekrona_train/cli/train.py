@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusekrona_train.cli import PLAIN, door, enter
+from diffusekrona_train.cli import PLAIN, enter, guarded
 from diffusekrona_train.cli.terminal import Terminal, first_process
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ app = typer.Typer(**PLAIN, help="Train a Kronecker adapter on a few photos.")
 
 
 @app.callback(invoke_without_command=True)
-@door
+@guarded
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="The YAML of the run (krona-train init writes one).")] = None,
@@ -102,7 +102,7 @@ def what_next(config: RunConfig, result: TrainResult) -> str:
 
 
 @app.command()
-@door
+@guarded
 def schema() -> None:
     """Print the JSON schema of a config, for editors."""
     from diffusekrona_train.config import schema as json_schema
@@ -111,7 +111,7 @@ def schema() -> None:
 
 
 @app.command()
-@door
+@guarded
 def init(
     photos: Annotated[Path, typer.Argument(help="Folder of the subject's photos, or toybox:NAME.")],
     class_noun: Annotated[str, typer.Option("--class", help="What the subject is, in a word or two: dog.")],

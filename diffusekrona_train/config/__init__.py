@@ -2,7 +2,7 @@
 
     config = load_config("dog.yaml", ["train.steps=300"])
 
-Imports pydantic and YAML alone. The manual of all fields: `sections.py`, `training.py`, `run.py`.
+Imports only pydantic and YAML. The manual of all fields: `sections.py`, `training.py`, `run.py`.
 """
 
 from __future__ import annotations

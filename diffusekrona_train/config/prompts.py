@@ -8,10 +8,10 @@ from typing import Any
 
 _FOREIGN: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"<(?:lora|lyco|lycoris|loha|lokr|hypernet|embedding|ti)\s*:[^<>]*>", re.I), "load the file instead"),
-    (re.compile(r"(?<!\\)\([^()]*?[^():\s]\s*:\s*[-+]?\d*\.\d+\s*\)"), "write the words alone"),  # (sks dog:1.4)
-    (re.compile(r"(?<!\\)\([^()]*?[^():\s\d]\s*:\s*[-+]?\d+\s*\)"), "write the words alone"),  # (sks dog:2), not (16:9)
-    (re.compile(r"\(\([^()]*\)\)"), "write the words alone"),
-    (re.compile(r"\([^()]+\)(?:[-+]{1,5}|\d*\.\d+)(?=\W|$)|\b\w+\+{2,5}(?=[\s,.]|$)"), "write the words alone"),
+    (re.compile(r"(?<!\\)\([^()]*?[^():\s]\s*:\s*[-+]?\d*\.\d+\s*\)"), "write only the words"),  # (sks dog:1.4)
+    (re.compile(r"(?<!\\)\([^()]*?[^():\s\d]\s*:\s*[-+]?\d+\s*\)"), "write only the words"),  # (sks dog:2), not (16:9)
+    (re.compile(r"\(\([^()]*\)\)"), "write only the words"),
+    (re.compile(r"\([^()]+\)(?:[-+]{1,5}|\d*\.\d+)(?=\W|$)|\b\w+\+{2,5}(?=[\s,.]|$)"), "write only the words"),
     (re.compile(r"\[[^\[\]]*:[^\[\]]*:\s*\d*\.?\d+\s*\]"), "write one of them"),
     (re.compile(r"\bembedding:\w[\w.-]*", re.I), "load the file instead"),
     (re.compile(r"__[\w/-]+__"), "write the words out"),

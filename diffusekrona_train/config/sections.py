@@ -75,7 +75,7 @@ class AdapterConfig(Strict):
     init_a: Literal["normal", "normal_dim", "normal_dim_reciprocal", "kaiming_uniform", "xavier_uniform"] = "normal"
     """krona: distribution of A at the start; normal has standard deviation 1/a2."""
     init_b: Literal["zero", "same"] = "zero"
-    """krona: B at the start; `same` draws it like A (the ablation that the paper reports as failing)."""
+    """krona: B at the start; `same` initialises it like A (the ablation that the paper reports as failing)."""
     rank: Annotated[int, Field(ge=1)] = 4
     """lora, lokr, loha: rank of the low-rank factors."""
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -138,7 +138,7 @@ class DataConfig(Strict):
     buckets: bool = False
     """Keep aspect ratios: photos go to buckets of equal area instead of square crops."""
     flip: bool = False
-    """Mirror pictures at random (off: a face or a logo is not symmetric)."""
+    """Mirror images at random (off: a face or a logo is not symmetric)."""
     variants: Annotated[int, Field(ge=1, le=64)] = 1
     """How many random crops and flips of an image are cached."""
     cache_dir: str | None = None

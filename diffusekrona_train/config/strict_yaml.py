@@ -92,7 +92,7 @@ StrictLoader.add_constructor(None, _other)  # type: ignore[arg-type]
 
 
 def parse_yaml(text: str) -> Any:
-    """The tree that `text` writes; ValueError of one line with the place of the mistake."""
+    """The tree that `text` writes; ValueError of one line that says where the mistake is."""
     try:
         return yaml.load(text, Loader=StrictLoader)
     except RecursionError:
@@ -111,7 +111,7 @@ def _describe(error: yaml.MarkedYAMLError, text: str) -> str:
     if mark is not None:
         place = f"line {mark.line + 1}, column {mark.column + 1}: "
         if any("\t" in line[: mark.column + 1] for line in text.splitlines()[mark.line : mark.line + 1]):
-            return f"line {mark.line + 1}: a tab in the indentation; YAML takes spaces alone"
+            return f"line {mark.line + 1}: a tab in the indentation; YAML accepts only spaces"
     problem = " ".join((error.problem or error.context or "not YAML").split())
     if "escape" in problem:  # "C:\\Users\\me"
         problem += "; in double quotes a backslash begins an escape: use single quotes or forward slashes"

@@ -38,7 +38,7 @@ class TrainConfig(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps of linear warm-up."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything: factors, picture order, noise, timesteps."""
+    """Seed of everything: factors, order of images, noise, timesteps."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: bf16 where the card is fast at it, else fp16, and no on a CPU."""
     quantize: Literal["none", "nf4", "int8"] = "none"

@@ -196,7 +196,7 @@ def _drawn() -> list[Case]:
         assert all(box.folder.joinpath("out", name).read_bytes() == raw for name, raw in before.items()), "drawn twice"
 
     return [
-        slow("a picture", _sample(), 0, r"1 pictures? in out", exists=PICTURE, then=one_file_each),
+        slow("a picture", _sample(), 0, r"1 images? in out", exists=PICTURE, then=one_file_each),
         slow("a prompt that is hostile", hostile, 0, r"\S", exists=PICTURE, then=one_file_each),
         slow("pictures that stand there", there_already, 0, r"were there already", then=kept, may_write=OUT),
         slow("a manifest cut by a kill", broken_manifest, 0, r"\S", exists=PICTURE),
