@@ -501,7 +501,7 @@ def test_hub_name_goes_to_datasets_and_no_network_is_one_line(tmp_path, monkeypa
         raise ConnectionError("Couldn't reach the hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    assert "is no folder here, and the hub did not give" in refusal(run("hub:google/dreambooth"))
+    assert "is not a folder here, and the hub did not give" in refusal(run("hub:google/dreambooth"))
 
 
 def test_a_mistyped_local_folder_never_asks_the_hub(tmp_path, monkeypatch):
@@ -641,7 +641,7 @@ def test_good_photos_get_no_advice_and_one_photo_gets_its_own(tmp_path):
     crops = plan_crops(collect(run(tmp_path)).pictures, DataConfig(resolution=128), 0)
     assert advise(crops) == []
     assert advise(crops[:1]) == [
-        "one photo: the subject is learnt in this pose alone; 3 to 5 photos from several sides show more"
+        "one photo: the subject is learnt only in this pose; 3 to 5 photos from several sides show more"
     ]
 
 

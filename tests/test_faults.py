@@ -42,7 +42,7 @@ def test_random_input_works_or_is_one_line(name):
 
 def test_debug_shows_the_traceback(tmp_path):
     seen = doors.call(["train", "--config", "none.yaml"], tmp_path, {"KRONA_DEBUG": "1"}, {}, 60)
-    assert seen.status == 2 and "Traceback" in seen.err and "error: none.yaml: there is no such file" in seen.err
+    assert seen.status == 2 and "Traceback" in seen.err and "error: none.yaml: no such file" in seen.err
 
 
 def test_the_harness_sees_what_it_should(shared):

@@ -62,7 +62,7 @@ def test_every_path_of_a_config_is_filled_in_or_refused(field, monkeypatch):
         "C:\new": r"holds a line end \(\\n\).*single quotes or forward slashes",
         "C:\x07lbum": r"control character '\\x07'",
         "a\x1b[31m": r"control character '\\x1b'",
-        "~krona-no-such-user/x": "there is no such user",
+        "~krona-no-such-user/x": "no such user",
     }.items():
         with pytest.raises(ValueError, match=rf"^{field}.*{said}") as caught:
             config_with(field, text)

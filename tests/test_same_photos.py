@@ -24,9 +24,9 @@ def test_rows_find_their_order_again_and_equal_ones_are_told_apart_by_number():
 @pytest.mark.parametrize(
     ("now", "said"),
     [
-        ([Row("1", ("x",), "a"), Row("3", ("x",), "b")], "b is another picture now"),
+        ([Row("1", ("x",), "a"), Row("3", ("x",), "b")], "b is another image now"),
         ([Row("1", ("x",), "a")], "b is not there any more"),
-        ([Row("1", ("x",), "a"), Row("1", ("x",), "b")], "b is another picture now"),
+        ([Row("1", ("x",), "a"), Row("1", ("x",), "b")], "b is another image now"),
         ([Row("1", ("x",), "a"), Row("1", ("x",), "a"), Row("2", ("x",), "b")], "a is there more often"),
         ([Row("1", ("x",), "a"), Row("2", ("x",), "b"), Row("2", ("x",), "c")], "c is new"),
         ([Row("1", ("x",), "a"), Row("2", ("y",), "b")], "the caption of b was 'x' and is 'y'"),
@@ -74,7 +74,7 @@ def test_another_picture_and_another_caption_are_refused_by_name(world, tmp_path
         train(config, resume=True)
     (photos / "0.txt").write_text("[V] asleep")
     Image.open(photos / "1.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photos / "1.png")
-    with pytest.raises(ValueError, match=r"1\.png is another picture now"):
+    with pytest.raises(ValueError, match=r"1\.png is another image now"):
         train(config, resume=True)
 
 

@@ -29,7 +29,7 @@ def user_path(text: str, field: str) -> str:
         try:
             Path(text).expanduser()
         except RuntimeError:
-            raise ValueError(f"{field}: {_short(text)}: there is no such user; write the path out") from None
+            raise ValueError(f"{field}: {_short(text)}: no such user; write the full path") from None
     return text
 
 

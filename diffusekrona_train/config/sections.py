@@ -151,7 +151,7 @@ class DataConfig(Strict):
         varied = self.crop == "random" or self.flip
         if varied and self.variants == 1:
             what = "crop: random" if self.crop == "random" else "flip: true"
-            raise ValueError(f"{what} with variants: 1 is drawn once for the whole run; set variants to 4 or more")
+            raise ValueError(f"{what} with variants: 1 is chosen once for the whole run; set variants to 4 or more")
         if not varied and self.variants > 1:
             raise ValueError(f"variants: {self.variants} would keep equal copies; set crop: random or flip: true")
         return self

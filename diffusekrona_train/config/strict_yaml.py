@@ -40,7 +40,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict:
             raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)
         if key in result:
-            raise yaml.MarkedYAMLError(problem=f"{_short(key)} stands there twice", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {_short(key)}", problem_mark=key_node.start_mark)
         result[key] = loader.construct_object(value_node, deep=True)
     return result
 
@@ -132,7 +132,7 @@ def read_yaml(
     if not path.exists():
         near = sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; there is {_short(str(near[0]), quote=False)}" if near else ""
-        raise ValueError(f"{shown}: there is no such file{hint}")
+        raise ValueError(f"{shown}: no such file{hint}")
     if not path.is_file():
         raise ValueError(f"{shown}: is {'a folder' if path.is_dir() else 'no regular file'}; a config is a YAML file")
     if path.stat().st_size > MAX_BYTES:

@@ -91,7 +91,7 @@ def _find(subject: SubjectConfig) -> Found:
     except OSError as error:
         raise ValueError(f"subject.images: {printable(where)} cannot be read ({error.strerror})") from None
     if _path(where).exists():
-        raise ValueError(f"subject.images: {printable(where)} is no folder, image or data set")
+        raise ValueError(f"subject.images: {printable(where)} is not a folder, an image or a data set")
     raise ValueError(f"subject.images: {printable(where)} is not there{_nearest(_path(where))}")
 
 
@@ -137,7 +137,7 @@ def _read_toybox(where: str, subject: SubjectConfig) -> Found:
     subjects = toybox_subjects()
     if name not in subjects:
         known = did_you_mean(name, subjects, shown="toybox:{}") or f"there are {', '.join(subjects)}"
-        raise ValueError(f"subject.images: {printable(where)} is no embedded subject; {known}")
+        raise ValueError(f"subject.images: {printable(where)} is not an embedded subject; {known}")
     folder = TOYBOX_SUBJECTS / name
     files = subjects[name].get("files") or sorted(path.name for path in folder.glob("*.png"))
     return Found([Candidate(Path(file).name, folder / Path(file).name) for file in files])
@@ -167,6 +167,6 @@ SOURCES: list[tuple[Callable[[str], bool], Source]] = [
 def _nearest(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
-        return f"; there is no folder {printable(str(parent))} either"
+        return f"; the folder {printable(str(parent))} does not exist either"
     near = nearest(path.name, (entry.name for entry in parent.iterdir()))
     return f"; did you mean {printable(str(parent / near[0]))}?" if near else ""

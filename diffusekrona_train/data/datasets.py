@@ -49,7 +49,7 @@ def read_dataset(path: Path, subject: SubjectConfig) -> Found:
             table = datasets.load_from_disk(str(path)) if saved else _load(names[split or ""], scratch)
         except Exception as error:
             # pyarrow and datasets have errors of their own for every kind of damage, some of them ValueErrors
-            raise ValueError(f"{shown}: is no data set that can be read ({_first_line(error)})") from None
+            raise ValueError(f"{shown}: cannot be read as a data set ({_first_line(error)})") from None
         if isinstance(table, datasets.DatasetDict):
             table = table[_split_of(list(map(str, table)), subject.split, shown)]
         elif saved and subject.split is not None:
@@ -96,7 +96,7 @@ def read_hub(name: str, subject: SubjectConfig) -> Found:
         if "split" in str(error).lower():
             raise ValueError(f"subject.images: {name!r}: {_first_line(error)}; choose one with subject.split") from None
         raise ValueError(
-            f"subject.images: {name!r} is no folder here, and the hub did not give a data set of that name "
+            f"subject.images: {name!r} is not a folder here, and the hub did not give a data set of that name "
             f"({_first_line(error)})"
         ) from None
     return _rows(table, subject, name)

@@ -84,11 +84,11 @@ def _decode(content: bytes | Path, shown: str) -> tuple[Opened, bool]:
                 see_through = alpha is not None and any(alpha.histogram()[:255])
                 image = to_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(f"{shown}: is no image that can be read, whatever its suffix says") from None
+        raise ValueError(f"{shown}: is not an image that can be read, whatever its suffix is") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{shown}: has too many pixels for a photo; scale it down below 170 megapixels") from None
     except PermissionError:
-        raise ValueError(f"{shown}: there is no permission to read it") from None
+        raise ValueError(f"{shown}: no permission to read it") from None
     except Exception as error:
         # decoders raise what they like: OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError
         what = " ".join(str(error).split()) or type(error).__name__

@@ -128,7 +128,7 @@ def _image(folder: Path, row: dict[str, Any], place: str, suffix: str) -> Path:
     if path is None or not path.is_file():
         raise ValueError(f"{place}: {shown} is not there")
     if path.suffix.lower() not in SUFFIXES | HEIC_SUFFIXES:
-        raise ValueError(f"{place}: {shown} is no image, by its suffix")
+        raise ValueError(f"{place}: {shown} is not an image, by its suffix")
     return path
 
 

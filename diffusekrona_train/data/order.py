@@ -50,13 +50,13 @@ def refuse_changes(before: Sequence[Row], now: Sequence[Row]) -> None:
     if gone or new:
         before_names, now_names = {row.name for row in before}, {row.name for row in now}
         told = {
-            "is another picture now": [row for row in gone if row.name in now_names],
+            "is another image now": [row for row in gone if row.name in now_names],
             "is not there any more": [row for row in gone if row.name not in now_names],
             "is new": [row for row in new if row.name not in before_names],
         }
         lines = [f"{_names(rows)} {what}" for what, rows in told.items() if rows]
         lines = lines or [f"{_names(new)} is there more often"]
-        raise ValueError(f"the pictures are not those that it was trained on: {'; '.join(lines)}")
+        raise ValueError(f"the photos are not those that it was trained on: {'; '.join(lines)}")
     old, today = _without(before, now), _without(now, before)
     if old:
         row = old[0]
@@ -65,7 +65,7 @@ def refuse_changes(before: Sequence[Row], now: Sequence[Row]) -> None:
         more = len({other.content for other in old}) - 1
         raise ValueError(
             f"the caption of {printable(row.name)} was {_short(was)} and is {_short(is_now)}"
-            + (f", and those of {more} more pictures are others" if more else "")
+            + (f", and those of {more} more photos changed" if more else "")
         )
 
 

@@ -94,7 +94,7 @@ class Journal:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         if (kind := (what, type(error).__name__, reason)) not in self._reported:
             self._reported.add(kind)
-            text = f"after step {self.step}: {what} ({type(error).__name__}: {reason}); the run goes on"
+            text = f"after step {self.step}: {what} ({type(error).__name__}: {reason}); the run continues"
             self.progress.warning(text)
 
 

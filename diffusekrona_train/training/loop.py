@@ -95,7 +95,7 @@ def save(run: Run, done: int) -> None:
             )
         except OSError as error:
             kept = checkpoint.states(run.folder)
-            last = f"; the last good checkpoint is of {kept[0].name}, go on from it with --resume" if kept else ""
+            last = f"; the last good checkpoint is {kept[0].name}; continue from it with --resume" if kept else ""
             raise RuntimeError(
                 f"the checkpoint of step {done} cannot be written ({error.strerror or error}){last}"
             ) from error

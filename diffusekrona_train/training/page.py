@@ -278,4 +278,4 @@ def _export(file: Path, shown: Path, model: str) -> list[tuple[str, str]]:
         return []
     from diffusekrona_train.adapters.formats import export_command, read_adapter
 
-    return [("For tools that read LoRA alone", export_command(read_adapter(file), shown, model))]
+    return [("For tools that read only LoRA", export_command(read_adapter(file), shown, model))]

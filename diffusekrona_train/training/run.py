@@ -84,7 +84,7 @@ def work(run: Run) -> TrainResult:
 def explained(run: Run, error: RuntimeError) -> RuntimeError | None:
     """What to do about memory that ended, a compiler that failed or a process that was lost; None for other errors."""
     kept = checkpoint.states(run.folder)
-    last = f"; go on from {kept[0].name} with --resume" if kept else ""
+    last = f"; continue from {kept[0].name} with --resume" if kept else ""
     if ran_out(error):
         return RuntimeError(memory.out_of_memory(run.level) + last)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -326,7 +326,7 @@ def arrange_as_before(data: TrainingSet, about: dict[str, Any], place: Path) -> 
     """Put the pictures into the order of the run that wrote the state `about`; ValueError where they are others."""
     if "pictures" not in about:  # of version 0.1, which compared names and their order
         if about.get("data") != data_mark(data):
-            raise ValueError(f"cannot resume {place}: the pictures or captions are not those that it was trained on")
+            raise ValueError(f"cannot resume {place}: the photos or captions are not those that it was trained on")
         return
     try:
         data.arrange([[order.read(rows) for rows in group] for group in about["pictures"]])

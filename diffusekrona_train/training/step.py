@@ -50,7 +50,7 @@ def go_down(run: Run) -> None:
     lower = memory.below(run.level, run.config)
     if lower is None:
         raise RuntimeError(memory.out_of_memory(run.level))
-    run.journal.say(f"out of memory with memory: {run.level.name}; going on with {lower.name}")
+    run.journal.say(f"out of memory with memory: {run.level.name}; continuing with {lower.name}")
     if lower.quantize == run.level.quantize:
         setup.enable_checkpointing(run.objective.denoiser)
     else:

@@ -245,7 +245,7 @@ def _resuming() -> list[Case]:
             "--resume with another photo",
             other_photos(lambda photos: shutil.copy(photos / "01.png", photos / "00.png")),
             2,
-            r"pictures are not those .*00\.png is another picture now",
+            r"photos are not those .*00\.png is another image now",
             may_write=("photos/*",),
         ),
         training_case(

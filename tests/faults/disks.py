@@ -55,7 +55,9 @@ def _moments() -> list[Case]:
             "disk full at a state", fresh, 1, CHECKPOINT.format(3), writes, then=goes_on(2), **fault("state:3")
         ),
         training_case("disk full at the first", fresh, 1, CHECKPOINT.format(1), then=goes_on(0), **fault("adapter:1")),
-        training_case("disk full at a validation", fresh, 0, "the run goes on", then=as_base, **fault("validation:4")),
+        training_case(
+            "disk full at a validation", fresh, 0, "the run continues", then=as_base, **fault("validation:4")
+        ),
         training_case("disk full at the end", fresh, 1, SPACE, ONE_FILE, then=goes_on(4), **fault("end:4")),
         training_case(
             "no file above 2 kB", uncached, 1, r"File too large", absent=(FINAL,), then=goes_on(0), **limit(2000)

@@ -71,7 +71,7 @@ def _refused() -> list[Case]:
             "text with the suffix of a photo",
             "a.jpg",
             b"dear diary",
-            r"a\.jpg: is no image that can be read",
+            r"a\.jpg: is not an image that can be read",
             UNREADABLE,
         ),
         ("a web page saved as .webp", "a.webp", b"<html>not found</html>", r"a\.webp: is no image", UNREADABLE),
@@ -120,7 +120,10 @@ def _refused() -> list[Case]:
         _case("a listed file that is a folder", _listed_folder, 2, r"subject\.files\[0\].*is a folder"),
         _case("embedded subject misspelt", lambda box: {"subject.images": "toybox:pudle"}, 2, r"no embedded subject"),
         _case(
-            "a photo as text file given as images", _text_as_images, 2, r"notes\.txt is no folder, image or data set"
+            "a photo as text file given as images",
+            _text_as_images,
+            2,
+            r"notes\.txt is not a folder, an image or a data set",
         ),
         _case(
             "no permission for a photo",
@@ -144,7 +147,7 @@ def _refused() -> list[Case]:
             "a parquet file of nothing",
             _beside_alone("data.parquet", b"PAR1"),
             2,
-            r"photos: is no data set that can be read",
+            r"photos: cannot be read as a data set",
         ),
         _case("a parquet file given that is text", _text_parquet, 2, r"no data set that can be read"),
     ]

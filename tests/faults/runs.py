@@ -142,7 +142,7 @@ def _memory() -> list[Case]:
             "out of memory in the first step",
             fresh,
             0,
-            r"out of memory.*going on with checkpointing",
+            r"out of memory.*continuing with checkpointing",
             **fault("step:0"),
         ),
         training_case(
@@ -152,7 +152,7 @@ def _memory() -> list[Case]:
             "out of memory late",
             fresh,
             0,
-            r"out of memory.*going on with checkpointing",
+            r"out of memory.*continuing with checkpointing",
             **fault("step:3"),
         ),
         training_case(
@@ -173,7 +173,7 @@ def _memory() -> list[Case]:
             **fault("cache:0"),
         ),
         training_case(
-            "out of memory in a validation", fresh, 0, r"the run goes on", then=as_base, **fault("validation:4")
+            "out of memory in a validation", fresh, 0, r"the run continues", then=as_base, **fault("validation:4")
         ),
         training_case(
             "numbers that overflow",

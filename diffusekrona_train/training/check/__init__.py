@@ -67,7 +67,7 @@ def check_config(config: RunConfig) -> list[tuple[str, list[str]]]:
     return [
         ("photos", photo_lines(config, collection)),
         ("advice", list(advise(crops))),
-        ("sheet", [f"{sheet}: the crop drawn on each photo, and the crop"]),
+        ("sheet", [f"{sheet}: the crop marked on each photo, and the crop"]),
         ("model", model_lines(config, source)),
         ("prompts", prompt_lines(config, collection)),
         ("identifier", identifier_lines(config, source, collection)),
@@ -154,7 +154,7 @@ def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
     if source.default_resolution != config.data.resolution:
         lines.append(
             f"data.resolution: {config.data.resolution}, and the model was made for {source.default_resolution}; "
-            "it draws worse at other sizes"
+            "its images are worse at other sizes"
         )
     if isinstance(source.place, HubModel) and not _is_cached(source.place):
         lines.append(f"its weights are not on this machine: about {parameters * 2.6 / 1e9:.1f} GB are fetched first")

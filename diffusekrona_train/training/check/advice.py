@@ -66,7 +66,7 @@ def _likeness(crops: Sequence[Crop], hashes: Sequence[np.ndarray]) -> list[str]:
     elif len(hashes) > 2 and np.mean(distances) < ALIKE_BITS:
         lines.append("all alike: the photos hardly differ, so pose and background would be learnt with the subject")
     if len(hashes) == 1:
-        lines.append("one photo: the subject is learnt in this pose alone; 3 to 5 photos from several sides show more")
+        lines.append("one photo: the subject is learnt only in this pose; 3 to 5 photos from several sides show more")
     return lines
 
 
