@@ -261,7 +261,7 @@ def _commands(folder: Path, config: RunConfig, best: dict | None) -> Section:
         "Use it",
         note="" if "/" in here else f"From the folder that holds {folder.resolve().name}.",
         commands=[
-            ("Draw with it", f"krona-sample {place} {quoted}"),
+            ("Generate images", f"krona-sample {place} {quoted}"),
             ("Measure its checkpoints", f"krona-eval best {shlex.quote(here)}"),
             ("See what it learnt", f"krona-inspect factors {place}"),
             *_export(folder / adapter.removeprefix(f"{here}/"), Path(adapter), config.model),
