@@ -143,6 +143,10 @@ def _enter(arguments: list[str]) -> int:
 def _child(arguments: list[str], folder: Path, env: dict[str, str], limits: dict, out: Any, err: Any) -> None:
     status = 1
     try:
+        if "torch" in sys.modules:
+            # A fork leaves torch's thread pool broken until the next call makes a new one; made here and not by the
+            # threads that load weights, which may ask at the same moment and then fail.
+            sys.modules["torch"].set_num_threads(1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         with _surroundings(arguments, folder, env), _caught(out, err):
