@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_iter
 
 from diffusekrona_train.common import device as devices
 from diffusekrona_train.config.training import TrainConfig
-from diffusekrona_train.models import family_named
+from diffusekrona_train.data import training_set
+from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, setup
 from diffusekrona_train.training.check import needs
 from diffusekrona_train.training.optimizer import Descent
@@ -180,3 +181,15 @@ def test_without_a_fused_optimiser_a_bad_step_changes_nothing_and_nothing_is_fp6
 @pytest.mark.parametrize("text", ["MPS backend out of memory (MPS allocated: 9 GB)", "HIP error: out of memory"])
 def test_memory_that_ends_is_known_on_every_card(text):
     assert devices.ran_out(RuntimeError(text)) and not devices.ran_out(RuntimeError("HIP error: invalid argument"))
+
+
+def test_the_cache_tells_tf32_apart_and_keeps_the_keys_of_a_cpu(tmp_path):
+    source = open_model("toybox")
+
+    def key(kind: str, tf32: bool) -> object:
+        config = make_run(tmp_path, tmp_path / "x", train={"tf32": tf32})
+        made = training_set._made_with_tf32(config, torch.device(kind))
+        (entry,) = training_set._text_entries(config, source, ["a dog"], made)
+        return entry.path(tmp_path)
+
+    assert key("cpu", True) == key("cpu", False) == key("cuda", False) != key("cuda", True)

@@ -99,8 +99,8 @@ def precision(asked: str, device_type: str) -> tuple[str, torch.dtype]:
     if asked == "auto":
         asked = _FASTEST[device_type]()
     if asked == "fp16" and not ABILITIES[device_type].fp16:
-        where = {"cpu": "a CPU", "mps": "an Apple GPU"}[device_type]
-        raise ValueError(f"train.mixed_precision: 'fp16' needs an NVIDIA, AMD or Intel GPU; on {where} use no or bf16")
+        needs = "a GPU; on a CPU" if device_type == "cpu" else "an NVIDIA, AMD or Intel GPU; on an Apple GPU"
+        raise ValueError(f"train.mixed_precision: 'fp16' needs {needs} use no or bf16")
     return asked, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[asked]
 
 
