@@ -19,6 +19,7 @@ from diffusekrona_train.common import device as devices
 from diffusekrona_train.config.training import TrainConfig
 from diffusekrona_train.data import training_set
 from diffusekrona_train.models import family_named, open_model
+from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.training import memory, setup
 from diffusekrona_train.training.check import needs
 from diffusekrona_train.training.optimizer import Descent
@@ -74,6 +75,21 @@ def test_the_held_out_loss_mixes_no_devices():
     with OneDevice(), torch.no_grad():
         for batch in run.objective._held_out():
             assert run.objective.per_sample(batch, weighted=False).device.type == "meta"
+
+
+def test_guided_sampling_mixes_no_devices():
+    """The denoiser's forward under guidance, as validation calls it: text and no text in one batch."""
+    run = contender("sdxl", torch.bfloat16, {"a1": 4, "a2": 4})
+    objective = run.objective
+    (batch,) = objective.batches(0, 0)
+    with OneDevice(), torch.no_grad():
+        rows = [moved(objective.captions[0], objective.device, objective.dtype)] * (2 * len(batch))
+        extras = {name: torch.cat([value, value]) for name, value in batch.extras.items()}
+        both, t = torch.cat([batch.x_0, batch.x_0]).to(objective.dtype), torch.cat([batch.t, batch.t])
+        answer = objective.family.predict(objective.denoiser, both, t, {**objective.family.collate(rows), **extras})
+        without, wanted = answer.chunk(2)
+        guided = without + 7.5 * (wanted - without)
+    assert guided.device.type == "meta" and guided.shape == batch.x_0.shape
 
 
 def test_a_mixed_operation_is_refused():
