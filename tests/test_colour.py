@@ -198,7 +198,7 @@ def test_only_photos_that_come_out_otherwise_are_encoded_again(tmp_path):
     tree = {"subject": {"images": str(photos), "class": "dog"}, "output": str(tmp_path / "runs" / "dog")}
     config = make_config(tree | {"data": {"resolution": 16}})
     crops = [row[0] for row in plan_crops(collect(config).pictures, config.data, 0)]
-    plain, wide = _image_entries(config, Source(), crops)
+    plain, wide = _image_entries(config, Source(), crops, {})
     assert plain.made_from.keys() == {
         "model", "parts", "revision", "variant", "vae", "precision", "scaled", "top_left", "size", "flipped", "photo"
     }  # fmt: skip

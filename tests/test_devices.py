@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from scripts.bench.contender import Bench
+from diffusekrona_train.common import device as devices
+from diffusekrona_train.config.training import TrainConfig
+from diffusekrona_train.data import training_set
+from diffusekrona_train.models import family_named, open_model
+from diffusekrona_train.models.conditioning import moved
+from diffusekrona_train.training import memory, setup
+from diffusekrona_train.training.check import needs
+from diffusekrona_train.training.optimizer import Descent
+from scripts.bench.contender import Bench, OneProcess
+from tests.runs import make_run
 from tests.tiny import make_unet
 
 COPIES = ("aten::_to_copy", "aten::copy_")
@@ -68,8 +77,135 @@ def test_the_held_out_loss_mixes_no_devices():
             assert run.objective.per_sample(batch, weighted=False).device.type == "meta"
 
 
+def test_guided_sampling_mixes_no_devices():
+    """The denoiser's forward under guidance, as validation calls it: text and no text in one batch."""
+    run = contender("sdxl", torch.bfloat16, {"a1": 4, "a2": 4})
+    objective = run.objective
+    (batch,) = objective.batches(0, 0)
+    with OneDevice(), torch.no_grad():
+        rows = [moved(objective.captions[0], objective.device, objective.dtype)] * (2 * len(batch))
+        extras = {name: torch.cat([value, value]) for name, value in batch.extras.items()}
+        both, t = torch.cat([batch.x_0, batch.x_0]).to(objective.dtype), torch.cat([batch.t, batch.t])
+        answer = objective.family.predict(objective.denoiser, both, t, {**objective.family.collate(rows), **extras})
+        without, wanted = answer.chunk(2)
+        guided = without + 7.5 * (wanted - without)
+    assert guided.device.type == "meta" and guided.shape == batch.x_0.shape
+
+
 def test_a_mixed_operation_is_refused():
     with OneDevice(), pytest.raises((AssertionError, RuntimeError)):
         torch.ones(3, device="meta") + torch.ones(3)
     with OneDevice(), pytest.raises((AssertionError, RuntimeError)):
         torch.ones(3, device="meta").sum().item()
+
+
+# ---- cards that are not here: what is asked of torch about them is answered by the test ------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(kind, free, total): torch shows an accelerator of that type with so many GiB."""
+
+    def shown(kind: str, free: float = 16, macos: bool = True) -> torch.device:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+        module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(kind)
+        if module is not None:
+            monkeypatch.setattr(module, "mem_get_info", lambda device=None: (int(free * 2**30), 64 * 2**30))
+            monkeypatch.setattr(module, "get_device_name", lambda index=0: "A card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 3))
+        monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: int((free + 1) * 2**30))
+        monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**30)
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos)
+        monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+        return torch.device(kind)
+
+    return shown
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_the_card_in_reach_is_chosen_and_asked_for_its_memory(kind, card, monkeypatch):
+    device = card(kind, free=9.5)
+    assert devices.pick_device().type == devices.training_device_type() == kind
+    assert devices.free_bytes(device) == 9.5 * 2**30
+    assert devices.precision("auto", kind) == ("bf16", torch.bfloat16)
+    assert devices.pick_dtype("auto", device) == torch.float16
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert devices.training_device_type() == "cpu" and devices.precision("auto", "cpu")[1] == torch.float32
+
+
+def test_an_older_apple_system_trains_in_fp32_and_fp16_is_refused(card):
+    card("mps", macos=False)
+    assert devices.precision("auto", "mps")[1] == torch.float32
+    with pytest.raises(ValueError, match="on an Apple GPU use no or bf16"):
+        devices.precision("fp16", "mps")
+    assert devices.precision("fp16", "xpu")[1] == torch.float16
+
+
+def test_an_amd_card_is_cuda_and_takes_bf16(card, monkeypatch):
+    card("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    assert devices.precision("auto", "cuda")[0] == "fp16"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert devices.precision("auto", "cuda")[0] == "bf16" and "A card (ROCm 6.4), torch" in needs.device_lines()[0]
+
+
+def test_check_says_what_does_not_work_on_the_card(card):
+    card("mps")
+    first, second = needs.device_lines()
+    assert first.startswith("Apple GPU (mps)") and "NF4" in second and "fused optimiser" in second
+    card("xpu")
+    assert len(needs.device_lines()) == 1
+
+
+def test_a_level_that_the_card_cannot_run_is_neither_chosen_nor_taken_later(card, tmp_path):
+    figures = family_named("sdxl").memory
+    config = make_run(tmp_path, tmp_path / "x", data={"resolution": 1024})
+    for kind, lowest in (("mps", "checkpointing"), ("xpu", "nf4")):
+        device = card(kind, free=5)
+        assert memory.choose(config, 2_567_463_684, 1, torch.bfloat16, device, figures)[0].name == lowest
+        level, found = memory.levels(config)[0], []
+        while level is not None:
+            found.append(level.name)
+            level = memory.below(level, config, device)
+        assert found[-1] == lowest
+
+
+@pytest.mark.parametrize("train", [{"quantize": "nf4"}, {"quantize": "int8"}, {"optimizer": "adamw8bit"}], ids=str)
+def test_what_bitsandbytes_cannot_do_there_is_refused_in_one_line(train, card, tmp_path):
+    card("mps")
+    config = make_run(tmp_path, tmp_path / "x", train=train)
+    with pytest.raises(ValueError, match="does not work on Apple GPU") as error:
+        setup.refuse_unsupported(config, "mps")
+    assert "\n" not in str(error.value)
+    setup.refuse_unsupported(config, "cuda")
+
+
+def test_without_a_fused_optimiser_a_bad_step_changes_nothing_and_nothing_is_fp64(monkeypatch):
+    """As on an Apple GPU: its abilities given to the CPU."""
+    monkeypatch.setitem(devices.ABILITIES, "cpu", devices.ABILITIES["mps"])
+    weight = torch.nn.Parameter(torch.ones(4))
+    descent = Descent([weight], TrainConfig(), OneProcess)
+    descent.backward((weight * float("nan")).sum())
+    descent.step(0.1)
+    assert torch.equal(weight.detach(), torch.ones(4)) and descent.read()["skipped"] == 1
+    descent.backward(weight.square().sum())
+    descent.step(0.1)
+    assert (weight < 1).all() and descent.meters.dtype == torch.float32
+    assert not descent.optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("text", ["MPS backend out of memory (MPS allocated: 9 GB)", "HIP error: out of memory"])
+def test_memory_that_ends_is_known_on_every_card(text):
+    assert devices.ran_out(RuntimeError(text)) and not devices.ran_out(RuntimeError("HIP error: invalid argument"))
+
+
+def test_the_cache_tells_tf32_apart_and_keeps_the_keys_of_a_cpu(tmp_path):
+    source = open_model("toybox")
+
+    def key(kind: str, tf32: bool) -> object:
+        config = make_run(tmp_path, tmp_path / "x", train={"tf32": tf32})
+        made = training_set._made_with_tf32(config, torch.device(kind))
+        (entry,) = training_set._text_entries(config, source, ["a dog"], made)
+        return entry.path(tmp_path)
+
+    assert key("cpu", True) == key("cpu", False) == key("cuda", False) != key("cuda", True)

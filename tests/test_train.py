@@ -603,7 +603,7 @@ def test_memory_levels_go_from_fast_to_small(world, tmp_path, monkeypatch):
     assert chosen == {80: "plain", 24: "plain", 12: "checkpointing", 5: "nf4"}
     named = make_run(world, tmp_path / "x", train={"memory": "checkpointing"})
     assert memory.choose(named, 1, 1, torch.float32, torch.device("cpu"), FIGURES)[0].checkpointing
-    assert memory.below(memory.levels(named)[1], named) is None
+    assert memory.below(memory.levels(named)[1], named, cuda) is None
     full = make_run(world, tmp_path / "x", adapter={"type": "full"})
     assert [level.name for level in memory.levels(full)] == ["plain", "checkpointing"]
 

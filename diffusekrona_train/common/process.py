@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from diffusekrona_train.common.device import random_state_of_cards
+
 T = TypeVar("T")
 LIBRARIES = ("diffusers", "transformers")
 """Libraries with a verbosity and progress bars of their own."""
@@ -112,14 +114,13 @@ def _random_states() -> Callable[[], None]:
     import numpy as np
 
     python, numbers, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    restore_cards = random_state_of_cards()
 
     def restore() -> None:
         random.setstate(python)
         np.random.set_state(numbers)
         torch.set_rng_state(host)
-        if cards:
-            torch.cuda.set_rng_state_all(cards)
+        restore_cards()
 
     return restore
 

@@ -146,8 +146,9 @@ def build_training_set(
     captions = prompts_of(config, collection.pictures + priors.pictures, extra_prompts)
 
     crops = [plan_crops(group.pictures, config.data, config.train.seed) for group in (collection, priors)]
-    images = _image_entries(config, source, [crop for group in crops for row in group for crop in row])
-    texts = _text_entries(config, source, captions)
+    made = _made_with_tf32(config, device)
+    images = _image_entries(config, source, [crop for group in crops for row in group for crop in row], made)
+    texts = _text_entries(config, source, captions, made)
     latents, vae_was_loaded = store.get(images, lambda: _image_maker(config, source, device))
     embeddings, encoders_were_loaded = store.get(texts, lambda: _text_maker(source, device))
 
@@ -175,14 +176,19 @@ def prompts_of(config: RunConfig, pictures: Iterable[Picture], extra: Sequence[s
     return list(dict.fromkeys([*map(fill, fixed), *(text for picture in pictures for text in picture.captions)]))
 
 
-def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]) -> list[Entry]:
+def _made_with_tf32(config: RunConfig, device: torch.device) -> dict[str, bool]:
+    """Return what a key says of TF32, which changes what fp32 encoders give; nothing without it: those keys stay."""
+    return {"tf32": True} if device.type == "cuda" and config.train.tf32 else {}
+
+
+def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop], made: dict[str, bool]) -> list[Entry]:
     precision = config.data.vae_precision
     vae = {
         "model": source.identity,
         "parts": _fingerprint(source, [source.family.parts.vae]),
         "revision": config.revision,
     }
-    vae |= {"variant": config.variant, "vae": _vae_identity(config.vae), "precision": precision}
+    vae |= {"variant": config.variant, "vae": _vae_identity(config.vae), "precision": precision} | made
     advice = (
         "is the VAE whole?" if precision == "fp32" else f"it overflows in {precision}: set data.vae_precision: fp32"
     )
@@ -195,11 +201,13 @@ def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]
     return entries
 
 
-def _text_entries(config: RunConfig, source: ModelSource, captions: Sequence[str]) -> list[Entry]:
+def _text_entries(
+    config: RunConfig, source: ModelSource, captions: Sequence[str], made: dict[str, bool]
+) -> list[Entry]:
     encoders = source.family.parts.text_encoders
     parts = _fingerprint(source, [*encoders, *source.family.parts.tokenizers])
     precision = "+".join(dict.fromkeys(name_of(part.dtype) for part in encoders))
-    model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant}
+    model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant} | made
     problem = "{!r}: the text encoders give embeddings that are not finite; is the model whole?"
     return [
         Entry("text", model | {"precision": precision, "text": text}, text, problem.format(printable(text)))

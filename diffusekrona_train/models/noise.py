@@ -100,7 +100,7 @@ def weights(
     weighting = WEIGHTINGS[name]
     if weighting is None:
         return torch.ones_like(alphas_cumprod[t])
-    a = alphas_cumprod[t].double()
+    a = alphas_cumprod[t].to(torch.float32 if alphas_cumprod.device.type == "mps" else torch.float64)  # mps has no fp64
     # A schedule with zero terminal SNR would give 0 / 0 for the noise.
     snr = (a / (1 - a)).clamp(1e-8, 1e8)
     per_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]

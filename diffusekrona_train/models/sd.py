@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusekrona_train.common.device import ran_out
+from diffusekrona_train.common.device import empty_cache, ran_out
 from diffusekrona_train.models import layers as names
 from diffusekrona_train.models.conditioning import collate
 from diffusekrona_train.models.contracts import (
@@ -237,8 +237,7 @@ def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:
     names = ("use_tiling", "tile_latent_min_size", "tile_sample_min_size")
     before = {name: getattr(vae, name) for name in names}
     scale = before["tile_sample_min_size"] // before["tile_latent_min_size"]
-    if latents.device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache()
     try:
         for name, value in zip(names, (True, side, side * scale), strict=True):
             setattr(vae, name, value)

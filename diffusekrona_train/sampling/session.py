@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
-from diffusekrona_train.common.device import DTYPES, free, name_of, pick_dtype, ran_out
+from diffusekrona_train.common.device import DTYPES, device_type, free, name_of, pick_dtype, ran_out
 from diffusekrona_train.common.files import sha256
 from diffusekrona_train.common.process import world_size
 from diffusekrona_train.common.run_folder import step_of
@@ -225,7 +225,7 @@ def processes() -> Any:
         return None
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=device_type() == "cpu")
 
 
 def default_settings(source: ModelSource, subjects: Sequence[Subject]) -> SampleSettings:
@@ -299,8 +299,9 @@ class Studio:
         """Hand the modules to accelerate's hooks; after fusing, which needs the weights themselves."""
         if self.memory.offload == "none" or self._offloaded:
             return
-        if self._device.type != "cuda":
-            raise ValueError(f"--offload {self.memory.offload} moves parts to a GPU, but there is no GPU")
+        if self._device.type not in ("cuda", "xpu"):
+            found = "the CPU shares its memory with it" if self._device.type == "mps" else "there is no GPU"
+            raise ValueError(f"--offload {self.memory.offload} moves parts to a GPU, but {found}")
         if self.memory.offload == "model":
             self.pipe.enable_model_cpu_offload(device=self._device)
         else:

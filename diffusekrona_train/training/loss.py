@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from diffusekrona_train.adapters.inject import Injection
+from diffusekrona_train.common.device import ABILITIES, abilities
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models.conditioning import moved
@@ -66,6 +67,7 @@ class Objective:
         if sum(bucket.latents.nbytes for bucket in buckets) <= ON_DEVICE_LIMIT:
             for bucket in buckets:
                 bucket.latents = bucket.latents.to(self.device)
+        self._pins = abilities(self.device).pinned and self.device.type in ABILITIES  # not for meta tensors
         self.process.check_weighting(self.config.train.weighting)
         self.process = self.process.to(self.device)
 
@@ -125,7 +127,7 @@ class Objective:
         """On `device`, without waiting for it: from pinned memory, so that the copy queues behind the last step."""
         if tensor.device.type == device.type:
             return tensor
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True) if self._pins else tensor.to(device)
 
     def _taught(self, instances: Batch) -> Batch:
         """The same noisy pictures under the class prompt, where the adapted model should answer as the frozen one."""

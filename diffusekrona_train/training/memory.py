@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusekrona_train.adapters import count_parameters
+from diffusekrona_train.common.device import abilities, free_bytes
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.models.contracts import Layer, MemoryFigures
 from diffusekrona_train.models.layers import select_layers
@@ -49,9 +50,10 @@ def choose(
     ladder = levels(config)
     if config.train.memory != "auto":
         return next(level for level in ladder if level.name == config.train.memory), f"memory: {config.train.memory}"
-    if device.type != "cuda":
+    if (available := free_bytes(device)) is None:
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
-    free = torch.cuda.mem_get_info(device)[0] / GIB
+    free = available / GIB
+    ladder = [level for level in ladder if abilities(device).quantized or level.quantize == "none"]
     megapixels = samples * (config.data.resolution / 1024) ** 2
     extra = trained * trained_bytes(config) / GIB
     needs = [(level, estimate(level, base_parameters, megapixels, dtype, figures) + extra) for level in ladder]
@@ -89,9 +91,9 @@ def trained_bytes(config: RunConfig) -> int:
     return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8)
 
 
-def below(level: Level, config: RunConfig) -> Level | None:
-    """The next level down, None at the bottom or where the config names its level."""
-    ladder = levels(config)
+def below(level: Level, config: RunConfig, device: torch.device) -> Level | None:
+    """The next level down that works on `device`, None at the bottom or where the config names its level."""
+    ladder = [other for other in levels(config) if abilities(device).quantized or other.quantize == "none"]
     place = next(i for i, other in enumerate(ladder) if other.name == level.name)
     return ladder[place + 1] if config.train.memory == "auto" and place + 1 < len(ladder) else None
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 
 from diffusekrona_train.adapters.flat import FlatFactors
+from diffusekrona_train.common.device import abilities
 from diffusekrona_train.config.training import TrainConfig
 
 BAD_IN_A_ROW = 3
@@ -41,8 +42,10 @@ class Descent:
         self.eight_bit = train.optimizer == "adamw8bit"
         self.factors = factors
         self.flat = factors.buffer
-        self.optimizer = _optimizer([factors.master], train)
-        self.meters = torch.zeros(6, dtype=torch.float64, device=self.flat.device)
+        can = abilities(self.flat.device)
+        self.waits = self.eight_bit or not can.fused
+        self.optimizer = _optimizer([factors.master], train, fused=can.fused)
+        self.meters = torch.zeros(6, dtype=can.widest, device=self.flat.device)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds one micro-batch to the gradients of this step."""
@@ -55,7 +58,7 @@ class Descent:
         """Applies the gradients; returns a copy of the buffer's stop place (above 0 where any process wants to stop).
 
         A step whose loss or gradient is not finite leaves factors and optimiser state as they were. That is decided on
-        the device; only 8-bit AdamW, which knows no such switch, waits for the answer.
+        the device; only 8-bit AdamW and Apple GPUs, which know no such switch, wait for the answer.
         """
         if stop:
             self.flat[STOP] = 1.0
@@ -82,7 +85,7 @@ class Descent:
     def _apply(self, learning_rate: float, bad: torch.Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.eight_bit:
+        if self.waits:
             if bad:
                 return
         else:
@@ -106,7 +109,7 @@ class Descent:
             torch.maximum(worst, streak),
             norm,
         ]
-        self.meters = torch.stack([value.double() for value in new])
+        self.meters = torch.stack([value.to(self.meters.dtype) for value in new])
 
     def read(self) -> dict[str, float | None]:
         """What was counted, read from the device; the mean loss starts anew."""
@@ -120,7 +123,7 @@ class Descent:
         self.factors.clear()
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig, *, fused: bool) -> torch.optim.Optimizer:
     settings = {
         "lr": train.learning_rate,
         "betas": tuple(train.betas),
@@ -133,7 +136,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) -> torc
         except ImportError:
             raise ValueError("train.optimizer: adamw8bit needs bitsandbytes; install it or use adamw") from None
         return AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)
+    return torch.optim.AdamW(parameters, fused=fused, **settings)
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int) -> float:

@@ -23,7 +23,7 @@ from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
-from diffusekrona_train.common.device import free, precision
+from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
 from diffusekrona_train.common.progress import EventLog
 from diffusekrona_train.config import RunConfig, dump_config
 from diffusekrona_train.config.prompts import prompt_warnings
@@ -154,12 +154,13 @@ def take_up(state: checkpoint.State, injection: Injection, descent: Descent, acc
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
     """accelerate's state and the type of the frozen base. ValueError where the launcher meant other processes."""
     refuse_missing_trackers(config)
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
-    name, dtype = precision(config.train.mixed_precision, "cuda" if on_gpu else "cpu")
+    kind = training_device_type()
+    refuse_unsupported(config, kind)
+    name, dtype = precision(config.train.mixed_precision, kind)
     accelerator = Accelerator(
         # The base itself has this type and inputs are cast to it: accelerate only brings fp16's loss scaler.
         mixed_precision="fp16" if name == "fp16" else "no",
-        cpu=not on_gpu,
+        cpu=kind == "cpu",
         log_with=list(config.train.trackers) or None,
         project_dir=str(folder / "trackers"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=SET_UP_TIMEOUT)],
@@ -170,10 +171,19 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
             f"the launcher asked for {asked} processes (WORLD_SIZE), accelerate started {accelerator.num_processes}; "
             "without a GPU use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …"
         )
-    if on_gpu:
+    if kind == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
         torch.backends.cudnn.allow_tf32 = config.train.tf32
     return accelerator, dtype
+
+
+def refuse_unsupported(config: RunConfig, kind: str) -> None:
+    """ValueError for what bitsandbytes cannot do on a type of device."""
+    train = config.train
+    asked = {"quantize": train.quantize, "memory": train.memory, "optimizer": train.optimizer}
+    for name, value in asked.items():
+        if value in ("nf4", "int8", "adamw8bit") and not ABILITIES[kind].quantized:
+            raise ValueError(f"train.{name}: {value} does not work on {device_name(kind)}; leave it out")
 
 
 def choose_level(

@@ -47,7 +47,7 @@ def fit_gradients(run: Run, step: int) -> None:
 def go_down(run: Run) -> None:
     """Takes the next memory level; RuntimeError at the lowest."""
     run.descent.clear()
-    lower = memory.below(run.level, run.config)
+    lower = memory.below(run.level, run.config, run.accelerator.device)
     if lower is None:
         raise RuntimeError(memory.out_of_memory(run.level))
     run.journal.say(f"out of memory with memory: {run.level.name}; continuing with {lower.name}")

@@ -1,6 +1,7 @@
 """What an adapter costs: forward and backward of one layer against the frozen layer alone (point 1 of the GPU table).
 
     python -m scripts.bench.layer [--tokens 1024] [--widths 640 1280] [--rounds 15] [--json]      # one CPU thread
+    python -m scripts.bench.layer --host               # a layer's host time: 2 tokens, 256 wide, bf16
     python -m scripts.bench.layer --device cuda --dtype bfloat16 --mode graph --calls 20 --widths 2048x1280 --tokens 77
 
 All variants take turns in every round, so a busy machine slows all of them: a ratio is the median of those within the
@@ -42,6 +43,10 @@ GOALS = {
     "KronA (4, 64) / PEFT LoKr": (("KronA (4, 64)", "PEFT LoKr (factor 8)"), 0.5),
 }
 """Name -> (two variants, the largest ratio hoped for) at 1280 wide and 1024 tokens, fp32 on a CPU."""
+
+HOST = (256, 256, 2)
+"""A layer so small that its time is Python's and the dispatcher's: width in, width out, tokens; in bf16."""
+HOST_GOALS = {"KronA (4, 64) / LoRA rank 4": (("KronA (4, 64)", "LoRA rank 4"), 1.4)}
 
 
 SHAPES = ((640, 640, 4096), (1280, 1280, 1024), (1280, 1280, 4096), (2048, 1280, 77))
@@ -285,7 +290,10 @@ def main() -> None:
     parser.add_argument("--mode", default="eager", choices=MODES, help="graph needs CUDA")
     parser.add_argument("--calls", type=int, default=1, help="passes a measurement: more on a GPU, to keep it busy")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--host", action="store_true", help="the host's time: 256 wide, 2 tokens, bf16")
     arguments = parser.parse_args()
+    if arguments.host:
+        arguments.widths, arguments.tokens, arguments.dtype, arguments.calls = [HOST[:2]], HOST[2], "bfloat16", 50
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     tables, goals = {}, {}
@@ -296,8 +304,8 @@ def main() -> None:
         tables[f"{d_in}x{d_out}"] = rows = table(seconds, saved)
         if not arguments.json:
             show(shape, rows, failed)
-        if shape == (1280, 1280, 1024):
-            known = {name: goal for name, goal in GOALS.items() if set(goal[0]) <= set(seconds)}
+        if bars := {(1280, 1280, 1024): GOALS, HOST: HOST_GOALS}.get(shape):
+            known = {name: goal for name, goal in bars.items() if set(goal[0]) <= set(seconds)}
             goals = {name: (ratio(seconds, *pair), limit) for name, (pair, limit) in known.items()}
     if arguments.json:
         head = {"torch": torch.__version__, "machine": platform.machine(), "tokens": arguments.tokens}

@@ -75,11 +75,13 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     """Estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
     import torch
 
+    from diffusekrona_train.common.device import free_bytes, training_device_type
     from diffusekrona_train.training.memory import GIB, choose, estimate, levels, trained_bytes, trained_parameters
 
-    cuda = torch.cuda.is_available()
+    device = torch.device(training_device_type())
+    gpu = device.type != "cpu"
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(config.train.mixed_precision)
-    dtype = dtype or (torch.bfloat16 if cuda or source.identity != "toybox" else torch.float32)
+    dtype = dtype or (torch.bfloat16 if gpu or source.identity != "toybox" else torch.float32)
     base = base_parameters(source)
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     megapixels = samples * (config.data.resolution / 1024) ** 2
@@ -90,12 +92,14 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     lines = [
         "about " + ", ".join(f"{need:.1f} GiB {name}" for name, need in needs.items()) + f" ({samples} images at once)"
     ]
-    if cuda:
-        why = choose(config, base, samples, dtype, torch.device("cuda"), figures, trained)[1]
+    if gpu:
+        why = choose(config, base, samples, dtype, device, figures, trained)[1]
         lines.append(why.removeprefix("memory: "))
-        free = torch.cuda.mem_get_info()[0] / GIB
-        if min(needs.values()) > free:
-            lines.append(f"{free:.1f} GiB are free: lower data.resolution or train.batch_size, or close other programs")
+        free = free_bytes(device)
+        if free is not None and min(needs.values()) > free / GIB:
+            lines.append(
+                f"{free / GIB:.1f} GiB are free: lower data.resolution or train.batch_size, or close other programs"
+            )
     else:
         lines.append("no GPU in reach of torch: training would run on the CPU")
     if config.train.batch_size > 1:
@@ -132,12 +136,26 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+LACKS = {
+    "quantized": "NF4, int8 and adamw8bit",
+    "fused": "the fused optimiser (the plain one is used)",
+    "fp16": "training in fp16",
+    "pinned": "copies from pinned memory",
+}
+"""Ability of a device -> what to say where it is lacking."""
+
+
 def device_lines() -> list[str]:
     """The device that training would take; where a GPU is there and torch cannot use it, how to mend that."""
     import torch
 
-    if torch.cuda.is_available():
-        return [f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"]
+    from diffusekrona_train.common.device import ABILITIES, device_name, training_device_type
+
+    kind = training_device_type()
+    if kind != "cpu":
+        lacks = [text for ability, text in LACKS.items() if not getattr(ABILITIES[kind], ability)]
+        said = f"{device_name(kind)}, torch {torch.__version__}"
+        return [said, *([f"does not work there: {', '.join(lacks)}"] if lacks else [])]
     lines = [f"CPU, torch {torch.__version__}"]
     if has_nvidia_gpu() and torch.version.cuda is None:
         lines.append(

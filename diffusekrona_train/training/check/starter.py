@@ -105,10 +105,11 @@ def starter_text(where: str, class_noun: str, target: Path) -> str:
 def free_gib() -> float | None:
     """Free GiB on the first GPU, None without one that torch can use."""
     try:
-        import torch
+        from diffusekrona_train.common.device import free_bytes, pick_device
     except ImportError:
         return None
-    return torch.cuda.mem_get_info(0)[0] / 2**30 if torch.cuda.is_available() else None
+    free = free_bytes(pick_device())
+    return None if free is None else free / 2**30
 
 
 def _model_for(free: float | None) -> tuple[str, str]:
