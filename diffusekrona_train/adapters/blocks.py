@@ -35,13 +35,13 @@ class Sizes(NamedTuple):
 
     @property
     def b_first(self) -> bool:
-        """True where contracting B first takes no more multiplications, as in `kron.kron_macs`."""
+        """Return whether contracting B first takes no more multiplications, as in `kron.kron_macs`."""
         a1, a2, b1, b2 = self
         return a1 * b1 * b2 + a1 * a2 * b2 <= a1 * a2 * b1 + a2 * b1 * b2
 
     @property
     def oriented(self) -> Sizes:
-        """These sizes, or those of the transposed problem, so that B comes first."""
+        """Return these sizes, or those of the transposed problem, so that B comes first."""
         return self if self.b_first else self.transposed
 
 
