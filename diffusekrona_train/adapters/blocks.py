@@ -1,4 +1,4 @@
-"""Choose how the Triton kernels are cut: block sizes and grids from the factors' shapes alone. Needs neither torch nor
+"""Choose how the Triton kernels are cut: block sizes and grids from the factors' shapes only. Needs neither torch nor
 triton.
 
 Nothing is tuned by the clock: the next run could choose another order of summation, and two runs on one card would no
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 LEAST_DOT = 16  # the shortest side of a product of 16-bit tiles in Triton
 MANY_TOKENS = 4096
-FACTOR_PROGRAMS = (64, 1024)  # at least, so that a card is not left idle, and at most
+FACTOR_PROGRAMS = (64, 1024)  # at least, so that a GPU is not left idle, and at most
 SUM_ROWS, SUM_COLUMNS = 32, 64
 # a1, b2 and a2 of what the kernels take, in the orientation B first: they bound the registers of a program
 LARGEST_SHARED, LARGEST_SMALL, LARGEST_LONG = 32, 64, 128

@@ -1,4 +1,4 @@
-"""All factors in one fp32 buffer and all gradients in another, with a table that says where each one lies.
+"""Keep all factors in one fp32 buffer and all gradients in another, with a table of where each one is.
 
 The optimiser then sees one parameter: clearing, averaging, unscaling, clipping and stepping are one kernel each, and a
 16-bit copy of all factors is one cast a step. Segments begin at multiples of 256, the block of 8-bit optimisers, so no
@@ -21,7 +21,7 @@ ALIGN = 256
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one factor lies: `size` numbers from `start`, zeros after them up to the next multiple of 256."""
+    """Where one factor is: `size` numbers from `start`, zeros after them up to the next multiple of 256."""
 
     slot: int
     layer: str

@@ -30,7 +30,7 @@ __all__ = ["AdaptedLinear", "Injection", "find_layers", "inject", "select_layers
 def inject(
     model: nn.Module, spec: AdapterConfig, *, seed: int = 0, options: dict[str, Options] | None = None
 ) -> Injection:
-    """Wrap the layers that `spec` chooses (or those named in `options`, as a file tells them); all else is frozen.
+    """Wrap the layers that `spec` chooses (or those named in `options`, from a file); everything else is frozen.
 
     A layer's start depends on (seed, its name) alone. Raises ValueError where a target is not there.
     """

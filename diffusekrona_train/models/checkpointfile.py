@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 SAFETENSORS = (".safetensors", ".sft")
-"""Suffixes by which a name is taken for a file, in any case; what a file is, its header says."""
+"""Suffixes that mark a name as a file, in upper or lower case; the header decides what the file is."""
 
 SCALES = (".scale_weight", ".weight_scale")
 """Suffix of the number that a weight in 8 bits is to be multiplied by: older and newer ComfyUI files."""
 INPUT_SCALES = (".scale_input", ".input_scale", ".scale_output", ".output_scale", ".comfy_quant", "scaled_fp8")
-"""For the 8-bit products of a GPU alone: the weights mean the same without them."""
+"""Only for 8-bit products on a GPU: the weights mean the same without them."""
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_blockwise")

@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a family by what they do. A scheduler's class stands in its own config."""
+    """The parts of a family by what they do. A scheduler's class is named in its own config."""
 
     denoiser: Part
     vae: Part
@@ -90,7 +90,7 @@ class Layer:
     stream: str = "image"
     """Whose tokens it sees in a denoiser of two streams: image, text or both; image where there is but one stream."""
     block: str = ""
-    """Dotted path of the block that it stands in."""
+    """Dotted path of the block that it is in."""
     group: str = ""
     """Equal for layers that are given the same input: q, k, v of a self attention; k, v of a cross attention."""
 
@@ -166,7 +166,7 @@ class Process(Protocol):
         ...
 
 
-# ---- where a model lies ---------------------------------------------------------------------------------------------
+# ---- where a model is -----------------------------------------------------------------------------------------------
 
 
 class Place(Protocol):

@@ -66,7 +66,7 @@ _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|dow
 
 
 def original_tensors(part: str, family: str, tensors: Tensors, config: Config, second: bool = False) -> Tensors:
-    """Return the tensors of `part` (unet, vae, text_encoder, text_encoder_2) by their names in a whole checkpoint file.
+    """Return the tensors of `part` (unet, vae, text_encoder, text_encoder_2) by their names in a checkpoint file.
 
     `config` is the part's own; `second`: the text encoder is SD 2's, which is kept as OpenCLIP has it. ValueError for a
     tensor that the original layout has no name for.

@@ -33,7 +33,7 @@ class ModelSource:
     family: Family
     vae: str | None = None
     predicts: str | None = None
-    """What the user says of prediction_type, for models whose files do not."""
+    """The user's prediction_type, for models whose files do not have one."""
     _layers: list[Layer] = field(default_factory=list, repr=False)
     _whole: set[str] = field(default_factory=set, repr=False)
 
@@ -173,7 +173,7 @@ class ModelSource:
         return _frozen(self._part(self.family.parts.vae, dtype), device)
 
     def _load_text_encoders(self, dtype: torch.dtype | None, device: Device) -> list[nn.Module]:
-        # transformers reads a config's own dtype (fp16 files stay fp16) unless it is told one
+        # transformers reads a config's own dtype (fp16 files stay fp16) unless a dtype is passed
         return [_frozen(self._part(part, dtype or part.dtype), device) for part in self.family.parts.text_encoders]
 
     def _load_tokenizers(self) -> list[Any]:

@@ -13,7 +13,7 @@ def local_tokenizers(source: ModelSource) -> list[Loaded]:
     """Return the model's tokenizers, one per text encoder; empty if they are not on this machine."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # a long caption is told in our own words
+    transformers.logging.set_verbosity_error()  # long captions have our own warning
     found = []
     for part in source.family.parts.tokenizers:
         try:

@@ -39,7 +39,7 @@ def norm_map(rows: list[LayerSpectrum], path: Path) -> Path:
     """Plot a heat map of ‖ΔW‖ / ‖W‖ (or ‖ΔW‖): blocks along the network across, projections down."""
     plt = _pyplot()
     relative = all(row.relative is not None for row in rows)
-    # models list the middle after the end; along the network it stands between down and up
+    # models list the middle after the end; in the network it is between down and up
     columns = sorted(dict.fromkeys(_block(row.name) for row in rows), key=lambda block: STAGES.index(block.split()[0]))
     present = {_role(row): None for row in rows}
     lines = [role for role in ROLES if role in present]

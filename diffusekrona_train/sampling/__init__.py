@@ -46,9 +46,9 @@ class SampleRequest:
     """What one call generates: every prompt with every seed, and every value of what is swept."""
 
     source: str | Path | None
-    """A run folder or an adapter file; None: the adapters below alone, or the base model."""
+    """A run folder or an adapter file; None: only the adapters below, or the base model."""
     prompts: Sequence[str]
-    """[V] stands for the identifier ([V1], [V2] … with several adapters), {class} for the class noun."""
+    """[V] is replaced by the identifier token ([V1], [V2] … with several adapters), {class} for the class noun."""
     adapters: Sequence[str] = ()
     """Further adapters: FILE or FILE:STRENGTH."""
     checkpoint: int | None = None
@@ -75,7 +75,7 @@ class SampleRequest:
     width: int | None = None
     negative: str | None = None
     noise: str = "prompt"
-    """What the noise depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
+    """What the noise depends on: `prompt` and seed, or only `seed`, to compare prompts at one seed."""
     sweeps: Sequence[str] = ()
     """OPTION=v1,v2: all values of an option."""
     base: bool = False

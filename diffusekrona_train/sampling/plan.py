@@ -1,7 +1,7 @@
 """Plan the images of one krona-sample call: file names, PNG metadata, manifest, and which exist already.
 
-A file's name ends in a key of everything that decides its content, so that nothing is overwritten, a stopped call goes
-on where it was, and several processes share the work without talking.
+A file's name ends in a hash of everything that determines its content. So nothing is overwritten, an interrupted call
+continues where it stopped, and several processes share the work without communication.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     try:
         os.write(descriptor, line)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a descriptor has no name to tell
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a descriptor has no file name
     finally:
         os.close(descriptor)
 

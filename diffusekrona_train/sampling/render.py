@@ -1,7 +1,6 @@
 """Generate images: the one sampling path of validation, class images, evaluation and krona-sample.
 
-The noise of an image depends on its (prompt, seed) alone: not on the batch it is drawn in, the device, the process or
-the images before it.
+The noise of an image depends only on its (prompt, seed): not on the batch, the device, the process or earlier images.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class SampleSettings:
     width: int | None = None
     scheduler: str | None = None
     noise: str = "prompt"
-    """What the noise of an image depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
+    """What the noise of an image depends on: `prompt` and seed, or only `seed`, to compare prompts at one seed."""
     strength_schedule: str = ""
 
     def __post_init__(self) -> None:
@@ -120,7 +119,7 @@ def draw_latents(
         return family.collate([moved(conditioning_of(text), device, dtype) for text in texts])
 
     negative = batch([settings.negative] * len(jobs)) if family.negative_prompt else None
-    # samplers that add noise go on with each image's own stream
+    # samplers that add noise continue each image's own random stream
     request = Request(settings.steps, settings.guidance, height, width, generators, not settings.negative)
     return family.sample(pipe, noise.to(device, dtype), batch([prompt for prompt, _ in jobs]), negative, request)
 

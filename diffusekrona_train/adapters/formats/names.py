@@ -170,7 +170,7 @@ def _as_krona(layer: Layer, group: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def _targets(layers: list[Layer]) -> dict[str, Any]:
-    """The spec's fields that choose exactly the kinds and projections of these layers, and these alone."""
+    """Return the spec's fields that choose exactly the kinds and projections of these layers."""
     kinds = {layer.kind for layer in layers}
     letters = [letter for letter in "qkvo" if any(layer.projection == letter for layer in layers)]
     attention = "both" if {"self", "cross"} <= kinds else "cross" if "cross" in kinds else "self"
@@ -224,7 +224,7 @@ def trigger_words(info: dict[str, Any]) -> str:
 
 
 def model_header(path: str | Path, base: dict[str, str], resolution: int) -> dict[str, str]:
-    """Return the ModelSpec metadata of a whole checkpoint file; `base` is its family's for adapters of it."""
+    """Return the ModelSpec metadata of a complete checkpoint file; `base` is its family's for adapters of it."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": base["modelspec.architecture"].removesuffix("/lora"),

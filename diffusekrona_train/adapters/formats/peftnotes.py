@@ -23,9 +23,9 @@ FIRST = ("lora_up.weight", "lokr_w1", "lokr_w1_a", "hada_w1_a")
 """The tensor of a layer that can carry its scale."""
 
 REFUSED = ("lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "layer_replication")
-"""Settings that change what a layer computes in ways that no LoRA file says."""
+"""Settings that change what a layer computes in ways that a LoRA file cannot express."""
 RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that take something out of the base's weights: such a file fits the changed base alone."""
+"""Initialisations that take something out of the base's weights: such a file fits only the changed base."""
 
 
 def with_scales(

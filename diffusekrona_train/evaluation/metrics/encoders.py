@@ -46,7 +46,7 @@ class Encoder:
     embed_pixels: Callable[[Tensor], Tensor]
     embed_text: Callable[[list[str]], Tensor] | None = None
     tokenizer: Loaded | None = None
-    """Of a CLIP: tells how much of a text it reads."""
+    """Of a CLIP: shows how much of a text it reads."""
     device: torch.device | str = "cpu"
     batch_size: int = 32
     cache: Path | None = None
@@ -159,7 +159,7 @@ def _load(kind: type[Loadable], where: str, name: str, expected: str, device: to
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()  # without a network our one line says so
+    huggingface_hub.logging.set_verbosity_error()  # without a network there is our own one-line error
     try:
         try:
             config = transformers.AutoConfig.from_pretrained(where)
@@ -195,7 +195,7 @@ def _identity(name: str, where: str, model: Loaded) -> str:
 
 
 class IdentityNet(nn.Module):
-    """toybox's judge of identity: a small convolutional network trained to tell its subjects apart.
+    """A small convolutional network that measures identity for toybox: trained to tell its subjects apart.
 
     Images (B, 3, 64, 64) in [-1, 1] -> embeddings (B, 128). The classifiers it was trained with are left out.
     """
