@@ -200,7 +200,7 @@ def test_merged_is_a_pipeline_of_its_own(pipelines, tmp_path, spec):
 def test_mistakes_are_one_line(pipelines, tmp_path):
     path, out = tmp_path / "dog.safetensors", tmp_path / "out.safetensors"
     saved(load(pipelines["sd15"]).unet, SPECS["lora"], path)
-    convert(path, out, "--to", "lokr", fails="no Kronecker product")
+    convert(path, out, "--to", "lokr", fails="not a Kronecker product")
     convert(path, path, "--to", "lora", fails="is the input itself")
     convert(path, tmp_path / "out.bin", "--to", "lora", fails="ends in .safetensors")
     convert(path, out, "--to", "merged", "--model", pipelines["sd15"], fails="pipeline folder")

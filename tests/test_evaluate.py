@@ -352,7 +352,7 @@ def test_mistakes_are_one_line_and_exit_2(words, expected, world, capsys):
         ({"nmae": "x"}, "nmae"),
         ({"rows": [{"name": "../up", "class": "dog", "prompts": ["a"]}]}, "name"),
         ({"rows": [{"name": "a", "class": "dog", "prompts": "lost"}]}, "asks for prompts 'lost'"),
-        ({"rows": [{"name": "a", "class": "dog", "prompts": ["a"]}] * 2}, "twice"),
+        ({"rows": [{"name": "a", "class": "dog", "prompts": ["a"]}] * 2}, "duplicate name a"),
     ],
 )
 def test_a_wrong_suite_is_one_line(change, expected, tmp_path):

@@ -329,7 +329,7 @@ def bad_models(folders, tmp_path):
         str(no_part): "has no unet/config.json",
         str(broken): "is not JSON",
         str(other): r"FluxTransformer2DModel\) belongs to none of the families",
-        str(tmp_path / "text.safetensors"): "damaged or no safetensors",
+        str(tmp_path / "text.safetensors"): "damaged or not a safetensors",
         str(tmp_path / "model.ckpt"): "is not a .safetensors file",
         file("lora.safetensors", {"a.lora_down.weight": (1, 1)}): "is an adapter, not a model",
         file("flux.safetensors", {"double_blocks.0": (1,)}): "a complete Stable Diffusion checkpoint is needed",

@@ -129,7 +129,7 @@ def test_what_peft_saved_has_its_own_strength(originals, unets, tmp_path, kind):
     path = tmp_path / "adapter_model.safetensors"
     assert_close(ours(originals["sd15"], "sd15", path), expected)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors: is PEFT's file; .*adapter_config.json"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: is a PEFT file; .*adapter_config.json"):
         read_adapter(path)
 
 
@@ -157,7 +157,7 @@ REFUSED = {
     "as pissa_niter_4, which changes the base": {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_4"},
     "was initialised as olora": {"r": 4, "lora_alpha": 4, "init_lora_weights": "olora"},
     "has lora_bias: True": {"unet.r": 4, "unet.lora_alpha": 4, "unet.lora_bias": True},
-    "say no lora_alpha|say no alpha": {"unet.r": 4},
+    "have no lora_alpha|have no alpha": {"unet.r": 4},
     "are not JSON": "{",
     "are not a JSON object": "[1]",
 }  # fmt: skip

@@ -175,7 +175,7 @@ def test_fused_for_good_is_the_same_without_a_second_copy(model, name):
     injection.fuse(keep=False)  # again changes nothing
     assert all(torch.equal(model.get_submodule(layer).weight, weight) for layer, weight in fused.items())
     for undo in (injection.unfuse, injection.eject):
-        with pytest.raises(ValueError, match="fused for good"):
+        with pytest.raises(ValueError, match="fused permanently"):
             undo()
 
 

@@ -120,7 +120,7 @@ def test_plain_fp8_is_cast(models, tmp_path):
 UNREADABLE = {
     "nvfp4": lambda t: t.update({f"{LAYER}.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}')).byte()}),
     "without a scale": lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].to(torch.int8)}),
-    "absmax is of a quantised format": lambda t: t.update(
+    "absmax has an unknown quantised format": lambda t: t.update(
         {f"{LAYER}.weight": t[f"{LAYER}.weight"].to(torch.uint8), f"{LAYER}.weight.absmax": torch.ones(4)}
     ),
     "U8 with a scale": lambda t: t.update(

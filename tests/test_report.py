@@ -173,7 +173,7 @@ def test_contact_sheet_draws_every_picture_and_label(tmp_path):
 
 
 def test_contact_sheet_of_nothing_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         contact_sheet([("empty", [])], tmp_path / "sheet.png")
 
 

@@ -162,7 +162,7 @@ def test_sweeps_of_scale_seed_and_names():
     plan = pictures.plan_pictures(["a dog"], [0, 1], FEW, sweeps=sweeps, with_base=True)
     assert {(item.scale, item.seed) for item in plan} == {(s, n) for s in (None, 0.0, 0.5, 1.0) for n in (3, 4)}
     assert pictures.parse_sweep("scheduler=ddim,euler") == ("scheduler", ["ddim", "euler"])
-    for text, message in (("cfg=1", "there are steps"), ("steps=a", "no int"), ("steps", "write OPTION=v1,v2")):
+    for text, message in (("cfg=1", "use one of steps"), ("steps=a", "of type int"), ("steps", "write OPTION=v1,v2")):
         with pytest.raises(ValueError, match=message):
             pictures.parse_sweep(text)
     with pytest.raises(ValueError, match="twice"):
@@ -424,7 +424,7 @@ MISTAKES = [
     (("FILE", "a [V]", "--model", "nothing"), "is not known"),
     (("FILE", "a [V]", "--model", "SD15"), "is of family sd"),
     (("--model", "toybox", "a [V]"), "[V] has no adapter"),
-    (("FILE", "a [V]", "--offload", "model"), "there is none"),
+    (("FILE", "a [V]", "--offload", "model"), "but there is no GPU"),
     (("FILE", "--prompts-file", "missing.txt"), "missing.txt"),
 ]
 

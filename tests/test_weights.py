@@ -211,7 +211,7 @@ DAMAGE = {
     "cut to nothing": (lambda p: resized(p, 0), "truncated"),
     "huge header": (
         lambda p: p.write_bytes(struct.pack("<Q", 2**60) + p.read_bytes()[8:]),
-        "truncated or no safetensors",
+        "truncated or not a safetensors",
     ),
     "broken JSON": (lambda p: p.write_bytes(p.read_bytes()[:8] + b"}" + p.read_bytes()[9:]), "not the JSON"),
     "header is a list": (lambda p: p.write_bytes(struct.pack("<Q", 2) + b"[]"), "not the JSON"),

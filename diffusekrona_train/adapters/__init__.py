@@ -44,12 +44,13 @@ ADAPTERS: dict[str, type[Adapter]] = {"krona": KronA, "lora": LoRA, "lokr": LoKr
 def build_adapter(
     spec: AdapterConfig, layer: Layer, options: Options, generator: torch.Generator | None = None
 ) -> Adapter:
-    """A new adapter for `layer`, fp32 on the CPU, its random factors drawn from `generator`."""
+    """Build a new adapter for `layer`, fp32 on the CPU, with random factors from `generator`."""
     return ADAPTERS[spec.type](layer, options, spec, generator)
 
 
 def count_parameters(spec: AdapterConfig, layers: list[Layer]) -> int:
-    """Trainable numbers in all of these layers (what `targets: all` trains beyond these linears is not counted)."""
+    """Count trainable numbers in all of these layers (what `targets: all` trains beyond these linears is not
+    counted)."""
     options, kind = plan(spec, layers), ADAPTERS[spec.type]
     return sum(
         math.prod(shape)
@@ -60,5 +61,5 @@ def count_parameters(spec: AdapterConfig, layers: list[Layer]) -> int:
 
 
 def macs(spec: AdapterConfig, layer: Layer, options: Options) -> int:
-    """Multiplications a token that the adapter takes beside the layer's own in * out."""
+    """Count multiplications per token that the adapter needs beside the layer's own in * out."""
     return ADAPTERS[spec.type].macs(layer, options)

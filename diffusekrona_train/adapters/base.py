@@ -31,7 +31,7 @@ class Lane(Protocol):
     """One adapter's place among those that are computed together (see `grouped`)."""
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        """x (..., in) -> base(x) and what the adapter adds (..., out)."""
+        """Compute base(x) plus what the adapter adds, (..., out), for x (..., in)."""
         ...
 
 
@@ -47,7 +47,7 @@ class Adapter(Fp32Module):
 
     @property
     def sides(self) -> Sides | None:
-        """The two products that this adapter is, None where it is made of anything else."""
+        """Return the two products of this adapter, None if it is not two products."""
         return None
 
     def __init__(self, layer: Layer, options: Options, spec: AdapterConfig, generator: torch.Generator | None = None):
@@ -62,53 +62,55 @@ class Adapter(Fp32Module):
 
     @classmethod
     def shapes(cls, layer: Layer, options: Options, spec: AdapterConfig) -> Shapes:
-        """File suffix -> shape, without building anything."""
+        """Return file suffix -> shape, without building anything."""
         raise NotImplementedError
 
     @staticmethod
     def macs(layer: Layer, options: Options) -> int:
-        """Multiplications a token beside the layer's own in * out."""
+        """Count multiplications per token beside the layer's own in * out."""
         raise NotImplementedError
 
     @staticmethod
     def parameter_name(suffix: str) -> str:
-        """The parameter that the file tensor `suffix` is."""
+        """Return the name of the parameter behind the file tensor `suffix`."""
         return suffix.removesuffix(".weight")
 
     def initialise(self, spec: AdapterConfig, generator: torch.Generator | None) -> None:
         """Fill the parameters, which are zero, so that the layer's output does not change yet."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> what is added (..., out), all scales included, in the type of x (or autocast's)."""
+        """Compute what is added, (..., out), for x (..., in), all scales included, in the type of x (or autocast's)."""
         raise NotImplementedError
 
     def product(self) -> Tensor:
-        """The dense difference (out, in) in fp32 before any scale."""
+        """Return the dense difference (out, in) in fp32 before any scale."""
         raise NotImplementedError
 
     def file_alpha(self) -> float | None:
-        """The `.alpha` that is written; none where files of this type have no such tensor."""
+        """Return the `.alpha` that is written; None where files of this type have no such tensor."""
         return None
 
     def alpha_scale(self, alpha: float | None = None) -> float:
-        """alpha / rank for this alpha (none: the option's; 0: as if it were the rank); 1 for types without a rank."""
+        """Return alpha / rank for this alpha (none: the option's; 0: as if it were the rank); 1 for types without a
+        rank."""
         if "alpha" not in self.options:
             return 1.0
         alpha = self.options["alpha"] if alpha is None else alpha
         return alpha / self.options["rank"] if alpha else 1.0
 
     def multiplier(self) -> float:
-        """What the product is multiplied by: scale, strength, and alpha / rank."""
+        """Return what the product is multiplied by: scale, strength, and alpha / rank."""
         return self.scale * self.strength * self.alpha_scale()
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The dense difference ΔW (out, in), fp32, all scales included."""
+        """Return the dense difference ΔW (out, in), fp32, all scales included."""
         return self.product() * self.multiplier()
 
     @torch.no_grad()
     def file_tensors(self) -> dict[str, Tensor]:
-        """Suffix -> fp32 tensor on the CPU. The strength is left out; the scale is multiplied into the first tensor."""
+        """Return suffix -> fp32 tensor on the CPU. The strength is left out; the scale is multiplied into the first
+        tensor."""
         tensors = {suffix: to_file(self.parameter(suffix)) for suffix in self.suffixes}
         alpha = self.file_alpha()
         tensors[self.suffixes[0]] *= self._carried(alpha)
@@ -116,7 +118,7 @@ class Adapter(Fp32Module):
 
     @torch.no_grad()
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take the tensors of a file (suffix -> tensor of any float type, with whatever alpha).
+        """Load the tensors of a file (suffix -> tensor of any float type, with whatever alpha).
 
         Raises ValueError naming layer and tensor where one is missing, unknown, of another shape, or not finite.
         """
@@ -133,12 +135,12 @@ class Adapter(Fp32Module):
         return getattr(self, self.parameter_name(suffix))
 
     def _carried(self, alpha: float | None) -> float:
-        """The factor in the first tensor of a file with this alpha: all that readers do not see from alpha."""
+        """Return the factor in the first tensor of a file with this alpha: all that readers do not see from alpha."""
         return self.scale * self.alpha_scale() / self.alpha_scale(alpha)
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """tensor * factor, saving the product where it changes nothing."""
+    """Return tensor * factor, saving the product where it changes nothing."""
     return tensor if factor == 1.0 else tensor * factor
 
 
@@ -152,7 +154,8 @@ def to_file(tensor: Tensor) -> Tensor:
 
 
 def check_tensors(name: str, tensors: dict[str, Tensor], wanted: Shapes) -> None:
-    """ValueError naming layer and tensor unless `tensors` are exactly the wanted ones, of these shapes, finite."""
+    """Raise ValueError naming layer and tensor unless `tensors` are exactly the wanted ones, of these shapes,
+    finite."""
     if missing := [suffix for suffix in wanted if suffix not in tensors]:
         raise ValueError(f"{name}: tensor {missing[0]} is missing")
     if extra := [suffix for suffix in tensors if suffix not in wanted]:

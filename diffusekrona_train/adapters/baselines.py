@@ -80,7 +80,7 @@ class LoKr(Adapter):
                 kaiming(self.parameter(suffix), generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """w1 and w2, multiplied out where they are pairs."""
+        """Return w1 and w2, multiplied out where they are pairs."""
         return self._whole("lokr_w1"), self._whole("lokr_w2")
 
     @property

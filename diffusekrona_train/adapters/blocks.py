@@ -1,4 +1,4 @@
-"""Choose how the Triton kernels are cut: block sizes and grids from the factors' shapes alone. Needs neither torch nor
+"""Choose how the Triton kernels are cut: block sizes and grids from the factors' shapes only. Needs neither torch nor
 triton.
 
 Nothing is tuned by the clock: the next run could choose another order of summation, and two runs on one card would no
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 LEAST_DOT = 16  # the shortest side of a product of 16-bit tiles in Triton
 MANY_TOKENS = 4096
-FACTOR_PROGRAMS = (64, 1024)  # at least, so that a card is not left idle, and at most
+FACTOR_PROGRAMS = (64, 1024)  # at least, so that a GPU is not left idle, and at most
 SUM_ROWS, SUM_COLUMNS = 32, 64
 # a1, b2 and a2 of what the kernels take, in the orientation B first: they bound the registers of a program
 LARGEST_SHARED, LARGEST_SMALL, LARGEST_LONG = 32, 64, 128
@@ -35,13 +35,13 @@ class Sizes(NamedTuple):
 
     @property
     def b_first(self) -> bool:
-        """True where contracting B first takes no more multiplications, as in `kron.kron_macs`."""
+        """Return whether contracting B first takes no more multiplications, as in `kron.kron_macs`."""
         a1, a2, b1, b2 = self
         return a1 * b1 * b2 + a1 * a2 * b2 <= a1 * a2 * b1 + a2 * b1 * b2
 
     @property
     def oriented(self) -> Sizes:
-        """These sizes, or those of the transposed problem, so that B comes first."""
+        """Return these sizes, or those of the transposed problem, so that B comes first."""
         return self if self.b_first else self.transposed
 
 

@@ -1,4 +1,4 @@
-"""All factors in one fp32 buffer and all gradients in another, with a table that says where each one lies.
+"""Keep all factors in one fp32 buffer and all gradients in another, with a table of where each one is.
 
 The optimiser then sees one parameter: clearing, averaging, unscaling, clipping and stepping are one kernel each, and a
 16-bit copy of all factors is one cast a step. Segments begin at multiples of 256, the block of 8-bit optimisers, so no
@@ -21,7 +21,7 @@ ALIGN = 256
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one factor lies: `size` numbers from `start`, zeros after them up to the next multiple of 256."""
+    """Where one factor is: `size` numbers from `start`, zeros after them up to the next multiple of 256."""
 
     slot: int
     layer: str
@@ -40,11 +40,11 @@ class Segment:
 
     @property
     def step(self) -> int:
-        """Numbers from the start of this segment to the next one."""
+        """Count numbers from the start of this segment to the next one."""
         return aligned(self.size)
 
     def of(self, buffer: Tensor) -> Tensor:
-        """The factor's view of a buffer with this layout."""
+        """Return the factor's view of a buffer with this layout."""
         return buffer[self.start : self.start + self.size].view(self.shape)
 
 
@@ -84,13 +84,13 @@ class FlatFactors:
                 parameter.grad = segment.of(self.gradient)
 
     def shadow(self, dtype: torch.dtype) -> Tensor:
-        """All factors in `dtype`, as of the last `refresh`."""
+        """Return all factors in `dtype`, as of the last `refresh`."""
         if dtype not in self._shadows:
             self._shadows[dtype] = self.master.detach().to(dtype)
         return self._shadows[dtype]
 
     def stage(self, dtype: torch.dtype) -> Tensor:
-        """The gradients of this backward pass in `dtype`."""
+        """Return the gradients of this backward pass in `dtype`."""
         if dtype not in self._stages:
             self._stages[dtype] = torch.zeros(self.size, dtype=dtype, device=self.master.device)
         return self._stages[dtype]
@@ -119,13 +119,13 @@ class FlatFactors:
         self.round += 1
 
     def of_slot(self, slot: int, buffer: Tensor) -> Tensor:
-        """One slot's share of a buffer with this layout."""
+        """Return one slot's share of a buffer with this layout."""
         return buffer[: self.size].view(self.slots, -1)[slot]
 
 
 def members_of(adapters: Mapping[str, nn.Module]) -> list[list[str]]:
-    """Layer names whose adapters may be computed together: q, k, v of a self-attention, k and v of a cross-attention,
-    where type and shapes agree; all others alone. In the adapters' order."""
+    """Return layer names whose adapters may be computed together: q, k, v of a self-attention, k and v of a
+    cross-attention, where type and shapes agree; all others alone. In the adapters' order."""
     found: dict[object, list[str]] = {}
     for name, adapter in adapters.items():
         found.setdefault(_key(name, adapter), []).append(name)
@@ -148,7 +148,8 @@ def adapter_parameter(subjects: Sequence[Mapping[str, nn.Module]], segment: Segm
 
 
 def _laid(slot: int, layers: list[str], adapters: Mapping[str, nn.Module], start: int) -> Iterator[Segment]:
-    """Segments of adapters of equal shapes: each factor of all of them side by side, so that they are one tensor."""
+    """Lay out segments of adapters of equal shapes: each factor of all of them side by side, so that they are one
+    tensor."""
     for factor, parameter in adapters[layers[0]].named_parameters():
         for layer in layers:
             yield Segment(slot, layer, factor, start, tuple(parameter.shape))

@@ -1,4 +1,4 @@
-"""Adapters of layers that read the same input, computed together: one node before them and one for each layer.
+"""Compute adapters of layers with the same input together: one node before them and one for each layer.
 
     z = inner factors of all members on x        `_Enter`, at the first member that sees x
     y = base(x) + scale * outer factor on z      `_Plain` or `_Over`, at each member
@@ -52,13 +52,13 @@ class Group:
         self._kron = Left in (self.inner, self.outer)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All members' inner and outer factors (s, o, i) in `dtype`."""
+        """Return all members' inner and outer factors (s, o, i) in `dtype`."""
         if dtype not in self._views:
             self._views[dtype] = self._of(self.flat.shadow(dtype))
         return self._views[dtype]
 
     def stages(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Where this pass's gradients of the inner and outer factors go; what an earlier use left is put away first."""
+        """Return where this pass's gradients of both factors go; those of an earlier use are stored first."""
         if dtype not in self._stages:
             self._stages[dtype] = self._of(self.flat.stage(dtype))
         if self._round == self.flat.round:
@@ -80,22 +80,22 @@ class Group:
         )
 
     def kron(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(inner, outer) as (A, B)."""
+        """Return (inner, outer) as (A, B)."""
         return pair if self.inner is Left else (pair[1], pair[0])
 
     def by_operator(self, x: Tensor) -> bool:
-        """Whether one operator makes both products."""
+        """Return whether one operator computes both products."""
         if not self._kron:
             return False
         A, B = self.kron(self.factors(x.dtype))
         return operator.use_operator(x, A[0], B[0])
 
     def enter(self, x: Tensor) -> Tensor:
-        """z (s, n, *) of all members for x (n, in); empty where the operator is used, which needs none."""
+        """Compute z (s, n, *) of all members for x (n, in); empty where the operator is used, which needs none."""
         return x.new_empty(0) if self.by_operator(x) else self.inner.many(self.factors(x.dtype)[0], x)
 
     def add(self, index: int, y: Tensor, x: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
-        """y (n, out) and what a member adds for x (n, in), in place unless `fresh`."""
+        """Add to y (n, out) what a member adds for x (n, in), in place unless `fresh`."""
         inner, outer = self.factors(x.dtype)
         scale = self.adapters[index].multiplier()
         if z.numel():
@@ -110,7 +110,7 @@ class Group:
         return [adapter.multiplier() for adapter in self.adapters]
 
     def shared(self, index: int, x: Tensor, plain: bool) -> _Shared:
-        """What the members share for this x; made by the first that asks, dropped when the last one has."""
+        """Return what the members share for this x; made for the first that asks, dropped after the last."""
         shared = self._shared
         if shared is None or shared.x is not x or index not in shared.waiting or shared.grad != torch.is_grad_enabled():
             shared = self._shared = _Shared(self, x, plain)
@@ -120,7 +120,7 @@ class Group:
         return shared
 
     def backward(self, x: Tensor, z: Tensor, taken: _Taken, grad_x: Tensor | None, wants_x: bool) -> Tensor | None:
-        """Put away the gradients of both factors; returns that of x (n, in), `grad_x` (which bases made) included."""
+        """Store the gradients of both factors; return that of x (n, in), `grad_x` (which bases made) included."""
         some = next(grad for grad in taken.grads if grad is not None)
         grads = [torch.zeros_like(some) if grad is None else grad for grad in taken.grads]
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
@@ -141,7 +141,8 @@ class Group:
         return total
 
     def _factor_gradients(self, x: Tensor, z: Tensor, grads: list[Tensor]) -> Tensor:
-        """Gradients of the factors, into the stages (the operator's: into the fp32 gradients); returns that of z."""
+        """Compute gradients of the factors into the stages (the operator's: into the fp32 gradients); returns that of
+        z."""
         factors, scales = self.factors(x.dtype), self.scales()
         if not z.numel():
             pairs = zip(zip(*factors, strict=True), zip(*self._gradients, strict=True), grads, scales, strict=True)
@@ -186,10 +187,10 @@ class GroupLane:
         self.group, self.index = group, index
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
-        """A copy's factors do not lie in the flat buffers."""
+        """Copy without the flat buffers: a copy's factors are not in them."""
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        """x (..., in) -> base(x) and what the adapter adds (..., out)."""
+        """Compute base(x) plus what the adapter adds, (..., out), for x (..., in)."""
         plain = _is_plain(base, x)
         shared = self.group.shared(self.index, x, plain)
         if plain:
@@ -202,7 +203,7 @@ class GroupLane:
 
 
 def _is_plain(base: nn.Module, x: Tensor) -> bool:
-    """Whether nothing but a frozen product stands here, which the nodes below then make themselves."""
+    """Return whether this is only a frozen product, which the nodes below then compute themselves."""
     return (
         type(base) is nn.Linear
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)

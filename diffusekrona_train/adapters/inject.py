@@ -1,4 +1,4 @@
-"""Put adapters into a model and take them out again: which layers (by role, never by substring), strength, fuse, eject.
+"""Inject adapters into a model and eject them: which layers (by role, never by substring), strength, fuse, eject.
 
     injection = inject(unet, AdapterConfig(a1=4, a2=64), seed=0)
     injection.parameters()      # fp32, all that trains
@@ -30,7 +30,7 @@ __all__ = ["AdaptedLinear", "Injection", "find_layers", "inject", "select_layers
 def inject(
     model: nn.Module, spec: AdapterConfig, *, seed: int = 0, options: dict[str, Options] | None = None
 ) -> Injection:
-    """Wrap the layers that `spec` chooses (or those named in `options`, as a file tells them); all else is frozen.
+    """Wrap the layers that `spec` chooses (or those named in `options`, from a file); everything else is frozen.
 
     A layer's start depends on (seed, its name) alone. Raises ValueError where a target is not there.
     """
@@ -88,7 +88,7 @@ class Injection:
     # --- what trains
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """("layer|parameter", fp32 parameter) in a fixed order."""
+        """Yield ("layer|parameter", fp32 parameter) in a fixed order."""
         return [(f"{n}|{p}", value) for n, adapter in self.adapters.items() for p, value in adapter.named_parameters()]
 
     def flatten(self, spare: int = 0) -> FlatFactors:
@@ -101,7 +101,7 @@ class Injection:
 
     @property
     def count(self) -> int:
-        """Number of trainable numbers."""
+        """Count trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Injection:
@@ -110,7 +110,7 @@ class Injection:
         return self
 
     def assert_fp32(self) -> None:
-        """The masters are fp32 and trainable; fp16 ones could not be unscaled."""
+        """Check that the masters are fp32 and trainable; gradients of fp16 ones could not be unscaled."""
         for name, parameter in self.named_parameters():
             assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}, not fp32"
             assert parameter.requires_grad, f"{name} is frozen"
@@ -121,7 +121,7 @@ class Injection:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError naming what is missing, unknown or of another shape; then nothing has changed."""
+        """Load a state_dict; ValueError, with nothing changed, names what is missing, unknown or of another shape."""
         own = dict(self.named_parameters())
         for word, names in (("missing", own.keys() - state.keys()), ("unknown", state.keys() - own.keys())):
             if names:
@@ -148,7 +148,8 @@ class Injection:
 
     @contextmanager
     def disabled(self) -> Generator[None]:
-        """Within, the model is the base model (a teacher, a render without the subject); strengths come back after."""
+        """Make the model the base model inside the block (a teacher, an image without the subject); strengths return
+        after."""
         before = [adapter.strength for adapter in self.adapters.values()]
         self.set_strength(0.0)
         try:
@@ -193,7 +194,7 @@ class Injection:
             raise
 
     def eject(self) -> nn.Module:
-        """Take the adapters out: the model is bit for bit as before, and is returned."""
+        """Remove the adapters: the model is bit-identical to before, and is returned."""
         self.unfuse()
         for name, site in self._sites.items():
             site.take_out(self.model, name)
@@ -210,7 +211,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _foreign_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The model's own parameters: not those of adapters that are in it already."""
+    """Return the model's own parameters: not those of adapters that are in it already."""
     adapters = (module for module in model.modules() if isinstance(module, Fp32Module))
     own = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in own]

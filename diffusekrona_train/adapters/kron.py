@@ -1,4 +1,4 @@
-"""The mathematics of A ⊗ B: apply it, write it out, cut it, count it. Needs only torch.
+"""Compute with A ⊗ B: apply it, expand it, truncate it, count it. Needs only torch.
 
 Everywhere A is (a2, a1) and B is (b2, b1), torch's (out, in) layout: a1 and b1 split the input width a1*b1, a2 and b2
 the output width a2*b2. Row α*b2+β, column p*b1+q of A ⊗ B is A[α, p] * B[β, q], as in `torch.kron`.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def kron_linear(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """x (..., a1*b1) -> (..., a2*b2), equal to `x @ torch.kron(A, B).T`, without ever building the dense matrix.
+    """Compute `x @ torch.kron(A, B).T`, (..., a2*b2) for x (..., a1*b1), without building the dense matrix.
 
     The products run in the type of x, under autocast in autocast's; the result has that type. The backward pass keeps
     x and the two factors and nothing else: the small intermediate is cheaper to make again than to store.
@@ -28,19 +28,20 @@ def kron_linear(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def kron_delta(A: Tensor, B: Tensor) -> Tensor:
-    """The dense A ⊗ B (a2*b2, a1*b1) in the factors' type."""
+    """Return the dense A ⊗ B (a2*b2, a1*b1) in the factors' type."""
     # torch.kron refuses some strided inputs, (n, 1) columns among them, where .contiguous() changes nothing
     contiguous = torch.contiguous_format
     return torch.kron(A.clone(memory_format=contiguous), B.clone(memory_format=contiguous))
 
 
 def kron_macs(a1: int, a2: int, b1: int, b2: int) -> tuple[int, int]:
-    """Multiplications a token takes with B contracted first, and with A first."""
+    """Count multiplications per token with B contracted first, and with A first."""
     return a1 * b1 * b2 + a1 * a2 * b2, a1 * a2 * b1 + a2 * b1 * b2
 
 
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The exact LoRA pair: up (a2*b2, r), down (r, a1*b1) with r = min(A.shape) * min(B.shape) and up @ down = A ⊗ B.
+    """Return the exact LoRA pair: up (a2*b2, r), down (r, a1*b1) with r = min(A.shape) * min(B.shape) and up @ down =
+    A ⊗ B.
 
     Needs no SVD: each factor is split into itself and an identity, and (uA dA) ⊗ (uB dB) = (uA ⊗ uB)(dA ⊗ dB).
     """
@@ -49,7 +50,8 @@ def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lora_truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of A ⊗ B of rank `rank`: up (a2*b2, rank), down (rank, a1*b1), and its Frobenius error.
+    """Return the best approximation of A ⊗ B of rank `rank`: up (a2*b2, rank), down (rank, a1*b1), and its Frobenius
+    error.
 
     The singular values of A ⊗ B are the products σ_i(A)σ_j(B) with vectors U_A[:, i] ⊗ U_B[:, j], so the largest ones
     give the dense Eckart-Young optimum from two small decompositions. Raises ValueError for a rank below 1 or above
@@ -122,34 +124,35 @@ def _b_first(A: Tensor, B: Tensor) -> bool:
 
 
 def _left(M: Tensor, x: Tensor) -> Tensor:
-    """M (r, s) times each x (n, s, t) -> (n, r, t). A batched product: torch.matmul may copy x to fold the batch."""
+    """Multiply M (r, s) with each x (n, s, t) -> (n, r, t). A batched product: torch.matmul may copy x to fold the
+    batch."""
     return torch.bmm(M.expand(x.shape[0], -1, -1), x)
 
 
 def _right(x: Tensor, M: Tensor) -> Tensor:
-    """Each x (n, s, t) times Mᵀ, M (r, t) -> (n, s, r), as one flat product."""
+    """Multiply each x (n, s, t) with Mᵀ, M (r, t) -> (n, s, r), as one flat product."""
     return torch.mm(x.reshape(-1, x.shape[2]), M.mT).reshape(x.shape[0], x.shape[1], M.shape[0])
 
 
 def _gram_left(y: Tensor, x: Tensor) -> Tensor:
-    """Σ_n y_n x_nᵀ, y (n, r, t), x (n, s, t) -> (r, s)."""
+    """Return Σ_n y_n x_nᵀ, y (n, r, t), x (n, s, t) -> (r, s)."""
     return torch.mm(y.transpose(0, 1).reshape(y.shape[1], -1), x.transpose(0, 1).reshape(x.shape[1], -1).mT)
 
 
 def _gram_right(y: Tensor, x: Tensor) -> Tensor:
-    """Σ_n y_nᵀ x_n, y (n, s, r), x (n, s, t) -> (r, t)."""
+    """Return Σ_n y_nᵀ x_n, y (n, s, r), x (n, s, t) -> (r, t)."""
     return torch.mm(y.reshape(-1, y.shape[2]).mT, x.reshape(-1, x.shape[2]))
 
 
 def _split(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """(up, down) with up @ down = factor, the identity on the longer side."""
+    """Return (up, down) with up @ down = factor, the identity on the longer side."""
     rows, columns = factor.shape
     identity = torch.eye(min(rows, columns), dtype=factor.dtype, device=factor.device)
     return (factor, identity) if columns <= rows else (identity, factor)
 
 
 def computes_in_own_type(x: Tensor) -> bool:
-    """False where autocast would have the products in another type."""
+    """Return False if autocast would compute the products in another type."""
     return _compute_dtype(x) == x.dtype
 
 

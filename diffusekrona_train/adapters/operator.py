@@ -152,7 +152,7 @@ def _card_runs(index: int | None) -> bool:
 
 @functools.cache
 def _card_runs_triton(index: int) -> bool:
-    """Whether a kernel compiles and runs on this card: Triton also needs a C compiler and Python's headers."""
+    """Return whether a kernel compiles and runs on this GPU: Triton also needs a C compiler and Python's headers."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     if torch.cuda.get_device_capability(index) < LEAST_CAPABILITY:
@@ -220,13 +220,13 @@ def _grads_(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """(..., width) -> (n, width) with unit stride along each row; a copy only where there is no such view."""
+    """Reshape (..., width) to (n, width) with unit stride along each row; a copy only where there is no such view."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _add_in_torch(base: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The same in two products, the second added into the base; x (n, a1*b1) -> (n, a2*b2)."""
+    """Compute the same in two products, the second added into the base; x (n, a1*b1) -> (n, a2*b2)."""
     (a1, a2, b1, b2), n = _sizes(A, B), len(x)
     left, right = A.to(x.dtype).expand(n, -1, -1), B.to(x.dtype).mT
     beta = 0 if base is None else 1  # with 0 the first argument is not read
@@ -242,7 +242,7 @@ def _add_in_torch(base: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scale: f
 
 
 def _grads_in_torch(x: Tensor, grad: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of both factors in the type of x; x (n, a1*b1), grad (n, a2*b2)."""
+    """Compute gradients of both factors in the type of x; x (n, a1*b1), grad (n, a2*b2)."""
     (a1, a2, b1, b2), n = _sizes(A, B), len(x)
     A, B = A.to(x.dtype).expand(n, -1, -1), B.to(x.dtype)
     x, grad = x.reshape(n, a1, b1), grad.reshape(n, a2, b2)

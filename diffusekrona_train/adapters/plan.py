@@ -1,4 +1,4 @@
-"""Before anything is built: each layer's factors and ranks, budgets settled, indivisible widths named."""
+"""Plan each layer's factors and ranks before anything is built: budgets, indivisible widths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusekrona_train.models.layers import Layer
 
 
 def plan(spec: AdapterConfig, layers: list[Layer]) -> dict[str, Options]:
-    """Layer name -> options: krona {a1, a2}; lora, loha {rank, alpha}; lokr those and {factor, full_matrix,
+    """Return layer name -> options: krona {a1, a2}; lora, loha {rank, alpha}; lokr those and {factor, full_matrix,
     decompose_both}; full {}.
 
     Raises ValueError where factors do not divide a width (with the nearest divisors) or a budget cannot be met.
@@ -29,7 +29,8 @@ def plan(spec: AdapterConfig, layers: list[Layer]) -> dict[str, Options]:
 
 
 def plan_notes(spec: AdapterConfig, layers: list[Layer], options: dict[str, Options]) -> list[str]:
-    """Lines for a door to print: what a budget chose, which divisors were taken instead, how a1 and a2 are named."""
+    """Return lines for a command to print: what a budget chose, which divisors were used instead, how a1, a2 are
+    named."""
     if spec.type != "krona":
         return []
     notes = _budget_notes(spec, layers, options) or _nearest_notes(spec, layers, options)

@@ -18,7 +18,8 @@ class Right:
 
     @staticmethod
     def add(target: Tensor, M: Tensor, source: Tensor, scale: float, *, beta: int = 1, fresh: bool = False) -> Tensor:
-        """target * beta + scale * M ∘ source, in place unless `fresh`. With beta 0 the target may hold anything."""
+        """Compute target * beta + scale * M ∘ source, in place unless `fresh`. With beta 0 the target may hold
+        anything."""
         into = target.view(-1, M.shape[0])
         out = None if fresh else into
         total = torch.addmm(into, source.view(-1, M.shape[1]), M.mT, beta=beta, alpha=scale, out=out)
@@ -86,7 +87,7 @@ Sides = tuple[tuple[Side, str], tuple[Side, str]]
 
 
 def kron_sides(A: Tensor, B: Tensor, name_A: str, name_B: str) -> Sides:
-    """(A ⊗ B) x as two products, in the cheaper order."""
+    """Split (A ⊗ B) x into two products, in the cheaper order."""
     b_first, a_first = kron_macs(A.shape[1], A.shape[0], B.shape[1], B.shape[0])
     right, left = (Right, name_B), (Left, name_A)
     return (right, left) if b_first <= a_first else (left, right)

@@ -1,4 +1,4 @@
-"""What an adapter learnt: norms, singular values and pictures of its factors, in closed form.
+"""Measure what an adapter learnt: norms and singular values, in closed form.
 
 Works on a layer's tensors as an adapter file holds them. Each kind is a scale times a Kronecker product of small
 matrices, each whole or a product of two thin ones: ‖A ⊗ B‖ = ‖A‖‖B‖ and σ(A ⊗ B) = σ(A)σ(B), so no dense ΔW is built.
@@ -20,7 +20,7 @@ Matrix = Tensor | tuple[Tensor, Tensor]
 
 
 def terms(tensors: dict[str, Tensor]) -> tuple[float, list[Matrix]]:
-    """A layer's file tensors (suffix -> tensor) as (scale, matrices) with ΔW = scale * (matrix ⊗ matrix …).
+    """Return a layer's file tensors (suffix -> tensor) as (scale, matrices) with ΔW = scale * (matrix ⊗ matrix …).
 
     LoKr's alpha counts only where a factor has low rank, as in LyCORIS; LoHa (A·B) ⊙ (C·D) becomes its exact thin pair
     of rank r². Raises ValueError for tensors of no known kind.
@@ -53,7 +53,7 @@ def _scale(alpha: float | None, rank: int) -> float:
 
 
 def singular_values(tensors: dict[str, Tensor]) -> Tensor:
-    """All non-zero-able singular values of a layer's ΔW, largest first, in fp64."""
+    """Return all singular values that can be non-zero of a layer's ΔW, largest first, in fp64."""
     scale, matrices = terms(tensors)
     values = torch.ones(1, dtype=torch.float64)
     for matrix in matrices:
@@ -72,7 +72,7 @@ def _singular_values(matrix: Matrix) -> Tensor:
 
 
 def norm(tensors: dict[str, Tensor]) -> float:
-    """Frobenius norm of a layer's ΔW."""
+    """Return the Frobenius norm of a layer's ΔW."""
     scale, matrices = terms(tensors)
     return abs(scale) * math.prod(_norm(matrix) for matrix in matrices)
 
@@ -85,7 +85,8 @@ def _norm(matrix: Matrix) -> float:
 
 
 def lora_pair(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """The exact LoRA pair (up, down), the scale inside up, rank min(A.shape) * min(B.shape); None for a full ΔW."""
+    """Return the exact LoRA pair (up, down), the scale inside up, rank min(A.shape) * min(B.shape); None for a full
+    ΔW."""
     if "diff" in tensors:
         return None
     scale, matrices = terms(tensors)
@@ -115,19 +116,20 @@ class LayerSpectrum:
 
     @property
     def size(self) -> float:
-        """The relative norm, the absolute one where that is not known."""
+        """Return the relative norm, or the absolute one if that is not known."""
         return self.norm if self.relative is None else self.relative
 
 
 def strongest(rows: list[LayerSpectrum]) -> list[LayerSpectrum]:
-    """The layers that changed most first."""
+    """Sort layers, those that changed most first."""
     return sorted(rows, key=lambda row: row.size, reverse=True)
 
 
 def measure(
     groups: dict[str, dict[str, Tensor]], layers: list[Layer], base_norms: dict[str, float] | None = None, top: int = 64
 ) -> list[LayerSpectrum]:
-    """One LayerSpectrum a layer, with its `top` largest singular values; `groups` maps layer names to their tensors."""
+    """Return one LayerSpectrum per layer, with its `top` largest singular values; `groups` maps layer names to their
+    tensors."""
     rows = []
     for layer in layers:
         values = singular_values(groups[layer.name])

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusekrona_train.adapters import blocks
 from diffusekrona_train.adapters.blocks import Launch, Sizes
 
-# numpy knows no bf16, and the interpreter multiplies the bits as if they were whole numbers: there, fp32 operands that
+# numpy knows no bf16, and the interpreter multiplies the bits as if they were integers: there, fp32 operands that
 # were rounded to bf16 give what the hardware gives
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

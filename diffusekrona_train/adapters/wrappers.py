@@ -50,11 +50,11 @@ class AdaptedLinear(nn.Module):
         return self.base.out_channels if self.channels_first else self.base.out_features  # type: ignore[return-value]
 
     def check_fusable(self) -> None:
-        """ValueError where the weights cannot be changed."""
+        """Raise ValueError if the weights cannot be changed."""
         _check_plain(self.adapter.layer.name, self._innermost())
 
     def fuse_for_good(self) -> None:
-        """As `fuse`, without the copy that `unfuse` needs; for a layer with one adapter, so that it is rounded once."""
+        """Fuse without the copy that `unfuse` needs; for a layer with one adapter, so that it is rounded once."""
         linear = self._innermost()
         with torch.no_grad():
             difference = self.adapter.delta().view_as(linear.weight)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ class WholeModule:
         return self.adapter.fused
 
     def check_fusable(self) -> None:
-        """Was seen to when it was made."""
+        """Do nothing: already checked in `__init__`."""
 
     @torch.no_grad()
     def fuse_for_good(self) -> None:
@@ -165,11 +165,11 @@ class WholeAdapter(Fp32Module):
 
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
-        """Parameter name -> what is added to it, fp32, scale and strength included."""
+        """Return parameter name -> what is added to it, fp32, scale and strength included."""
         return {key: self.difference(key) * (self.scale * self.strength) for key in self.suffixes}
 
     def delta(self) -> Tensor:
-        """What is added to the weight."""
+        """Return what is added to the weight."""
         return self.deltas()["weight"]
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ class WholeAdapter(Fp32Module):
 
     @torch.no_grad()
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Raises ValueError as Adapter.load_file_tensors."""
+        """Load the tensors of a file; ValueError as Adapter.load_file_tensors."""
         wanted = {suffix: tuple(self.difference(key).shape) for key, suffix in self.suffixes.items()}
         check_tensors(self.name, tensors, wanted)
         for key, suffix in self.suffixes.items():
@@ -200,7 +200,7 @@ class AddDifference(Fp32Module):
 
 
 def owners_of_parameters(model: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name -> module that has parameters of its own. ValueError where adapters are in the model already."""
+    """Return dotted name -> module with parameters of its own. ValueError if the model already has adapters."""
     if any(isinstance(module, Fp32Module) for module in model.modules()):
         raise ValueError("targets: all needs a model without other adapters; eject them first")
     return {

@@ -1,4 +1,4 @@
-"""Several adapters and their base on the same prompts and seeds, measured, and the rule that chooses among them."""
+"""Measure several adapters and their base on the same prompts and seeds; the rule that chooses among them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RULE = (
 
 @dataclass
 class Plan:
-    """What is asked of every adapter. encoders: names of CLIP and DINO (None: the defaults)."""
+    """What every adapter is measured with. encoders: names of CLIP and DINO (None: the defaults)."""
 
     seeds: Sequence[int] = (0, 1, 2, 3)
     prompts: Sequence[str] | None = None
@@ -53,7 +53,7 @@ class Plan:
         return self.device or pick_device()
 
     def shared(self) -> Plan:
-        """The same plan with this process' share of the pictures and its device, under `accelerate launch`."""
+        """Return the same plan with this process' share of the images and its device, under `accelerate launch`."""
         crowd = processes()
         if crowd is None:
             return self
@@ -75,13 +75,13 @@ class Outcome:
 
 
 def rule_allows(scores: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]]) -> bool:
-    """Whether an adapter still follows the prompts and has not drifted, as RULE says."""
+    """Return whether an adapter still follows the prompts and has not drifted, as RULE says."""
     follows = scores["clip_t"]["value"] >= KEPT_CLIP_T * base["clip_t"]["value"]
     return follows and ("class_drift" not in scores or scores["class_drift"]["value"] <= MOST_DRIFT)
 
 
 def choose(scores: Sequence[dict[str, dict[str, Any]]], base: dict[str, dict[str, Any]]) -> int:
-    """The number of the best row by RULE."""
+    """Return the index of the best row by RULE."""
     allowed = [i for i, row in enumerate(scores) if rule_allows(row, base)]
     if allowed:
         return max(allowed, key=lambda i: scores[i]["dino"]["value"])
@@ -98,7 +98,7 @@ def evaluate_adapters(
     folder: Path,
     plan: Plan,
 ) -> Outcome | None:
-    """Draws and measures every adapter and the base; None on all processes but the first.
+    """Generate with and measure every adapter and the base; None on all processes but the first.
 
     `prompts` hold [V] and {class}. The base model draws them without the identifier.
     """

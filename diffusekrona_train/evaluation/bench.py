@@ -1,4 +1,4 @@
-"""Draws what is to be measured: one base model, adapters put in and out in turn, pictures kept by their content."""
+"""Generate the images to measure: one base model, adapters injected in turn, images named by their content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusekrona_train.sampling.session import Memory, Studio, Subject, about_m
 
 
 class Bench:
-    """The base model of an evaluation. It is loaded when the first picture is missing; pictures that are there stay.
+    """The base model of an evaluation. It is loaded when the first image is missing; existing images are kept.
 
     texts: every prompt that will be drawn, identifiers filled in (they are encoded once, before the denoiser comes).
     """
@@ -50,7 +50,7 @@ class Bench:
     def pictures(
         self, subject: Subject | None, prompts: Sequence[str], seeds: Sequence[int], class_prompt: str
     ) -> tuple[list[Generated], list[Generated]]:
-        """prompts x seeds, and class prompt x seeds, by the base model with `subject`'s adapter (None: without).
+        """Generate prompts x seeds, and class prompt x seeds, with `subject`'s adapter (None: only the base model).
 
         Drawn where missing. With a share (rank, processes) only this process' part is drawn, but all are named.
         """
@@ -78,7 +78,7 @@ class Bench:
         return [one for one in found if one.prompt in prompts], [one for one in found if one.prompt == class_prompt]
 
     def _wear(self, subject: Subject | None) -> Callable[[list], list]:
-        """The studio's painter with this adapter alone in the denoiser."""
+        """Return the studio's painter with only this adapter in the denoiser."""
         if self._studio is None:
             self._studio = Studio(self.source, [], self._texts, self.memory, self.device)
         studio = self._studio

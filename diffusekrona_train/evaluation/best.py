@@ -1,4 +1,4 @@
-"""The best checkpoint of a run, by the rule of `adapters`."""
+"""Find the best checkpoint of a run, by the rule of `adapters`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def best_checkpoint(
     """Measure every checkpoint of a run at the plan's strengths and choose one by RULE.
 
     None on all processes but the first. Without a plan: the run's own prompts, four seeds, shared over the processes
-    there are, the base model held in `quantize` (none, nf4, int8), and large pictures decoded in tiles where it is not
+    there are, the base model held in `quantize` (none, nf4, int8), and large images decoded in tiles where it is not
     none. Writes evaluation/best.json (chosen_step, strength, rule, checkpoints with their scores, base), and the
     strength into the chosen adapter's metadata, where krona-sample finds it.
     """
@@ -64,7 +64,7 @@ def best_checkpoint(
 
 
 def _told(outcome: Outcome, uses: list[tuple[Path, float]], folder: Path) -> dict[str, Any]:
-    """What was chosen, and a row for each checkpoint with the scores at the strength that is best for it."""
+    """Return what was chosen, and a row for each checkpoint with the scores at the strength that is best for it."""
     of_base, by_step = outcome.base.scores, {}
     for (file, strength), one in zip(uses, outcome.adapted, strict=True):
         allowed = rule_allows(one.scores, of_base)

@@ -1,4 +1,4 @@
-"""A table of several adapters of one subject: all metrics, parameters, size, and which differences are real."""
+"""Compare several adapters of one subject: all metrics, parameters, size, and which differences are real."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def compare(
     settings: dict[str, Any] | None = None,
     sort: str = "dino",
 ) -> dict[str, Any] | None:
-    """All metrics of several adapters, best first by `sort`; writes scores.json and report.html to `output`.
+    """Measure several adapters, best first by `sort`; writes scores.json and report.html to `output`.
 
     photos: of the subject; none takes those of the run that the first file lies in. Returns what scores.json holds;
     None on all processes but the first.
@@ -57,7 +57,7 @@ def compare(
 
 
 def run_of(file: Path) -> Path | None:
-    """The run folder that an adapter file lies in, if it is one."""
+    """Return the run folder of an adapter file, if it is in one."""
     for folder in list(file.resolve().parents)[:3]:
         if (folder / "config.yaml").is_file():
             return folder
@@ -71,7 +71,7 @@ def _photos_of_run(config: RunConfig | None, subject: Subject) -> list[Image.Ima
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """Short names that differ: dog, dog step 300, or with the folder where two are alike."""
+    """Return short names that differ: dog, dog step 300, or with the folder where two are alike."""
     names = []
     for file in files:
         step = step_of(file.parent)
@@ -83,13 +83,13 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def size_of(subject: Subject) -> dict[str, str]:
-    """Trained parameters and size of the file, as a table shows them."""
+    """Return trained parameters and file size, as a table shows them."""
     count = sum(t.numel() for group in subject.file.groups.values() for key, t in group.items() if key != "alpha")
     return {"parameters": f"{count:,}", "size": f"{Path(subject.file.path).stat().st_size / 2**20:.2f} MiB"}
 
 
 def _told(outcome: Outcome, names: list[str], output: Path, sort: str) -> dict[str, Any]:
-    """Writes scores.json and report.html of a comparison; returns the former."""
+    """Write scores.json and report.html of a comparison; return the former."""
     sign = -1 if METRICS[sort].higher_is_better else 1
     order = sorted(range(len(names)), key=lambda i: sign * outcome.adapted[i].scores[sort]["value"])
     winner = outcome.adapted[outcome.best]
@@ -142,7 +142,7 @@ def gap_text(gap: dict[str, Any]) -> str:
 
 
 def seed_table(rows: Sequence[tuple[str, dict[str, dict[str, Any]]]]) -> tuple[list[str], list[list[str]]]:
-    """Head and body of a table with DINO and CLIP-T of each seed."""
+    """Return head and body of a table with DINO and CLIP-T of each seed."""
     seeds = list(rows[0][1]["dino"]["by_seed"])
     head = ["", *(f"{METRICS[name].title}, {seed}" for name in ("dino", "clip_t") for seed in seeds)]
     body = [

@@ -1,4 +1,4 @@
-"""What is measured: generated pictures with their prompts and seeds, the subject's photos, and suites of subjects."""
+"""Read what is measured: generated images with prompts and seeds, the subject's photos, suites of subjects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUITES = ASSETS / "suites"
 
 @dataclass(frozen=True)
 class Generated:
-    """A generated picture on disk, the prompt it was drawn from (identifier filled in), and its seed."""
+    """A generated image on disk, its prompt (identifier filled in), and its seed."""
 
     file: Path
     prompt: str
@@ -34,22 +34,22 @@ class Generated:
 
 
 def photos_of(images: str) -> list[Image.Image]:
-    """The subject's photos, upright: a folder, an image file, a data set, or toybox:NAME."""
+    """Load the subject's photos, upright: a folder, an image file, a data set, or toybox:NAME."""
     config = make_config({"subject": {"images": images, "class": "subject"}, "output": "evaluation"})
     return [picture.open() for picture in collect(config).pictures]
 
 
 def without_words(prompt: str, words: Sequence[str]) -> str:
-    """`prompt` without the identifiers: 'a sks dog' -> 'a dog'; [V], [V1], [V2] … go too."""
+    """Remove the identifiers from `prompt`: 'a sks dog' -> 'a dog'; [V], [V1], [V2] … too."""
     for word in (*words, *re.findall(r"\[V[0-9]*\]", prompt)):
         prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", " ", prompt)
     return " ".join(prompt.split())
 
 
 def read_generated(folder: Path, prompts: Sequence[str] = ()) -> list[Generated]:
-    """Pictures in `folder` with prompt and seed, in order of name.
+    """Read the images in `folder` with prompt and seed, in order of name.
 
-    The prompt of a picture: its line in manifest.jsonl, its own metadata, a .txt beside it, or the one of `prompts`
+    The prompt of an image: its line in manifest.jsonl, its own metadata, a .txt beside it, or the one of `prompts`
     whose number its name begins with (00, 01, …); one prompt alone serves all. ValueError where none says it.
     """
     if not folder.is_dir():
@@ -93,7 +93,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _own_record(path: Path) -> dict[str, Any] | None:
-    """What krona-sample wrote into a PNG."""
+    """Read what krona-sample wrote into a PNG."""
     try:
         with Image.open(path) as image:
             found = json.loads(getattr(image, "text", {}).get("krona", "null"))
@@ -141,12 +141,12 @@ class Suite(Strict):
         return self
 
     def prompts_of(self, row: SuiteRow) -> list[str]:
-        """The row's prompts, [V] and {class} filled in."""
+        """Return the row's prompts, [V] and {class} filled in."""
         texts = self.prompts[row.prompts] if isinstance(row.prompts, str) else row.prompts
         return [text.replace("[V]", row.token).replace("{class}", row.class_noun) for text in texts]
 
     def images_of(self, row: SuiteRow, photos: Path | None) -> str:
-        """Where the row's photos are; ValueError where the suite brings none and no folder of photos is given."""
+        """Return where the row's photos are; ValueError if the suite has none and no folder of photos is given."""
         where = row.images or row.name
         if where.startswith("toybox:"):
             return where
@@ -156,7 +156,7 @@ class Suite(Strict):
 
 
 def load_suite(name: str) -> Suite:
-    """A bundled suite by its name (dreambench, toybox) or a YAML file; ValueError of one line."""
+    """Load a bundled suite by its name (dreambench, toybox) or a YAML file; ValueError of one line."""
     bundled = sorted(path.stem for path in SUITES.glob("*.yaml"))
     path = SUITES / f"{name}.yaml" if name in bundled else Path(name).expanduser()
     if not path.is_file():

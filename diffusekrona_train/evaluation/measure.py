@@ -1,4 +1,4 @@
-"""From pictures to scores: both encoders on generated pictures, their prompts, the photos and the class pictures."""
+"""Compute scores: both encoders on generated images, their prompts, the photos and the class images."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Judges:
     def open(
         cls, clip: str | None, dino: str | None, *, toybox: bool, device: torch.device | str, cache: Path | None
     ) -> Judges:
-        """Encoders by name; without one the paper's, or toybox's own for pictures of the embedded model."""
+        """Open encoders by name; without one the paper's, or toybox's own for images of the embedded model."""
         names = ("toybox", "toybox") if toybox else (CLIP, DINO)
         return cls(open_clip(clip or names[0], device, cache), open_dino(dino or names[1], device, cache))
 
     def describe(self) -> dict[str, str]:
-        """What a result says about how it was measured."""
+        """Describe how a result was measured."""
         about = {"CLIP": self.clip.describe(), "DINO": self.dino.describe()}
         return {f"{name} {key}": value for name, told in about.items() for key, value in told.items()}
 
 
 @dataclass
 class Measured:
-    """Values by picture, and which pictures they belong to; class drift belongs to the class pictures."""
+    """Values by image, and which images they belong to; class drift belongs to the class images."""
 
     pictures: list[Generated]
     values: dict[str, list[float]]
@@ -46,13 +46,13 @@ class Measured:
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Metric -> metrics.summarise of its values."""
+        """Return metric -> metrics.summarise of its values."""
         seeds = [picture.seed for picture in self.pictures]
         marks = {name: self.class_seeds if name == "class_drift" else seeds for name in self.values}
         return {name: summarise(name, values, marks[name]) for name, values in self.values.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """Scores and each picture's values, with base names of files alone."""
+        """Return scores and each image's values, with only the base names of files."""
         rows = [
             {"file": picture.file.name, "prompt": picture.prompt, "seed": picture.seed}
             | {name: round(values[i], 6) for name, values in self.values.items() if name != "class_drift"}
@@ -70,7 +70,7 @@ def measure(
     class_base: Sequence[Generated] = (),
     class_adapted: Sequence[Generated] = (),
 ) -> Measured:
-    """All scores of one subject's pictures.
+    """Compute all scores of one subject's images.
 
     `identifiers` are left out of the texts that CLIP-T compares with (none: texts as they are). class_base and
     class_adapted show the class prompt at the same seeds, by the base and the adapted model (none: no class drift).
@@ -92,7 +92,7 @@ def measure(
 
 
 def pool(measured: Sequence[Measured]) -> dict[str, dict[str, Any]]:
-    """Scores over the pictures of several subjects together."""
+    """Compute scores over the images of several subjects together."""
     pooled = {}
     for name in METRICS:
         parts = [(m.values[name], m) for m in measured if name in m.values]

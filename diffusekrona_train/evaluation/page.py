@@ -1,4 +1,4 @@
-"""The page of an evaluation, and the score tables and charts that a run's page shows too."""
+"""Write the page of an evaluation; its score tables and charts are also used by a run's page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Scores = dict[str, dict[str, Any]]
 
 
 def score_table(rows: Sequence[tuple[str, Scores]], best: int | None = None, extra: Sequence[str] = ()) -> Table:
-    """One row a subject or adapter: value ± standard deviation over images. `extra` names further entries of scores."""
+    """Return a table with one row per subject or adapter: value ± standard deviation over images. `extra` names
+    further entries of scores."""
     shown = [name for name in TITLES if any(name in scores for _, scores in rows)]
     body = [
         [label, *(_cell(scores.get(name)) for name in shown), *(str(scores.get(key, "")) for key in extra)]
@@ -30,7 +31,7 @@ def _cell(score: dict | None) -> str:
 
 
 def score_charts(rows: Sequence[dict], chosen: int | None) -> list[str]:
-    """Scores by step, one chart a metric (the paper's figure 10), each with its bootstrap interval."""
+    """Chart scores by step, one chart per metric (the paper's figure 10), each with its bootstrap interval."""
     charts = []
     for name, title in TITLES.items():
         found = [(row["step"], row["scores"][name]) for row in rows if name in row["scores"]]
@@ -45,7 +46,7 @@ def score_charts(rows: Sequence[dict], chosen: int | None) -> list[str]:
 def write_evaluation_report(
     path: Path, result: dict[str, Any], pictures: Sequence[tuple[str, Sequence[tuple[str, Path]]]] = ()
 ) -> Path:
-    """The page of `krona-eval`'s result (evaluate.py): tables, charts, settings and strips of (caption, file).
+    """Write the page of `krona-eval`'s result: tables, charts, settings and strips of (caption, file).
 
     `result` holds title, rows [(label, scores)] and settings, and where they apply summary, note, best (a row number),
     extra, groups, seeds and differences (head and body of a table).

@@ -1,4 +1,4 @@
-"""Pictures of any origin, and suites of many subjects: scores by subject and by group. Nothing is trained here."""
+"""Measure images of any origin, and suites of many subjects: scores by subject and group. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def evaluate_images(
     identifiers: Sequence[str] = (),
     name: str = "pictures",
 ) -> dict[str, Any]:
-    """Scores of pictures that anything drew; writes scores.json and report.html to `output`."""
+    """Measure images made by any tool; write scores.json and report.html to `output`."""
     judges = Judges.open(plan.clip, plan.dino, toybox=False, device=plan.where(), cache=output / "embeddings")
     omit = () if plan.keep_identifier else ("[V]", *identifiers)
     _tell_unread(judges, generated, omit, plan)
@@ -79,7 +79,7 @@ def evaluate_suite(
     model: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Scores of every subject of a suite that has a run (runs/NAME) or pictures (generated/NAME), by subject and group.
+    """Measure every subject of a suite that has a run (runs/NAME) or images (generated/NAME), by subject and group.
 
     Under `accelerate launch` each process takes its share of the subjects. Returns what scores.json holds; None on all
     processes but the first.
@@ -180,7 +180,7 @@ def _read(path: Path) -> tuple[Measured, dict[str, Any]]:
 
 
 def _told(suite: Suite, present: list[SuiteRow], output: Path) -> dict[str, Any]:
-    """Gathers the subjects' files into scores.json and report.html."""
+    """Collect the subjects' files into scores.json and report.html."""
     found = {row.name: _read(output / "subjects" / f"{row.name}.json") for row in present}
     measured = {name: one for name, (one, _) in found.items()}
     groups = list(dict.fromkeys(row.group for row in present))

@@ -74,7 +74,7 @@ def open_model(
 
 
 def denoiser_config(place: Place) -> Config:
-    """The config of the denoiser, whichever folder it lies in; ValueError where there is none."""
+    """Return the config of the denoiser, whichever folder it is in; ValueError if there is none."""
     failure = None
     for folder in DENOISERS:
         try:
@@ -85,7 +85,7 @@ def denoiser_config(place: Place) -> Config:
 
 
 def configured_model(config: RunConfig) -> ModelSource:
-    """The base model that a run's config names; ValueError as `open_model`."""
+    """Open the base model that a run's config names; ValueError as `open_model`."""
     return open_model(
         config.model,
         revision=config.revision,
@@ -97,7 +97,7 @@ def configured_model(config: RunConfig) -> ModelSource:
 
 
 def near_miss(path: Path) -> str:
-    """'; did you mean …?' when the parent folder holds a similar name, else ''."""
+    """Return '; did you mean …?' if the parent folder holds a similar name, else ''."""
     if not path.parent.is_dir():
         return f" ({str(path.parent)!r} does not exist either)"
     close = nearest(path.name, (entry.name for entry in path.parent.iterdir()))

@@ -1,4 +1,4 @@
-"""A model's .safetensors file, read by its header: older names made new, 8-bit weights multiplied by their scales.
+"""Read a model's .safetensors file: older names are converted, 8-bit weights multiplied by their scales.
 
 Nothing but the header is read until `read`.
 """
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 SAFETENSORS = (".safetensors", ".sft")
-"""Suffixes by which a name is taken for a file, in any case; what a file is, its header says."""
+"""Suffixes that mark a name as a file, in upper or lower case; the header decides what the file is."""
 
 SCALES = (".scale_weight", ".weight_scale")
 """Suffix of the number that a weight in 8 bits is to be multiplied by: older and newer ComfyUI files."""
 INPUT_SCALES = (".scale_input", ".input_scale", ".scale_output", ".output_scale", ".comfy_quant", "scaled_fp8")
-"""For the 8-bit products of a GPU alone: the weights mean the same without them."""
+"""Only for 8-bit products on a GPU: the weights mean the same without them."""
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_blockwise")
@@ -61,7 +61,8 @@ class CheckpointFile:
         self._check_quantised()
 
     def read(self, *prefixes: str) -> dict[str, Tensor]:
-        """Name -> tensor for all whose name begins with one of `prefixes`; scaled weights as fp32, others as stored."""
+        """Return name -> tensor for all whose name begins with one of `prefixes`; scaled weights as fp32, others as
+        stored."""
         from safetensors import safe_open
 
         beside = {*self._scales.values(), *(key for key in self.kinds if key.endswith(INPUT_SCALES))}
@@ -77,8 +78,8 @@ class CheckpointFile:
         return result
 
     def check_complete(self, what: str, expected: dict[str, Tensor]) -> None:
-        """ValueError naming the tensors of `expected` (name -> any tensor of its shape) that are not in the file, or of
-        another shape, or no numbers."""
+        """Raise ValueError naming the tensors of `expected` (name -> any tensor of its shape) that are not in the
+        file, or of another shape, or no numbers."""
         if missing := [name for name in expected if name not in self.shapes]:
             raise ValueError(
                 f"model file {self.path.name!r} lacks {listed(missing)} of its {what}; use a complete file"
@@ -95,7 +96,7 @@ class CheckpointFile:
                 raise ValueError(f"model file {self.path.name!r}: {name} is {kind}, without a scale to convert it")
 
     def _check_quantised(self) -> None:
-        """ValueError for weights in fewer bits that are more than a product with a scale."""
+        """Raise ValueError for weights in fewer bits that are more than a product with a scale."""
         what = f"model file {self.path.name!r}"
         for layer, kind in self._formats():
             if kind not in FORMATS:
@@ -116,7 +117,8 @@ class CheckpointFile:
                 raise ValueError(f"{what}: {key} has an unknown quantised format; use fp16, bf16 or fp32")
 
     def _formats(self) -> list[tuple[str, str]]:
-        """(layer, format) as ComfyUI's newer files say it: in the metadata, or in a tensor of JSON text a layer."""
+        """Return (layer, format) of ComfyUI's newer files: from the metadata, or from a tensor of JSON text per
+        layer."""
         from safetensors import safe_open
 
         try:
@@ -155,7 +157,7 @@ def read_header(path: Path, shown: str | None = None) -> tuple[dict[str, tuple[t
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """'3 tensors (a, b, c)', longer lists cut."""
+    """Return '3 tensors (a, b, c)', longer lists shortened."""
     more = f", … and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:most])}{more})"
 
@@ -175,12 +177,12 @@ def _is_transposed(key: str) -> bool:
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 convolution's shape as a linear layer's: files have either."""
+    """Return a 1x1 convolution's shape as a linear layer's: files have either."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _multiplied(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight (out, in, …) times a scale for all, for each row, or for each block of a grid; fp32."""
+    """Multiply weight (out, in, …) by a scale for all, for each row, or for each block of a grid; fp32."""
     weight, scale = weight.float(), scale.float()
     if scale.numel() == 1:
         return weight * scale.reshape(())

@@ -1,4 +1,4 @@
-"""What a base model must be to be trained or rendered with: a text-to-image model whose numbers are numbers.
+"""Check that a base model can be trained or sampled: a text-to-image model with finite weights.
 
 Transformers pack their latents, so that their channels say nothing: channels are held against each other in UNets.
 """
@@ -16,7 +16,7 @@ UNET = "UNet2DConditionModel"
 
 
 def check_denoiser(model: str, config: Config) -> None:
-    """ValueError for a UNet that takes more than noisy latents and a prompt, or gives something else back."""
+    """Raise ValueError for a UNet that takes more than noisy latents and a prompt, or gives something else back."""
     if config.get("_class_name") != UNET:
         return
     takes, gives = config.get("in_channels", 4), config.get("out_channels", 4)
@@ -44,7 +44,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 def check_latents(model: str, denoiser: Config, vae: Config) -> None:
-    """ValueError where the VAE's latents have another number of channels than the denoiser takes."""
+    """Raise ValueError if the VAE's latents have another number of channels than the denoiser takes."""
     takes, gives = denoiser.get("in_channels", 4), vae.get("latent_channels", 4)
     if denoiser.get("_class_name") == UNET and takes != gives:
         raise ValueError(
@@ -54,7 +54,7 @@ def check_latents(model: str, denoiser: Config, vae: Config) -> None:
 
 
 def check_numbers(what: str, model: nn.Module) -> None:
-    """ValueError naming the first tensor of a module that holds NaN or infinity."""
+    """Raise ValueError naming the first tensor of a module that holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
         # the extremes are NaN where any number is; 16 times as fast as isfinite on a CPU
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():

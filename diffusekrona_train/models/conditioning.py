@@ -1,4 +1,4 @@
-"""What prompts bring, from single rows to a batch: rows of unequal length are padded and masked, types are kept."""
+"""Batch encoded prompts: rows of unequal length are padded and masked, types are kept."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from diffusekrona_train.models.contracts import Conditioning, Tensors
 
 
 def moved(row: Tensors, device: torch.device | str, dtype: torch.dtype) -> Tensors:
-    """`row` on `device`, numbers with a fraction in `dtype`; integers and booleans stay what they are."""
+    """Move `row` to `device`, floating-point tensors to `dtype`; integers and booleans keep their type."""
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in row.items()}
 
 
 def collate(rows: Sequence[Tensors]) -> Conditioning:
-    """Rows of the same names -> name -> (B, ...): stacked where shapes agree, else padded at the end of their first
+    """Batch rows of the same names: name -> (B, ...), stacked where shapes agree, else padded at the end of their first
     axis.
 
     Padding is zero (False in masks). A padded tensor `x` without an `x_mask` of its own gets one: (B, L) boolean, True

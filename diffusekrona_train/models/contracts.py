@@ -1,9 +1,9 @@
-"""What the package asks of a model family, of its process and of the place where a model lies.
+"""What the package needs from a model family, its noise process and the source of a model.
 
 A family is one file of this package with an object that pyright holds to `Family` (`FAMILY: Family = SDXL()`), and one
 row in registry.FAMILIES. Nothing outside that file knows the family's parts, shapes, signs, scales or packing.
 
-Letters in shapes: B pictures, C channels, h and w sides of a latent, H and W sides of a picture in pixels, L tokens of
+Letters in shapes: B images, C channels, h and w sides of a latent, H and W sides of an image in pixels, L tokens of
 a prompt, D a width.
 """
 
@@ -24,10 +24,10 @@ else:
 Config = Mapping[str, Any]
 """A part's config.json."""
 Tensors = dict[str, Tensor]
-"""What one prompt or one picture brings, by name, without a batch axis. Masks are named `*_mask`; integers and
+"""What one prompt or one image brings, by name, without a batch axis. Masks are named `*_mask`; integers and
 booleans are never cast."""
 Conditioning = dict[str, Any]
-"""The same for B pictures: name -> Tensor (B, ...), or a list of B tensors where a family takes lists."""
+"""The same for B images: name -> Tensor (B, ...), or a list of B tensors where a family takes lists."""
 DENOISERS = ("unet", "transformer")
 """Folders that a denoiser may lie in."""
 Linears = Mapping[str, tuple[int, int]]
@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a family by what they do. A scheduler's class stands in its own config."""
+    """The parts of a family by what they do. A scheduler's class is named in its own config."""
 
     denoiser: Part
     vae: Part
@@ -90,14 +90,14 @@ class Layer:
     stream: str = "image"
     """Whose tokens it sees in a denoiser of two streams: image, text or both; image where there is but one stream."""
     block: str = ""
-    """Dotted path of the block that it stands in."""
+    """Dotted path of the block that it is in."""
     group: str = ""
     """Equal for layers that are given the same input: q, k, v of a self attention; k, v of a cross attention."""
 
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """What a training step takes beside the weights, in GiB in 16 bits for a picture of one megapixel."""
+    """What a training step needs beside the weights, in GiB in 16 bits for an image of one megapixel."""
 
     plain: float
     checkpointing: float
@@ -108,7 +108,7 @@ class MemoryFigures:
 
 @dataclass(frozen=True)
 class Request:
-    """One batch to generate: what is the same for all its pictures."""
+    """One batch to generate: what is the same for all its images."""
 
     steps: int
     guidance: float
@@ -117,7 +117,7 @@ class Request:
     """Pixels."""
     width: int
     generators: list[torch.Generator]
-    """One a picture: for samplers that add noise of their own."""
+    """One an image: for samplers that add noise of their own."""
     negative_is_empty: bool = True
     """Whether the negative prompt is ''."""
 
@@ -138,35 +138,35 @@ class Process(Protocol):
         ...
 
     def draw_t(self, generator: torch.Generator) -> Tensor:
-        """One time, (), from a CPU generator."""
+        """Draw one time, (), from a CPU generator."""
         ...
 
     def quantile(self, q: float) -> Tensor:
-        """The time, (), below which the share q of what `draw_t` gives lies; 0 < q < 1."""
+        """Return the time, (), below which the share q of what `draw_t` gives lies; 0 < q < 1."""
         ...
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t (B, C, h, w)."""
+        """Return x_t (B, C, h, w)."""
         ...
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What `Family.predict` should give at x_t, (B, C, h, w)."""
+        """Return what `Family.predict` should give at x_t, (B, C, h, w)."""
         ...
 
     def weight(self, name: str, t: Tensor, gamma: float) -> Tensor:
-        """Weight of each sample's loss by its time, (B,); `name` is a row of noise.WEIGHTINGS."""
+        """Return the weight of each sample's loss by its time, (B,); `name` is a row of noise.WEIGHTINGS."""
         ...
 
     def check_weighting(self, name: str) -> None:
-        """ValueError of one line where the weighting `name` means nothing for this process."""
+        """Raise a one-line ValueError if the weighting `name` means nothing for this process."""
         ...
 
     def to(self, device: torch.device) -> Process:
-        """The same with its tables on `device`."""
+        """Return the same with its tables on `device`."""
         ...
 
 
-# ---- where a model lies ---------------------------------------------------------------------------------------------
+# ---- where a model is -----------------------------------------------------------------------------------------------
 
 
 class Place(Protocol):
@@ -174,23 +174,23 @@ class Place(Protocol):
 
     @property
     def identity(self) -> str:
-        """What may be written of the model in a file that leaves the machine: hub name, or base name and hash."""
+        """Return what may be written about the model in a file that is shared: hub name, or base name and hash."""
         ...
 
     @property
     def alias(self) -> str | None:
-        """The short name of a model that the package knows by itself, else None."""
+        """Return the short name of a model that the package knows, else None."""
         ...
 
     def config(self, part: str) -> dict[str, Any]:
-        """The config of the part in folder `part`; `model_index` is the pipeline's own.
+        """Return the config of the part in folder `part`; `model_index` is the pipeline's own.
 
         ValueError where it is not there or cannot be read.
         """
         ...
 
     def load_part(self, part: str, cls: type, **options: Any) -> Any:
-        """`cls` from the folder `part`; options are `from_pretrained`'s. ValueError where it cannot be read."""
+        """Load `cls` from the folder `part`; options are `from_pretrained`'s. ValueError where it cannot be read."""
         ...
 
 
@@ -198,7 +198,7 @@ class Place(Protocol):
 
 
 class Family(Protocol):
-    """How one family of models turns pictures and prompts into tensors, predicts, generates and names its layers.
+    """How one family of models turns images and prompts into tensors, predicts, generates and names its layers.
 
     Latents are (B, C, h, w) as `encode_image` gives them, normalised and not packed: whoever packs does it inside
     `predict` and `sample`.
@@ -206,7 +206,7 @@ class Family(Protocol):
 
     @property
     def name(self) -> str:
-        """Row in registry.FAMILIES; stands in adapter files."""
+        """Row in registry.FAMILIES; stored in adapter files."""
         ...
 
     @property
@@ -214,7 +214,7 @@ class Family(Protocol):
 
     @property
     def side_multiple(self) -> int:
-        """Pixels that the sides of a picture divide by."""
+        """Pixels that the sides of an image divide by."""
         ...
 
     @property
@@ -231,52 +231,55 @@ class Family(Protocol):
     def memory(self) -> MemoryFigures: ...
 
     def matches(self, denoiser_config: Config) -> bool:
-        """Whether a denoiser with this config (with `_class_name`) is of the family."""
+        """Return whether a denoiser with this config (with `_class_name`) is of the family."""
         ...
 
     def process(self, scheduler_config: Config, side: int) -> Process:
-        """The process of a model, trained on pictures with `side` pixels a side. ValueError for a config that it cannot
-        follow."""
+        """Return the process of a model, trained on images with `side` pixels a side. ValueError for a config that it
+        cannot follow."""
         ...
 
     def default_resolution(self, denoiser_config: Config, vae_config: Config) -> int:
-        """Side in pixels that the model was trained for."""
+        """Return the side in pixels that the model was trained for."""
         ...
 
     def latent_shape(self, vae_config: Config, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of a picture of these pixels."""
+        """Return (C, h, w) of the latent of an image of these pixels."""
         ...
 
-    # pictures
+    # images
 
     def encode_image(self, vae: Loaded, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w); the most likely ones without a generator."""
+        """Encode pixels (B, 3, H, W) in [-1, 1] as latents (B, C, h, w); the most likely ones without a generator."""
         ...
 
     def decode(self, vae: Loaded, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pictures (B, 3, H, W), fp32 in [0, 1]."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W), fp32 in [0, 1]."""
         ...
 
     def picture_conditioning(
         self, original_hw: tuple[int, int], crop_top_left: tuple[int, int], target_hw: tuple[int, int]
     ) -> Tensors:
-        """What the denoiser is told of a picture beside its prompt, in pixels; {} for most. Kept in its own type."""
+        """Return what the denoiser gets for an image beside its prompt, in pixels; {} for most. Kept in its own
+        type."""
         ...
 
     # prompts
 
     def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
-        """One prompt -> its tensors, of its own length; padding is cut where the denoiser does not see it."""
+        """Encode one prompt as its tensors, of its own length; padding is cut where the denoiser does not see it."""
         ...
 
     def collate(self, rows: Sequence[Tensors]) -> Conditioning:
-        """Rows of `encode_prompt`, of unequal lengths too -> what `predict` and `sample` take for a batch of them."""
+        """Batch rows of `encode_prompt`, of unequal lengths too, as what `predict` and `sample` take for a batch of
+        them."""
         ...
 
     # the denoiser
 
     def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction (B, C, h, w) in the convention of `process.target`: no caller knows a sign, scale or packing.
+        """Return the prediction (B, C, h, w) in the convention of `process.target`: no caller knows a sign, scale or
+        packing.
 
         x_t (B, C, h, w) in the denoiser's type, t (B,) of the process; conditioning from `collate`, with the stacked
         `picture_conditioning` beside it.
@@ -284,27 +287,29 @@ class Family(Protocol):
         ...
 
     def describe(self, name: str, in_features: int, out_features: int) -> Layer | None:
-        """The row of a linear of this dotted name; None for one that is not adapted."""
+        """Return the row of a linear of this dotted name; None for one that is not adapted."""
         ...
 
     def layers(self, linears: Linears) -> list[Layer]:
-        """Every layer of a whole denoiser that can be adapted; layers whose gradient is always zero are left out."""
+        """Return every layer of a complete denoiser that can be adapted; layers whose gradient is always zero are left
+        out."""
         ...
 
     def quantizes(self, name: str) -> bool:
-        """Whether the linear of this dotted name may be held in 4 or 8 bits."""
+        """Return whether the linear of this dotted name may be held in 4 or 8 bits."""
         ...
 
     # generating
 
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
-        """diffusers' pipeline around loaded parts (`ModelSource.load`); text encoders and tokenizers may be missing."""
+        """Build diffusers' pipeline from loaded parts (`ModelSource.load`); text encoders and tokenizers may be
+        missing."""
         ...
 
     def sample(
         self, pipe: Loaded, noise: Tensor, positive: Conditioning, negative: Conditioning | None, request: Request
     ) -> Tensor:
-        """Latents (B, C, h, w) generated from `noise` (B, C, h, w), standard normal; `decode` makes pictures of them.
+        """Generate latents (B, C, h, w) from `noise` (B, C, h, w), standard normal; `decode` makes images of them.
 
         `negative` is None where the family has no negative prompt.
         """
@@ -313,16 +318,17 @@ class Family(Protocol):
     # files
 
     def file_name(self, layer: str, layers_per_block: int = 2) -> str:
-        """The name of a layer (dotted path) in an adapter file, without a tensor's suffix, as ComfyUI reads it.
+        """Return the name of a layer (dotted path) in an adapter file, without a tensor's suffix, as ComfyUI reads it.
 
         layers_per_block is the UNet's, by which SDXL's original names count.
         """
         ...
 
     def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
-        """Every name that tools give this layer, `file_name` among them."""
+        """Return every name that tools give this layer, `file_name` among them."""
         ...
 
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
-        """What an adapter file says of its base to other tools: ss_base_model_version, modelspec.architecture, …"""
+        """Return what an adapter file records about its base for other tools: ss_base_model_version,
+        modelspec.architecture, …"""
         ...

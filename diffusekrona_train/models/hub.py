@@ -1,4 +1,4 @@
-"""A model in a repository of the Hugging Face hub, or in the hub's local cache; its many errors as one line each."""
+"""Load models from the Hugging Face hub or its local cache; report its many errors as one line each."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HubModel:
             return load_whole(cls, self.name, **({"subfolder": part} if part else {}), **options)
 
     def _fp16_variant(self, part: str) -> str | None:
-        """'fp16' where the repository has half-size files of this part: they are read, then cast."""
+        """Return 'fp16' if the repository has half-size files of this part: they are read, then cast."""
         files = self._files
         there = f"{part}/" if part else ""
         return "fp16" if any(file.startswith(there) and ".fp16." in file for file in files) else None
@@ -70,7 +70,7 @@ class HubModel:
 
     @contextlib.contextmanager
     def _hub_errors(self, part: str):
-        """The hub's many exceptions as one line each that says what to do."""
+        """Turn the hub's many exceptions into one line each, with advice."""
         from huggingface_hub import errors
 
         at = f" at revision {self.revision!r}" if self.revision else ""
@@ -102,7 +102,7 @@ class HubModel:
 
 @functools.cache
 def hub_is_unreachable() -> bool:
-    """True when the hub's host cannot be connected to: its client would retry for half a minute at each file."""
+    """Return True if the hub's host cannot be connected to: its client would retry for half a minute at each file."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():

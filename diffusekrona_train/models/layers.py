@@ -1,4 +1,4 @@
-"""Which linears of a denoiser can be adapted: by their names, in a model that is built and in one that is not.
+"""Find the linears of a denoiser that can be adapted, by name, in a built model or without one.
 
 `describe` says once what a name means; a family adds to it or leaves out (contracts.Family). Known models have their
 linears listed in assets/layers/*.json: no diffusers is imported, so `krona-inspect params` answers at once and a file
@@ -53,7 +53,8 @@ CROSS = ("attn2", "cross_attn")
 
 
 def describe(name: str, in_features: int, out_features: int) -> Layer | None:
-    """The row of an attention's projection or a feed-forward's linear in diffusers' names; None for another name."""
+    """Return the row of an attention's projection or a feed-forward's linear in diffusers' names; None for another
+    name."""
     if match := _PROJECTION.fullmatch(name):
         attention = match["attention"] or ""
         role, stream = PROJECTIONS[match["end"]]
@@ -66,7 +67,7 @@ def describe(name: str, in_features: int, out_features: int) -> Layer | None:
 
 
 def _group(attention: str, name: str, role: str, reads: str) -> str:
-    """The name under which a projection shares its input: an output shares it with none."""
+    """Return the name under which a projection shares its input: an output shares it with none."""
     return name if role == "o" else f"{attention}:{reads}"
 
 
@@ -75,7 +76,7 @@ def _parent(name: str) -> str:
 
 
 def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
-    """`describe`, with a ValueError for a name that is no such linear's."""
+    """Describe a linear as `describe`; ValueError for any other name."""
     found = describe(name, in_features, out_features) or describe_projection(name, in_features)
     if found is None:
         raise ValueError(f"{name} is not an attention or feed-forward linear of a transformer block")
@@ -83,12 +84,12 @@ def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
 
 
 def described(linears: Linears) -> list[Layer]:
-    """The rows of all linears that `describe` knows, in their order."""
+    """Return the rows of all linears that `describe` knows, in their order."""
     return [layer for name, widths in linears.items() if (layer := describe(name, *widths))]
 
 
 def by_role(linears: Linears) -> list[Layer]:
-    """The same for a model of no known family: an attention counts where it has q, k, v and an output, and is a cross
+    """Describe linears of an unknown family: an attention counts where it has q, k, v and an output, and is a cross
     attention also where its keys are made from another width than its queries."""
     roles: dict[str, dict[str, int]] = {}
     rows = [(layer, _parent(layer.name.removesuffix(".0"))) for layer in described(linears)]
@@ -116,13 +117,13 @@ _AROUND = re.compile(r"(?P<block>.+\.attentions\.\d+)\.proj_(?P<end>in|out)")
 
 
 def describe_projection(name: str, width: int) -> Layer | None:
-    """The row of a UNet's proj_in or proj_out; None for another name. Only other tools adapt them."""
+    """Return the row of a UNet's proj_in or proj_out; None for another name. Only other tools adapt them."""
     match = _AROUND.fullmatch(name)
     return match and Layer(name, width, width, match["end"], "proj", block=match["block"], group=name)
 
 
 def projections_of(layers: Iterable[Layer]) -> list[Layer]:
-    """proj_in and proj_out of the attention blocks that these layers are in, both as wide as the block itself.
+    """Return proj_in and proj_out of the attention blocks that these layers are in, both as wide as the block itself.
 
     Linear in SDXL and SD 2, 1x1 convolutions in SD 1.
     """
@@ -145,18 +146,18 @@ def _table(alias: str) -> dict[str, Any]:
 
 
 def layer_table(alias: str) -> list[Layer]:
-    """All layers of a known denoiser that can be adapted, in the order of its modules."""
+    """Return all layers of a known denoiser that can be adapted, in the order of its modules."""
     linears = {name: (width_in, width_out) for name, width_in, width_out in _table(alias)["layers"]}
     return family_named(FAMILY_OF[alias]).layers(linears)
 
 
 def base_parameters(alias: str) -> int:
-    """All parameters of a known denoiser."""
+    """Count all parameters of a known denoiser."""
     return _table(alias)["base_parameters"]
 
 
 def layers_per_block(alias: str) -> int:
-    """Layers in each down block of a known denoiser: SDXL's file names depend on it."""
+    """Return the layers in each down block of a known denoiser: SDXL's file names depend on it."""
     return _table(alias)["layers_per_block"]
 
 
@@ -164,12 +165,13 @@ def layers_per_block(alias: str) -> int:
 
 
 def underscored(prefix: str, path: str) -> str:
-    """lycoris_transformer_blocks_0_attn_to_q of a dotted path: how kohya's and LyCORIS's files write it."""
+    """Return a dotted path as kohya's and LyCORIS's files write it: lycoris_transformer_blocks_0_attn_to_q."""
     return prefix + path.replace(".", "_")
 
 
 def usual_names(*paths: str, prefixes: Sequence[str] = ()) -> list[str]:
-    """The forms in which tools write a layer's paths: bare, with the dotted `prefixes`, kohya's and LyCORIS's."""
+    """Return the forms in which tools write a layer's paths: bare, with the dotted `prefixes`, kohya's and
+    LyCORIS's."""
     dotted = ["", *(f"{prefix}." for prefix in prefixes)]
     return [
         form
@@ -182,19 +184,20 @@ def usual_names(*paths: str, prefixes: Sequence[str] = ()) -> list[str]:
 
 
 def file_name(family: str, name: str, layers_per_block: int = 2) -> str:
-    """The name of layer `name` (dotted diffusers path) in an adapter file of `family`, without a tensor's suffix."""
+    """Return the name of layer `name` (dotted diffusers path) in an adapter file of `family`, without a tensor's
+    suffix."""
     if family not in FAMILIES:
         return underscored("lycoris_", name)
     return family_named(family).file_name(name, layers_per_block)
 
 
 def file_names(family: str, names: Iterable[str], layers_per_block: int = 2) -> dict[str, str]:
-    """Dotted path -> name in an adapter file, for each of `names`; see file_name."""
+    """Return dotted path -> name in an adapter file, for each of `names`; see file_name."""
     return {name: file_name(family, name, layers_per_block) for name in names}
 
 
 def known_names(names: Iterable[str], layers_per_block: int = 2, family: str = "sdxl") -> dict[str, str]:
-    """Every name that tools give these layers of `family` -> dotted path."""
+    """Return every name that tools give these layers of `family` -> dotted path."""
     other_names = family_named(family).other_names
     return {form: name for name in names for form in other_names(name, layers_per_block)}
 
@@ -203,7 +206,7 @@ def known_names(names: Iterable[str], layers_per_block: int = 2, family: str = "
 
 
 def linears_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Dotted name -> (in_features, out_features); whatever has these counts, bitsandbytes' and adapted ones too."""
+    """Return dotted name -> (in_features, out_features); bitsandbytes' and adapted linears count too."""
     return dict(_linears("", model))
 
 
@@ -217,7 +220,7 @@ def _linears(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, int
 
 
 def linears_of_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """The same from a denoiser's parameter names and shapes: every weight of two dimensions."""
+    """Return the same from a denoiser's parameter names and shapes: every weight of two dimensions."""
     return {
         name.removesuffix(".weight"): (int(shape[1]), int(shape[0]))
         for name, shape in shapes.items()
@@ -226,7 +229,7 @@ def linears_of_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
 
 
 def find_layers(model: nn.Module, spec: AdapterConfig | None) -> list[Layer]:
-    """The layers of a built denoiser that `spec` chooses, all without one, in the model's order.
+    """Return the layers of a built denoiser that `spec` chooses, all without one, in the model's order.
 
     Its family says which; in a model of no known family they go by their role. Raises ValueError where the model has no
     such attention, or a pattern matches nothing (with near misses).
@@ -240,7 +243,7 @@ def find_layers(model: nn.Module, spec: AdapterConfig | None) -> list[Layer]:
 
 
 def find_projections(model: nn.Module) -> list[Layer]:
-    """proj_in and proj_out around the transformer blocks of a built UNet, adapted ones too."""
+    """Return proj_in and proj_out around the transformer blocks of a built UNet, adapted ones too."""
     found = []
     for name, module in model.named_modules():
         if not name:
@@ -252,7 +255,7 @@ def find_projections(model: nn.Module) -> list[Layer]:
 
 
 def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
-    """The same choice from a list of layers, such as a table of a model that is not there. Raises as `find_layers`."""
+    """Choose likewise from a list of layers, such as a table of a model that is not built. Raises as `find_layers`."""
     if spec.targets == "all":
         return layers
     chosen = [layer for layer in layers if _has_role(layer, spec)]
@@ -281,7 +284,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _near(pattern: str, layers: list[Layer]) -> list[str]:
-    """Dotted beginnings of layer names that look like `pattern`."""
+    """Return dotted beginnings of layer names that look like `pattern`."""
     parts = [layer.name.split(".") for layer in layers]
     prefixes = list(dict.fromkeys(".".join(words[:n]) for words in parts for n in range(1, len(words) + 1)))
     return nearest(pattern, prefixes, 0.5, count=3) or [p for p in prefixes if p.count(".") == 1][:6]

@@ -1,4 +1,4 @@
-"""A model in a folder of diffusers' layout, as the embedded one is; and what all places of models share."""
+"""Load models from a folder in diffusers' layout, like the embedded one; shared code of all model sources."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_co
 
 
 def config_name(part: str) -> str:
-    """File name of a part's config inside its subfolder."""
+    """Return the file name of a part's config inside its subfolder."""
     return CONFIG_NAMES.get(part.removesuffix("_2"), "config.json")
 
 
 @functools.cache
 def check_toybox() -> None:
-    """Hold the embedded model against its SHA256SUMS, once a process; ValueError names a damaged file."""
+    """Check the embedded model against its SHA256SUMS, once per process; ValueError names a damaged file."""
     folder = ASSETS / "toybox"
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         expected, name = line.split(maxsplit=1)
@@ -49,7 +49,7 @@ class LocalModel:
 
     @property
     def identity(self) -> str:
-        """Base name and hash of the weights, or the name that the model was given; never a path."""
+        """Return base name and hash of the weights, or the name that the model was given; never a path."""
         return self._identity
 
     @functools.cached_property
@@ -62,7 +62,7 @@ class LocalModel:
         return f"{self.path.resolve().name} sha256:{digest.hexdigest()[:16]}"
 
     def config(self, part: str) -> dict[str, Any]:
-        """The part's config; ValueError when the folder has no such part or its config cannot be read."""
+        """Return the part's config; ValueError if the folder has no such part or its config cannot be read."""
         file = self.path / part / config_name(part)
         if part == "model_index":
             file = self.path / "model_index.json"
@@ -87,7 +87,7 @@ class LocalModel:
             return load_whole(cls, str(self.path / part), local_files_only=True, **options)
 
     def check_part(self, part: str, family: str, tensors: Callable[[], dict[str, Any]]) -> None:
-        """ValueError naming what the denoiser's files lack of `tensors`, by their headers.
+        """Raise ValueError naming what the denoiser's files lack of `tensors`, by their headers.
 
         Other parts have older names too, which the libraries know: those are held against their files at loading.
         """
@@ -105,13 +105,13 @@ class LocalModel:
 
 
 def _variant_of(file_name: str) -> str | None:
-    """'fp16' from model.fp16.safetensors or model.fp16-00001-of-00002.safetensors."""
+    """Return 'fp16' for model.fp16.safetensors or model.fp16-00001-of-00002.safetensors."""
     middle = file_name.removesuffix(".safetensors").split(".", 1)[1]
     return middle.split("-")[0] or None
 
 
 def load_whole(cls: Any, name: str, **options: Any) -> Any:
-    """`cls.from_pretrained`, and a ValueError where its files lack tensors: libraries put random numbers there."""
+    """Call `cls.from_pretrained`; ValueError if files lack tensors, which libraries replace by random numbers."""
     if not ({"torch_dtype", "dtype"} & options.keys()):  # a tokenizer
         return cls.from_pretrained(name, **options)
     model, told = cls.from_pretrained(name, output_loading_info=True, **options)
@@ -124,7 +124,7 @@ def load_whole(cls: Any, name: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def one_line_errors(what: str):
-    """A broken folder's OSError or shape error as one line."""
+    """Turn a broken folder's OSError or shape error into one line."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:

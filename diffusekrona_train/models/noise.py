@@ -1,4 +1,4 @@
-"""The diffusion process and what a step draws from it: pure functions, one value a sample, torch alone.
+"""Compute the diffusion process: pure functions, one value per sample. Needs only torch.
 
 `draw` is why a run can be stopped, resumed and spread over processes: everything random about a sample is a function of
 (seed, step, index in the global batch), never of a generator that somebody else has advanced.
@@ -19,7 +19,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def noise_schedule(scheduler: object) -> torch.Tensor:
-    """alphas_cumprod (T,), fp32, from a scheduler's config (a mapping, or an object with `.config`)."""
+    """Return alphas_cumprod (T,), fp32, from a scheduler's config (a mapping, or an object with `.config`)."""
     config: Mapping[str, Any] = getattr(scheduler, "config", scheduler)  # type: ignore[assignment]
     betas = _betas(config)
     if config.get("rescale_betas_zero_snr"):
@@ -45,7 +45,7 @@ def _betas(config: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Betas whose last step holds no signal (Lin et al. 2023, algorithm 1)."""
+    """Return betas whose last step has no signal (Lin et al. 2023, algorithm 1)."""
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     bar = ((root - last) * first / (first - last)) ** 2
@@ -57,7 +57,7 @@ def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def add_noise(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps; x_0 and eps (B, ...), t (B,)."""
+    """Return x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps; x_0 and eps (B, ...), t (B,)."""
     a = _per_sample(alphas_cumprod[t], x_0)
     return a.sqrt() * x_0 + (1 - a).sqrt() * eps
 
@@ -65,7 +65,8 @@ def add_noise(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, alphas_cump
 def target(
     x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
-    """What the denoiser should predict at x_t: the noise, v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, or the sample."""
+    """Return what the denoiser should predict at x_t: the noise, v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, or the
+    sample."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "v_prediction":
@@ -96,7 +97,8 @@ WEIGHTINGS = {"none": None, "min_snr": _min_snr, "debiased": _debiased}
 def weights(
     name: str, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str, gamma: float = 5.0
 ) -> torch.Tensor:
-    """Weight of each sample's loss, (B,). Errors of noise, v and sample relate as SNR : SNR + 1 : 1 (Salimans & Ho)."""
+    """Return the weight of each sample's loss, (B,). Errors of noise, v and sample relate as SNR : SNR + 1 : 1
+    (Salimans & Ho)."""
     weighting = WEIGHTINGS[name]
     if weighting is None:
         return torch.ones_like(alphas_cumprod[t])
@@ -110,4 +112,4 @@ def weights(
 # ---- learning rate -------------------------------------------------------------------------------------------------
 
 
-# ---- what a step draws ---------------------------------------------------------------------------------------------
+# ---- the random choices of a step ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A model's tensors under the names of the original releases: ldm for SD, sgm for SDXL.
+"""Rename a model's tensors to those of the original releases: ldm for SD, sgm for SDXL.
 
 Single checkpoint files, ComfyUI and A1111 use these names. Works on meta tensors too, so that what a file must hold is
 known without reading it.
@@ -66,7 +66,7 @@ _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|dow
 
 
 def original_tensors(part: str, family: str, tensors: Tensors, config: Config, second: bool = False) -> Tensors:
-    """The tensors of `part` (unet, vae, text_encoder, text_encoder_2) by their names in a whole checkpoint file.
+    """Return the tensors of `part` (unet, vae, text_encoder, text_encoder_2) by their names in a checkpoint file.
 
     `config` is the part's own; `second`: the text encoder is SD 2's, which is kept as OpenCLIP has it. ValueError for a
     tensor that the original layout has no name for.
@@ -83,7 +83,7 @@ def original_tensors(part: str, family: str, tensors: Tensors, config: Config, s
 
 
 def unet_tensors(tensors: Tensors, layers_per_block: int) -> Tensors:
-    """A UNet2DConditionModel's state in the original layout."""
+    """Return a UNet2DConditionModel's state in the original layout."""
     attends = {int(match[1]) for name in tensors if (match := re.match(r"up_blocks\.(\d+)\.attentions", name))}
 
     def block(side: str, i: int, kind: str, j: int, rest: str, name: str) -> str:
@@ -103,7 +103,7 @@ def unet_tensors(tensors: Tensors, layers_per_block: int) -> Tensors:
 
 
 def vae_tensors(tensors: Tensors, prefix: str = VAE) -> Tensors:
-    """An AutoencoderKL's state in the original layout, where its attention is made of 1x1 convolutions."""
+    """Return an AutoencoderKL's state in the original layout, where its attention is made of 1x1 convolutions."""
     last = max(int(match[1]) for name in tensors if (match := re.search(r"up_blocks\.(\d+)\.", name)))
 
     def block(side: str, i: int, kind: str, j: int, rest: str, name: str) -> str:
@@ -127,12 +127,13 @@ def vae_tensors(tensors: Tensors, prefix: str = VAE) -> Tensors:
 
 
 def clip_tensors(tensors: Tensors, prefix: str) -> Tensors:
-    """A CLIPTextModel's state as SD 1 and SDXL keep it: transformers' own names."""
+    """Return a CLIPTextModel's state as SD 1 and SDXL keep it: transformers' own names."""
     return {f"{prefix}text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
 
 
 def open_clip_tensors(tensors: Tensors, prefix: str) -> Tensors:
-    """A CLIP text model's state as OpenCLIP names it: queries, keys and values in one, the projection transposed."""
+    """Return a CLIP text model's state as OpenCLIP names it: queries, keys and values in one, the projection
+    transposed."""
     state = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     result: Tensors = {}
     for name, tensor in state.items():
@@ -150,7 +151,7 @@ def open_clip_tensors(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _named(name: str, ends: dict[str, str], block: Callable[..., str]) -> str:
-    """A tensor outside the blocks by the table `ends`, one inside by `block`."""
+    """Rename a tensor outside the blocks by the table `ends`, one inside by `block`."""
     match = _BLOCK.fullmatch(name)
     if match is not None:
         side, i, kind, j, rest = match.groups()
@@ -167,7 +168,7 @@ def _other_than(name: str, renamed: str) -> str:
 
 
 def _replaced(name: str, table: dict[str, str]) -> str:
-    """`name` with the beginning that `table` has replaced."""
+    """Replace the beginning of `name` by the table's."""
     for ours, theirs in table.items():
         if name.startswith(ours):
             return theirs + name[len(ours) :]

@@ -1,4 +1,4 @@
-"""The frozen denoiser in 4 or 8 bits: its transformer linears become bitsandbytes' ones, on CPU or GPU.
+"""Quantise the frozen denoiser to 4 or 8 bits: its transformer linears become bitsandbytes' ones, on CPU or GPU.
 
 Embeddings, convolutions and the small time projections keep their type: they hold few parameters and shape every block.
 """

@@ -1,4 +1,4 @@
-"""Which families there are, and which of them a denoiser's config belongs to. Imports a family when it is asked for."""
+"""List the model families and find that of a denoiser's config. A family is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILIES: dict[str, str] = {
 
 
 def family_named(name: str) -> Family:
-    """The family object of a row in FAMILIES; ValueError for another name."""
+    """Return the family object of a row in FAMILIES; ValueError for another name."""
     if name not in FAMILIES:
         raise ValueError(f"family {name!r} is unknown; this version knows {', '.join(FAMILIES)}")
     module, _, attribute = FAMILIES[name].partition(":")
@@ -22,12 +22,12 @@ def family_named(name: str) -> Family:
 
 
 def known_family(denoiser_config: Config) -> Family | None:
-    """The family that recognises a denoiser's config, None where none does."""
+    """Return the family that recognises a denoiser's config, None if there is none."""
     return next((family for family in map(family_named, FAMILIES) if family.matches(denoiser_config)), None)
 
 
 def family_of(denoiser_config: Config, model: str) -> Family:
-    """The family that recognises a denoiser's config; ValueError naming the model when none does."""
+    """Return the family that recognises a denoiser's config; ValueError naming the model if there is none."""
     family = known_family(denoiser_config)
     if family is None:
         kind = denoiser_config.get("_class_name", "an unknown class")

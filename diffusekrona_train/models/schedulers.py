@@ -1,4 +1,4 @@
-"""Samplers by the short names that users of other tools know; each is built on the model's own noise schedule."""
+"""Build samplers by the short names of other tools, each with the model's own noise schedule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def check_scheduler(name: str) -> str:
-    """`name` if it is known; a ValueError with the closest one otherwise."""
+    """Return `name` if it is known; otherwise ValueError with the closest one."""
     if name not in SCHEDULERS:
         hint = did_you_mean(name.lower(), SCHEDULERS, 0.4, "'{}'")
         raise ValueError(
@@ -52,7 +52,7 @@ OF_DDPM = {
 
 
 def check_ddpm(config: Config) -> None:
-    """ValueError where a scheduler's config is of another process than the one of SD and SDXL."""
+    """Raise ValueError if a scheduler's config is of another process than that of SD and SDXL."""
     name = config.get("_class_name", "DDIMScheduler")
     flows = [key for key in ("use_flow_sigmas", "use_flow_matching") if config.get(key)]
     if name not in OF_DDPM or flows:
@@ -64,7 +64,7 @@ def check_ddpm(config: Config) -> None:
 
 
 def build_scheduler(name: str, model_scheduler: Loaded) -> Any:
-    """Scheduler `name` with the model's betas, prediction type and timestep spacing."""
+    """Build scheduler `name` with the model's betas, prediction type and timestep spacing."""
     import diffusers
 
     cls, options = SCHEDULERS[check_scheduler(name)]

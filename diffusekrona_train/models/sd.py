@@ -35,7 +35,7 @@ VAE = Part("vae", "AutoencoderKL")
 
 
 class SD:
-    """How SD 1.4, 1.5, 2.0 and 2.1 turn pictures and prompts into tensors, and predict."""
+    """How SD 1.4, 1.5, 2.0 and 2.1 turn images and prompts into tensors, and predict."""
 
     name = "sd"
     parts = Parts(
@@ -52,37 +52,38 @@ class SD:
     memory = MemoryFigures(plain=6.5, checkpointing=1.2, quantized_share=0.75)
 
     def matches(self, denoiser_config: Config) -> bool:
-        """True for a UNet with cross-attention to one text encoder and 4 or more latent channels."""
+        """Return True for a UNet with cross-attention to one text encoder and 4 or more latent channels."""
         is_unet = denoiser_config.get("_class_name") == "UNet2DConditionModel"
         return is_unet and denoiser_config.get("addition_embed_type") is None
 
     def process(self, scheduler_config: Config, side: int) -> Process:
-        """The schedule and prediction type that the scheduler's config states; the side does not matter."""
+        """Return the process of the scheduler's config; the side does not matter."""
         check_ddpm(scheduler_config)
         return Ddpm.from_config(scheduler_config)
 
     def default_resolution(self, denoiser_config: Config, vae_config: Config) -> int:
-        """The side of the latents that the UNet was trained on, in pixels."""
+        """Return the side that the UNet was trained on, in pixels."""
         return int(denoiser_config["sample_size"]) * _factor(vae_config)
 
     def latent_shape(self, vae_config: Config, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w): C is the VAE's, 4 in all published models; its factor mostly 8."""
+        """Return (C, h, w): C is the VAE's, 4 in all published models; its factor is mostly 8."""
         factor = _factor(vae_config)
         return int(vae_config["latent_channels"]), height // factor, width // factor
 
-    # ---- pictures ----
+    # ---- images ----
 
     def encode_image(self, vae: Loaded, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), scaled; the posterior's mean without a generator."""
+        """Encode pixels (B, 3, H, W) in [-1, 1] as latents (B, C, h, w), scaled; the posterior's mean without a
+        generator."""
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         latents = posterior.mean if generator is None else posterior.sample(generator)
         return latents * vae.config.scaling_factor
 
     def decode(self, vae: Loaded, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w), scaled -> images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type.
+        """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type.
 
-        Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same picture
-        in a quarter of the memory. (The VAE's own tiles are as large as the pictures that it was trained on.)
+        Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same image
+        in a quarter of the memory. (The VAE's own tiles are as large as the images that it was trained on.)
         """
         unscaled, pixels = latents.to(vae.dtype) / vae.config.scaling_factor, None
         try:
@@ -98,13 +99,13 @@ class SD:
     def picture_conditioning(
         self, original_hw: tuple[int, int], crop_top_left: tuple[int, int], target_hw: tuple[int, int]
     ) -> Tensors:
-        """SD knows no sizes: {}."""
+        """Return {}: SD has no size conditioning."""
         return {}
 
     # ---- prompts ----
 
     def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
-        """A prompt -> {"prompt_embeds": (L, D)}, as diffusers' StableDiffusionPipeline.encode_prompt gives it.
+        """Encode a prompt as {"prompt_embeds": (L, D)}, as diffusers' StableDiffusionPipeline.encode_prompt gives it.
 
         L is the tokenizer's length: the UNet attends to the padding.
         """
@@ -116,31 +117,31 @@ class SD:
             return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0][0]}
 
     def collate(self, rows: Sequence[Tensors]) -> Conditioning:
-        """Rows stacked; they are all of one length."""
+        """Stack rows; they all have the same length."""
         return collate(rows)
 
     # ---- the denoiser ----
 
     def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x_t (B, C, h, w), t (B,) -> the model's prediction (B, C, h, w)."""
+        """Return the model's prediction (B, C, h, w) for x_t (B, C, h, w), t (B,)."""
         return denoiser(x_t, t, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
 
     def describe(self, name: str, in_features: int, out_features: int) -> Layer | None:
-        """The linears of the transformer blocks, in diffusers' names."""
+        """Describe a linear of the transformer blocks by its diffusers name."""
         return names.describe(name, in_features, out_features)
 
     def layers(self, linears: Linears) -> list[Layer]:
-        """Every projection and feed-forward of the transformer blocks."""
+        """Return every projection and feed-forward of the transformer blocks."""
         return names.described(linears)
 
     def quantizes(self, name: str) -> bool:
-        """True inside attention blocks: embeddings and time projections hold little and shape every block."""
+        """Return True inside attention blocks: embeddings and time projections are small but affect every block."""
         return ".attentions." in name
 
     # ---- generating ----
 
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
-        """diffusers' pipeline around loaded parts; text encoders and tokenizers may be missing."""
+        """Build diffusers' pipeline from loaded parts; text encoders and tokenizers may be missing."""
         from diffusers import StableDiffusionPipeline
 
         (encoder,), (tokenizer,) = optional(parts, 1)
@@ -160,7 +161,7 @@ class SD:
     def sample(
         self, pipe: Loaded, noise: Tensor, positive: Conditioning, negative: Conditioning | None, request: Request
     ) -> Tensor:
-        """The pipeline's own call, with usual guidance: on above 1."""
+        """Call the pipeline itself, with usual guidance: on above 1."""
         return pipe(
             **self._call_arguments(pipe, positive, negative or {}, request.negative_is_empty),
             latents=noise,
@@ -176,21 +177,21 @@ class SD:
     def _call_arguments(
         self, pipe: Loaded, positive: Conditioning, negative: Conditioning, empty: bool
     ) -> Conditioning:
-        """The pipeline's names of the embeddings; `empty`: the negative prompt is ''."""
+        """Return the embeddings by the pipeline's names; `empty`: the negative prompt is ''."""
         return {"prompt_embeds": positive["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
 
     # ---- files ----
 
     def file_name(self, layer: str, layers_per_block: int = 2) -> str:
-        """lora_unet_ and the diffusers path, as kohya's scripts write it."""
+        """Return lora_unet_ and the diffusers path, as kohya's scripts write it."""
         return names.underscored("lora_unet_", layer)
 
     def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
-        """diffusers' and the original path, bare, below unet., kohya's and LyCORIS's."""
+        """Return diffusers' and the original path, bare, below unet., kohya's and LyCORIS's."""
         return names.usual_names(layer, original_path(layer, layers_per_block), prefixes=["unet"])
 
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
-        """SD 2 has text embeddings 1024 wide, SD 1 768."""
+        """Return SD 1's or SD 2's metadata: SD 2 has text embeddings 1024 wide, SD 1 768."""
         predicts_v = prediction_type == "v_prediction"
         cross = {layer.in_features for layer in layers if layer.kind == "cross" and layer.projection in "kv"}
         version, architecture = "sd_v1", "stable-diffusion-v1/lora"
@@ -210,7 +211,7 @@ _ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(
 
 
 def original_path(name: str, layers_per_block: int) -> str:
-    """The original path of a diffusers path: down_blocks.1.attentions.0.x -> input_blocks.4.1.x."""
+    """Return the original path of a diffusers path: down_blocks.1.attentions.0.x -> input_blocks.4.1.x."""
     match = _ATTENTION.match(name)
     if match is None:
         return name
@@ -222,17 +223,17 @@ def original_path(name: str, layers_per_block: int) -> str:
 
 
 def _factor(vae_config: Config) -> int:
-    """Pixels a latent, along one side."""
+    """Return pixels per latent, along one side."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def optional(parts: Mapping[str, Any], count: int) -> tuple[list[Any], list[Any]]:
-    """(text encoders, tokenizers) of loaded parts, `count` each, None where they were not loaded."""
+    """Return (text encoders, tokenizers) of loaded parts, `count` each, None where they were not loaded."""
     return parts.get("text_encoders") or [None] * count, parts.get("tokenizers") or [None] * count
 
 
 def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:
-    """As vae.decode, in blended tiles of at most half the longer side; the VAE's own settings for tiles stay."""
+    """Decode as vae.decode, in blended tiles of at most half the longer side; the VAE's own settings for tiles stay."""
     side = max(4, max(latents.shape[-2:]) // 8 * 4)  # a quarter of it is the overlap, in whole latents
     names = ("use_tiling", "tile_latent_min_size", "tile_sample_min_size")
     before = {name: getattr(vae, name) for name in names}
@@ -248,7 +249,7 @@ def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:
 
 
 def tokenize(tokenizer: Loaded, prompt: str) -> Any:
-    """One prompt, padded and cut to the tokenizer's length: input_ids and attention_mask (1, T)."""
+    """Tokenize one prompt, padded and cut to the tokenizer's length: input_ids and attention_mask (1, T)."""
     length = tokenizer.model_max_length
     return tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and its smaller kin, toybox among them: two text encoders, a pooled embedding, size ids."""
+"""Stable Diffusion XL and smaller variants such as toybox: two text encoders, a pooled embedding, size ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from diffusekrona_train.models.sd import SD, UNET, VAE, optional, original_path,
 
 
 class SDXL(SD):
-    """What differs from SD: prompts, size ids and the pipeline; pictures pass the same kind of VAE."""
+    """What differs from SD: prompts, size ids and the pipeline; images pass the same kind of VAE."""
 
     name = "sdxl"
     parts = Parts(
@@ -41,18 +41,19 @@ class SDXL(SD):
     )
 
     def matches(self, denoiser_config: Config) -> bool:
-        """True for a UNet with added text and time embeddings."""
+        """Return True for a UNet with added text and time embeddings."""
         is_unet = denoiser_config.get("_class_name") == "UNet2DConditionModel"
         return is_unet and denoiser_config.get("addition_embed_type") == "text_time"
 
     def picture_conditioning(
         self, original_hw: tuple[int, int], crop_top_left: tuple[int, int], target_hw: tuple[int, int]
     ) -> Tensors:
-        """{"size_ids": (6,) fp32}: original height and width, top and left of the crop, target height and width."""
+        """Return {"size_ids": (6,) fp32}: original height and width, top and left of the crop, target height and
+        width."""
         return {"size_ids": torch.tensor([*original_hw, *crop_top_left, *target_hw], dtype=torch.float32)}
 
     def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
-        """A prompt -> {"prompt_embeds": (L, D), "pooled": (Dp,)}, as StableDiffusionXLPipeline.encode_prompt.
+        """Encode a prompt as {"prompt_embeds": (L, D), "pooled": (Dp,)}, as StableDiffusionXLPipeline.encode_prompt.
 
         The penultimate hidden states of both encoders side by side; pooled is the second one's projection.
         """
@@ -65,13 +66,13 @@ class SDXL(SD):
         return {"prompt_embeds": torch.cat(hidden, dim=-1)[0], "pooled": pooled[0]}
 
     def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x_t (B, C, h, w), t (B,), conditioning with pooled (B, Dp) and size_ids (B, 6) -> (B, C, h, w)."""
+        """Return the prediction (B, C, h, w); conditioning has pooled (B, Dp) and size_ids (B, 6)."""
         added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["size_ids"]}
         embeds = conditioning["prompt_embeds"]
         return denoiser(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
-        """diffusers' pipeline around loaded parts; text encoders and tokenizers may be missing."""
+        """Build diffusers' pipeline from loaded parts; text encoders and tokenizers may be missing."""
         from diffusers import StableDiffusionXLPipeline
 
         encoders, tokenizers = optional(parts, 2)
@@ -91,7 +92,7 @@ class SDXL(SD):
     def _call_arguments(
         self, pipe: Loaded, positive: Conditioning, negative: Conditioning, empty: bool
     ) -> Conditioning:
-        """As SD's; SDXL's own convention is zeros, not the encoded '', for an empty negative prompt."""
+        """Return as SD's; SDXL's own convention is zeros, not the encoded '', for an empty negative prompt."""
         if empty and pipe.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(value) for name, value in positive.items()}
         return {
@@ -102,11 +103,11 @@ class SDXL(SD):
         }
 
     def file_name(self, layer: str, layers_per_block: int = 2) -> str:
-        """lora_unet_ and the original path where there is one, as kohya's scripts write it."""
+        """Return lora_unet_ and the original path if there is one, as kohya's scripts write it."""
         return names.underscored("lora_unet_", original_path(layer, layers_per_block))
 
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
-        """SDXL's base, and the repository that it came from."""
+        """Return SDXL's base, and the repository that it came from."""
         return {
             "ss_base_model_version": "sdxl_base_v1-0",
             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",

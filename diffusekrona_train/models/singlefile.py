@@ -1,4 +1,4 @@
-"""A model in one .safetensors file, in the layout of the original releases; nothing is fetched.
+"""Load a model from one .safetensors file in the layout of the original releases; nothing is downloaded.
 
 The file holds weights only. Configs come from package data, chosen by key shapes, or from the user's `model_config_dir`
 (a folder in diffusers' layout, weights not needed); the CLIP tokenizer from its byte-pair merges in package data.
@@ -57,7 +57,7 @@ class SingleFile:
 
     @property
     def identity(self) -> str:
-        """Base name and hash of the weights, or the name that the model was given; never a path."""
+        """Return base name and hash of the weights, or the name that the model was given; never a path."""
         return self._identity
 
     @functools.cached_property
@@ -75,7 +75,8 @@ class SingleFile:
         return found
 
     def check_part(self, part: str, family: str, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        """ValueError naming what the file lacks of a part with these tensors (on the meta device, diffusers' names)."""
+        """Raise ValueError naming what the file lacks of a part with these tensors (on the meta device, diffusers'
+        names)."""
         second = any(name.startswith(f"{CLIP_PREFIX[family]}model.") for name in self.file.shapes)
         expected = original_tensors(part, family, tensors(), self.config(part), second)
         self.file.check_complete(SPOKEN.get(part, "text encoder"), expected)
@@ -100,7 +101,8 @@ class SingleFile:
 
 
 def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], own_vae: bool = True) -> None:
-    """ValueError unless the keys are those of a text-to-image checkpoint in the original layout, with all parts."""
+    """Raise ValueError unless the keys are those of a text-to-image checkpoint in the original layout, with all
+    parts."""
     what = f"model file {path.name!r}"
     if any("lora_" in key or ".lokr_" in key or ".hada_" in key for key in shapes):
         raise ValueError(f"{what} is an adapter, not a model; give its base model here")
@@ -120,7 +122,7 @@ def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], own_vae: bo
 
 
 def packaged_configs(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> str:
-    """Folder in assets/configs that fits the shapes; SD 2 counts as the 768-pixel v-prediction model unless told."""
+    """Return the folder in assets/configs for these shapes; SD 2 is the 768-pixel v-prediction model by default."""
     width = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
     if width == 1280:
         raise ValueError(f"model file {path.name!r} is SDXL's refiner; the base model is needed")
@@ -135,7 +137,7 @@ def packaged_configs(path: Path, shapes: dict[str, tuple[int, ...]], metadata: d
 
 
 def load_tokenizer(folder: Path, cls: type) -> Any:
-    """The tokenizer of a config folder: its own vocabulary where it has one, else CLIP's from package data."""
+    """Load the tokenizer of a config folder: its own vocabulary where it has one, else CLIP's from package data."""
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         return cls.from_pretrained(str(folder), local_files_only=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -146,7 +148,8 @@ def load_tokenizer(folder: Path, cls: type) -> Any:
 
 @functools.cache
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's 49,408 tokens and 48,894 merges, in the order of the original tokenizer (OpenAI's simple_tokenizer.py)."""
+    """Return CLIP's 49,408 tokens and 48,894 merges, in the order of the original tokenizer (OpenAI's
+    simple_tokenizer.py)."""
     text = gzip.decompress((CONFIGS / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
     lines = text.split("\n")[1 : 49152 - 256 - 2 + 1]
     merges = [(left, right) for left, right in (line.split() for line in lines)]
@@ -158,7 +161,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def load_other_vae(name: str, model_config: Config, dtype: torch.dtype) -> nn.Module:
-    """An AutoencoderKL by hub name, folder or file in place of a model's own, whose `model_config` it must match.
+    """Load an AutoencoderKL by hub name, folder or file instead of a model's own, whose `model_config` it must match.
 
     ValueError where nothing is found or its latents have another shape than the model's.
     """

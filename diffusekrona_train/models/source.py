@@ -1,4 +1,4 @@
-"""A model that was found but not loaded: its parts on request, its layers and identity.
+"""A model that is found but not loaded: its parts on request, its layers and identity.
 
 `place` is where it lies: local.py has the folder, hub.py the hub repository, singlefile.py the single file. Each has
 `config(part)` and `load_part(part, cls, dtype)`; diffusers and transformers are imported when a part is loaded.
@@ -33,38 +33,39 @@ class ModelSource:
     family: Family
     vae: str | None = None
     predicts: str | None = None
-    """What the user says of prediction_type, for models whose files do not."""
+    """The user's prediction_type, for models whose files do not have one."""
     _layers: list[Layer] = field(default_factory=list, repr=False)
     _whole: set[str] = field(default_factory=set, repr=False)
 
     @property
     def identity(self) -> str:
-        """What an adapter file may say about its base: hub name, `toybox`, or base name and hash; never a path."""
+        """Return what an adapter file may record about its base: hub name, `toybox`, or base name and hash; never a
+        path."""
         return self.place.identity
 
     @property
     def alias(self) -> str | None:
-        """Short name where the package knows the model by itself: sdxl, sd15, sd14, sd21, toybox."""
+        """Return the short name if the package knows the model: sdxl, sd15, sd14, sd21, toybox."""
         return self.place.alias
 
     @functools.cached_property
     def denoiser_config(self) -> Config:
-        """The denoiser's own config."""
+        """Return the denoiser's own config."""
         return self.place.config(self.family.parts.denoiser.folder)
 
     @functools.cached_property
     def vae_config(self) -> Config:
-        """The config of the model's own VAE."""
+        """Return the config of the model's own VAE."""
         return self.place.config(self.family.parts.vae.folder)
 
     @functools.cached_property
     def scheduler_config(self) -> Config:
-        """The scheduler's config, with the prediction type that was asked for."""
+        """Return the scheduler's config, with the prediction type that was asked for."""
         return self.place.config("scheduler") | ({"prediction_type": self.predicts} if self.predicts else {})
 
     def process(self, side: int | None = None) -> Process:
-        """The process for pictures with `side` pixels a side, the model's own without one. ValueError names the model
-        where its scheduler's config cannot be followed."""
+        """Return the process for images with `side` pixels a side, the model's own size without one. ValueError names
+        the model where its scheduler's config cannot be followed."""
         try:
             return self.family.process(self.scheduler_config, side or self.default_resolution)
         except ValueError as error:
@@ -72,16 +73,17 @@ class ModelSource:
 
     @functools.cached_property
     def prediction_type(self) -> str:
-        """'epsilon', 'v_prediction' or 'sample', as the user or the scheduler's config says; 'flow' for flow models."""
+        """Return 'epsilon', 'v_prediction' or 'sample', by the user or the scheduler's config; 'flow' for flow
+        models."""
         return self.process().prediction_type
 
     @functools.cached_property
     def default_resolution(self) -> int:
-        """Side in pixels that the model was trained for."""
+        """Return the side in pixels that the model was trained for."""
         return self.family.default_resolution(self.denoiser_config, self.vae_config)
 
     def layers(self) -> list[Layer]:
-        """All layers that can be adapted, without loading a weight."""
+        """Return all layers that can be adapted, without loading a weight."""
         if not self._layers:
             known = self.alias if self.alias != "toybox" else None
             linears = tables.linears_of_shapes(self._meta_shapes) if known is None else {}
@@ -89,7 +91,7 @@ class ModelSource:
         return list(self._layers)
 
     def base_parameters(self) -> int:
-        """Number of parameters of the denoiser."""
+        """Count the parameters of the denoiser."""
         if self.alias and self.alias != "toybox":
             return tables.base_parameters(self.alias)
         return sum(shape.numel() for shape in self._meta_shapes.values())
@@ -99,14 +101,14 @@ class ModelSource:
         return {name: tensor.shape for name, tensor in self._meta_model(self.family.parts.denoiser).named_parameters()}
 
     def _meta_model(self, part: Part) -> nn.Module:
-        """A part without weights, from its config."""
+        """Build a part without weights, from its config."""
         cls, config = class_of(part), self.place.config(part.folder)
         with torch.device("meta"):
             return cls.from_config(config) if part.library == "diffusers" else cls(cls.config_class(**config))
 
     def check(self) -> None:
-        """ValueError where this is no base to train or to render with: another process, other latents than its VAE's,
-        files that lack tensors. Loads no weights."""
+        """Raise ValueError if this is not a base to train or sample with: another process, other latents than its
+        VAE's, files that lack tensors. Loads no weights."""
         self.process()
         check_latents(self.model, self.denoiser_config, self.vae_config)
         parts = self.family.parts
@@ -114,7 +116,7 @@ class ModelSource:
             self.check_part(part)
 
     def check_part(self, part: Part) -> None:
-        """ValueError naming what a part lacks, where the place can tell without loading it."""
+        """Raise ValueError naming what a part lacks, where the place can tell without loading it."""
         if self.alias or part.folder in self._whole:  # the toybox has its checksums, and needs no diffusers here
             return
         check: Any = getattr(self.place, "check_part", None)
@@ -123,7 +125,7 @@ class ModelSource:
         self._whole.add(part.folder)
 
     def _part(self, part: Part, dtype: torch.dtype) -> Any:
-        """A part loaded in `dtype`, complete and of finite numbers."""
+        """Load a part in `dtype`; it is complete and has finite numbers."""
         self.check_part(part)
         key = {"transformers": "dtype", "diffusers": "torch_dtype"}[part.library]
         model = self.place.load_part(part.folder, class_of(part), **{key: dtype})
@@ -150,7 +152,8 @@ class ModelSource:
     def load_denoiser(
         self, dtype: torch.dtype | None = None, device: Device = "cpu", quantize: str = "none"
     ) -> Denoiser:
-        """The denoiser, frozen; quantize 'nf4' or 'int8' keeps the linears that its family names in 4 or 8 bits."""
+        """Load the denoiser, frozen; quantize 'nf4' or 'int8' keeps the linears that its family names in 4 or 8
+        bits."""
         quiet()
         model: Denoiser = self._part(self.family.parts.denoiser, dtype or torch.float32)
         if quantize != "none":
@@ -170,7 +173,7 @@ class ModelSource:
         return _frozen(self._part(self.family.parts.vae, dtype), device)
 
     def _load_text_encoders(self, dtype: torch.dtype | None, device: Device) -> list[nn.Module]:
-        # transformers reads a config's own dtype (fp16 files stay fp16) unless it is told one
+        # transformers reads a config's own dtype (fp16 files stay fp16) unless a dtype is passed
         return [_frozen(self._part(part, dtype or part.dtype), device) for part in self.family.parts.text_encoders]
 
     def _load_tokenizers(self) -> list[Any]:
@@ -193,7 +196,7 @@ class ModelSource:
 
 
 def class_of(part: Part) -> Any:
-    """The class of a part."""
+    """Return the class of a part."""
     return getattr(importlib.import_module(part.library), part.cls)
 
 

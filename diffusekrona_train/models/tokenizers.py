@@ -1,4 +1,4 @@
-"""A model's tokenizers where they are on this machine (its folder, the hub cache, package data); fetch nothing."""
+"""Find a model's tokenizers on this machine (its folder, the hub cache, package data); download nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from diffusekrona_train.models.source import ModelSource, class_of
 
 
 def local_tokenizers(source: ModelSource) -> list[Loaded]:
-    """The model's tokenizers, one a text encoder; empty where they are not on this machine."""
+    """Return the model's tokenizers, one per text encoder; empty if they are not on this machine."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # a long caption is told in our own words
+    transformers.logging.set_verbosity_error()  # long captions have our own warning
     found = []
     for part in source.family.parts.tokenizers:
         try:
@@ -27,7 +27,7 @@ def local_tokenizers(source: ModelSource) -> list[Loaded]:
 
 
 def _hub_tokenizer(place: HubModel, part: str, cls: type[Loadable]) -> Loaded:
-    """From the local hub cache, or from the vocabulary in the package for the models whose configs it carries."""
+    """Load from the local hub cache, or from the vocabulary in the package for the models whose configs it carries."""
     from huggingface_hub import try_to_load_from_cache
 
     # without its files transformers would build a tokenizer of single letters

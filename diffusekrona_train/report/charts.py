@@ -26,7 +26,7 @@ class Line:
 def line_chart(
     title: str, lines: Sequence[Line], *, x_label: str = "step", mark_x: float | None = None, log_y: bool = False
 ) -> str:
-    """An SVG of lines over a shared axis; `mark_x` draws a dashed vertical line."""
+    """Plot lines over a shared axis as SVG; `mark_x` adds a dashed vertical line."""
     figure, axes = _axes(title)
     colour = 0
     for line in lines:
@@ -52,7 +52,7 @@ def line_chart(
 
 
 def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], errors: Sequence[tuple[float, float]]) -> str:
-    """Horizontal bars with intervals; errors: (below, above) of each value."""
+    """Plot horizontal bars with intervals as SVG; errors: (below, above) of each value."""
     figure, axes = _axes(title, height=0.9 + 0.32 * len(labels))
     below, above = zip(*errors, strict=True)
     axes.barh(range(len(labels)), values, xerr=(below, above), color=COLOURS[0], height=0.6, ecolor=INK, capsize=3)
@@ -63,7 +63,7 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], errors
 
 
 def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> str:
-    """Cells coloured by value (nan: empty), rows from the top, with a colour bar."""
+    """Plot cells coloured by value (nan: empty) as SVG, rows from the top, with a colour bar."""
     figure, axes = _axes(title, height=0.9 + max(0.15 * len(rows), 1.2))
     mesh = axes.pcolormesh(values, cmap="viridis", edgecolors="none")
     axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=8 if len(rows) < 24 else 5)
@@ -95,7 +95,8 @@ def _axes(title: str, height: float = 2.7):
 
 
 def _svg(figure, title: str) -> str:
-    """The figure as an <svg> element whose ids no other chart of the page has, and which scales with the page."""
+    """Return the figure as an <svg> element whose ids no other chart of the page has, and which scales with the
+    page."""
     import matplotlib
 
     buffer = io.StringIO()

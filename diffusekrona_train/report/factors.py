@@ -1,4 +1,4 @@
-"""What an adapter learnt, as plots: norms by block, singular values, the factors themselves."""
+"""Plot what an adapter learnt: norms by block, singular values, the factors themselves."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from diffusekrona_train.common.files import atomic
 
 
 def summary(rows: list[LayerSpectrum]) -> dict[str, Any]:
-    """The measurements as one JSON object."""
+    """Return the measurements as one JSON object."""
     measured = "relative" if all(row.relative is not None for row in rows) else "absolute"
     return {"norms": measured, "layers": [asdict(row) for row in rows]}
 
 
 def write_pictures(rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor]], folder: Path) -> list[Path]:
-    """Writes spectra.json, norms.png, singular_values.png and, where A is whole, factors.png to `folder`."""
+    """Write spectra.json, norms.png, singular_values.png and, if A is a full matrix, factors.png to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "spectra.json") as path:
         path.write_text(json.dumps(summary(rows), indent=1) + "\n")
@@ -36,10 +36,10 @@ def write_pictures(rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor
 
 
 def norm_map(rows: list[LayerSpectrum], path: Path) -> Path:
-    """Heat map of ‖ΔW‖ / ‖W‖ (or ‖ΔW‖): blocks along the network across, projections down."""
+    """Plot a heat map of ‖ΔW‖ / ‖W‖ (or ‖ΔW‖): blocks along the network across, projections down."""
     plt = _pyplot()
     relative = all(row.relative is not None for row in rows)
-    # models list the middle after the end; along the network it stands between down and up
+    # models list the middle after the end; in the network it is between down and up
     columns = sorted(dict.fromkeys(_block(row.name) for row in rows), key=lambda block: STAGES.index(block.split()[0]))
     present = {_role(row): None for row in rows}
     lines = [role for role in ROLES if role in present]
@@ -61,7 +61,7 @@ def norm_map(rows: list[LayerSpectrum], path: Path) -> Path:
 
 
 def spectrum_plot(rows: list[LayerSpectrum], path: Path) -> Path:
-    """Singular values by projection, each layer's scaled to its largest: median and middle half of the layers."""
+    """Plot singular values by projection, each layer's scaled to its largest: median and middle half of the layers."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for role in ROLES:
@@ -92,7 +92,7 @@ def spectrum_plot(rows: list[LayerSpectrum], path: Path) -> Path:
 def factor_sheet(
     rows: list[LayerSpectrum], groups: dict[str, dict[str, Tensor]], path: Path, most: int = 24
 ) -> Path | None:
-    """The factors A (a2, a1) of the layers that changed most, as images; None where the adapter has no whole A."""
+    """Show the factors A (a2, a1) of the layers that changed most as images; None if A is not a full matrix."""
     chosen = strongest([row for row in rows if "lokr_w1" in groups[row.name]])[:most]
     if not chosen:
         return None
@@ -137,7 +137,7 @@ def _role(row: LayerSpectrum) -> str:
 
 
 def _block(name: str) -> str:
-    """down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q -> 'down 1.0.0'."""
+    """Shorten down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q to 'down 1.0.0'."""
     parts = name.split(".")
     last = 1 if parts[-1] in ("proj_in", "proj_out") else 2
     numbers = [part for part in parts[: max(len(parts) - last, 1)] if part.isdigit()]

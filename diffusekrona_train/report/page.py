@@ -1,4 +1,4 @@
-"""One self-contained HTML page from plain sections: pictures become data URIs and nothing is fetched.
+"""One self-contained HTML page from plain sections: images become data URIs and nothing is fetched.
 
 The template escapes every text that it is given; only charts, which matplotlib wrote, go in as they are.
 """
@@ -20,7 +20,7 @@ TEMPLATES = ASSETS / "report"
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with a caption; `marked` draws a frame around it. `pixelated` keeps small pictures crisp."""
+    """An image with a caption; `marked` draws a frame around it. `pixelated` keeps small images crisp."""
 
     uri: str
     caption: str
@@ -30,7 +30,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Strip:
-    """Pictures side by side under one label."""
+    """Images side by side under one label."""
 
     label: str
     figures: list[Figure]
@@ -60,7 +60,7 @@ class Section:
 
 
 def picture(source: Image.Image | Path, caption: str, *, side: int = 512, marked: bool = False) -> Figure:
-    """A figure from a PIL picture or a file, reduced to `side` pixels: PNG where small, else JPEG of quality 88."""
+    """Make a figure from a PIL image or a file, reduced to `side` pixels: PNG where small, else JPEG of quality 88."""
     image = source if isinstance(source, Image.Image) else Image.open(source)
     image = image.convert("RGB")
     small = max(image.size) <= 128

@@ -1,4 +1,4 @@
-"""The labelled contact sheet that every room uses: rows of pictures in one PNG. PIL alone."""
+"""Write labelled contact sheets: rows of images in one PNG. Needs only PIL."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def contact_sheet(
     columns: Sequence[str] = (),
     title: str = "",
 ) -> Path:
-    """A PNG with one labelled strip of pictures for each row; returns `path`.
+    """Write a PNG with one labelled strip of images for each row; return `path`.
 
-    rows: (label, pictures of any size). cell: side of a picture's square in pixels (none: the largest picture, held
-    within 128 to 320). columns: headings over the pictures of every row. Small pictures are enlarged by whole factors,
+    rows: (label, images of any size). cell: side of an image's square in pixels (none: the largest image, held
+    within 128 to 320). columns: headings over the images of every row. Small images are enlarged by whole factors,
     without blur.
     """
     if not rows or not any(pictures for _, pictures in rows):
@@ -68,7 +68,7 @@ def contact_sheet(
 
 @functools.cache
 def _font(size: int, ascii_only: bool) -> Any:
-    """PIL's own scalable font; it has no accents, so other text takes the font that comes with matplotlib, if there."""
+    """Return PIL's scalable font; it has no accents, so other text uses matplotlib's font if it is installed."""
     plotting = None if ascii_only else importlib.util.find_spec("matplotlib")
     if plotting is not None and plotting.origin:
         wide = Path(plotting.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -78,7 +78,7 @@ def _font(size: int, ascii_only: bool) -> Any:
 
 
 def fit(picture: Image.Image, cell: int) -> Image.Image:
-    """The picture as RGB within a (cell, cell) square, aspect kept; enlarged by whole factors, reduced with Lanczos."""
+    """Fit the image as RGB into a (cell, cell) square, aspect kept; enlarged by whole factors, reduced with Lanczos."""
     factor = cell / max(picture.size)
     picture = picture.convert("RGB")
     if factor >= 1:
@@ -88,7 +88,7 @@ def fit(picture: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> list[str]:
-    """`text` in at most three lines that fit `width` pixels; an empty text takes no line."""
+    """Wrap `text` to at most three lines of `width` pixels; an empty text has no line."""
     lines: list[str] = []
     for word in " ".join(text.split()).split(" "):
         if lines and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
@@ -101,7 +101,7 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> list[
 
 
 def _fit_text(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
-    """`text`, cut with an ellipsis where it is wider than `width` pixels."""
+    """Shorten `text` with an ellipsis if it is wider than `width` pixels."""
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "…", font=font) > width:

@@ -46,9 +46,9 @@ class SampleRequest:
     """What one call generates: every prompt with every seed, and every value of what is swept."""
 
     source: str | Path | None
-    """A run folder or an adapter file; None: the adapters below alone, or the base model."""
+    """A run folder or an adapter file; None: only the adapters below, or the base model."""
     prompts: Sequence[str]
-    """[V] stands for the identifier ([V1], [V2] … with several adapters), {class} for the class noun."""
+    """[V] is replaced by the identifier token ([V1], [V2] … with several adapters), {class} for the class noun."""
     adapters: Sequence[str] = ()
     """Further adapters: FILE or FILE:STRENGTH."""
     checkpoint: int | None = None
@@ -75,7 +75,7 @@ class SampleRequest:
     width: int | None = None
     negative: str | None = None
     noise: str = "prompt"
-    """What the noise depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
+    """What the noise depends on: `prompt` and seed, or only `seed`, to compare prompts at one seed."""
     sweeps: Sequence[str] = ()
     """OPTION=v1,v2: all values of an option."""
     base: bool = False
@@ -108,7 +108,7 @@ def sample(
 
 @dataclass
 class Call:
-    """A request, looked over: which model, which adapters, which images. Nothing is loaded yet."""
+    """A checked request: which model, which adapters, which images. Nothing is loaded yet."""
 
     request: SampleRequest
     model: ModelSource
@@ -121,7 +121,7 @@ class Call:
 
     @property
     def missing(self) -> list[plan.Planned]:
-        """What is to be made: all without an output folder, else what it does not hold."""
+        """Return the images to generate: all without an output folder, else those that it does not contain."""
         folder, again = self.request.output, self.request.overwrite
         return [item for item in self.planned if folder is None or again or not (folder / item.file).exists()]
 
@@ -193,13 +193,13 @@ def _warn(call: Call, readers: Sequence[Loaded]) -> None:
 
 
 def _with_unread(item: plan.Planned, readers: Sequence[Loaded]) -> plan.Planned:
-    """The planned image with the end of its prompt in its record, where no text encoder reads it."""
+    """Return the planned image with the end of its prompt in its record, where no text encoder reads it."""
     tail, _, _ = unread_part(item.prompt, readers)
     return replace(item, record={**item.record, "not_read": tail}) if tail else item
 
 
 def _uses(request: SampleRequest, run: Path | None) -> list[tuple[Path, float | None]]:
-    """Adapter files and their strengths; None: what the file recommends, which a scale overrides."""
+    """List adapter files and their strengths; None: what the file recommends, which a scale overrides."""
     uses: list[tuple[Path, float | None]] = [(session.find_adapter(run, request.checkpoint), None)] if run else []
     uses += [session.parse_use(text) for text in request.adapters]
     if request.scale is not None or any(text.startswith("scale=") for text in request.sweeps):

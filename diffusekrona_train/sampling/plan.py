@@ -1,7 +1,7 @@
-"""The pictures that one krona-sample call makes: their plan, file names, PNG metadata and manifest, and what is done.
+"""Plan the images of one krona-sample call: file names, PNG metadata, manifest, and which exist already.
 
-A file's name ends in a key of everything that decides its content, so that nothing is overwritten, a stopped call goes
-on where it was, and several processes share the work without talking.
+A file's name ends in a hash of everything that determines its content. So nothing is overwritten, an interrupted call
+continues where it stopped, and several processes share the work without communication.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SWEEPABLE: dict[str, Callable[[str], Any]] = {
 
 
 WIDEST_ROW = 8
-"""Pictures in a row of a sheet that shows the base model beside the adapter."""
+"""Images in a row of a sheet that shows the base model beside the adapter."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One picture: what is drawn, under which adapter scale (None: the bare base model), and where it goes."""
+    """One image to generate, the adapter scale (None: only the base model), and its file."""
 
     prompt: str
     seed: int
@@ -53,7 +53,7 @@ class Planned:
 
 
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
-    """'guidance=1,2.5' -> ("guidance", [1.0, 2.5]); ValueError naming the options that there are."""
+    """Parse 'guidance=1,2.5' as ("guidance", [1.0, 2.5]); ValueError with the known options."""
     name, equals, values = text.partition("=")
     if not equals or not values.strip(","):
         raise ValueError(f"--sweep {text!r}: write OPTION=v1,v2 such as guidance=1,5,10")
@@ -76,9 +76,9 @@ def plan_pictures(
     with_base: bool = False,
     about: dict[str, Any] | None = None,
 ) -> list[Planned]:
-    """Every picture of a call: prompts, then the base (with_base) before the adapter, then sweep values, then seeds.
+    """Plan every image of a call: prompts, then the base (with_base) before the adapter, then sweep values, then seeds.
 
-    `about` (model, adapters, dtype …) joins each picture's record and so its key.
+    `about` (model, adapters, dtype …) joins each image's record and so its key.
     """
     names = [name for name, _ in sweeps]
     if len(set(names)) < len(names):
@@ -112,7 +112,7 @@ def _planned(
         settings = replace(settings, strength_schedule="")
     record = {"prompt": prompt, "seed": seed, **asdict(settings), **about, "scale": scale}
     if settings.noise == "prompt":
-        del record["noise"]  # pictures of version 0.1 keep their names
+        del record["noise"]  # images of version 0.1 keep their names
     if not settings.strength_schedule:
         del record["strength_schedule"]
     if scale is None:
@@ -127,9 +127,9 @@ def _planned(
 
 
 def batches(planned: Sequence[Planned], batch_size: int) -> list[list[Planned]]:
-    """Groups of one scale and one set of settings, base first.
+    """Group images by scale and settings, base first.
 
-    The same plan always falls into the same batches: neither a stop nor the number of processes changes which pictures
+    The same plan always falls into the same batches: neither a stop nor the number of processes changes which images
     are drawn together, so they are bitwise the same.
     """
     groups: dict[tuple, list[Planned]] = {}
@@ -167,7 +167,7 @@ def draw(
 
 
 def save_picture(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
-    """PNG with the record as JSON under `krona`, and under `parameters` the line that other tools show."""
+    """Save a PNG with the record as JSON under `krona`, and under `parameters` the line that other tools show."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -178,7 +178,7 @@ def save_picture(path: Path, image: Image.Image, record: dict[str, Any]) -> None
 
 
 def parameters_text(record: dict[str, Any], size: tuple[int, int]) -> str:
-    """The text that A1111 and its kin write: prompt, negative prompt, then settings by name."""
+    """Return the text that A1111 and similar tools write: prompt, negative prompt, then settings by name."""
     settings = {
         "Steps": record["steps"],
         "Sampler": record["scheduler"] or "model's own",
@@ -194,19 +194,19 @@ def parameters_text(record: dict[str, Any], size: tuple[int, int]) -> str:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """One JSON line in one write, so that processes may share the file."""
+    """Append one JSON line in one write, so that processes may share the file."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a descriptor has no name to tell
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a descriptor has no file name
     finally:
         os.close(descriptor)
 
 
 def settle_manifest(planned: Sequence[Planned], folder: Path) -> Path:
-    """Rewrite manifest.jsonl: a line for each picture that is there, sorted by file name, other calls' lines kept."""
+    """Rewrite manifest.jsonl: a line for each existing image, sorted by file name; lines of other calls are kept."""
     path = folder / "manifest.jsonl"
     rows: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -223,9 +223,9 @@ def settle_manifest(planned: Sequence[Planned], folder: Path) -> Path:
 
 
 def write_sheet(planned: Sequence[Planned], folder: Path) -> Path:
-    """A labelled contact sheet of the plan: a row for each prompt, the base model's pictures left of the adapter's.
+    """Write a labelled contact sheet of the plan: a row for each prompt, the base model's images left of the adapter's.
 
-    Where that would be wider than eight pictures, the base has a row of its own above the adapter's.
+    Where that would be wider than eight images, the base has a row of its own above the adapter's.
     """
     from diffusekrona_train.report.sheet import contact_sheet
 

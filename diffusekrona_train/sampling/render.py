@@ -1,7 +1,6 @@
-"""The one sampling path: validation, class images, evaluation and krona-sample all render here.
+"""Generate images: the one sampling path of validation, class images, evaluation and krona-sample.
 
-The noise of a picture depends on its (prompt, seed) alone: not on the batch it is drawn in, the device, the process or
-the pictures before it.
+The noise of an image depends only on its (prompt, seed): not on the batch, the device, the process or earlier images.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Job = tuple[str, int]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How a picture is drawn. Height and width in pixels (None: the model's own); scheduler: a row of SCHEDULERS;
+    """How an image is sampled. Height and width in pixels (None: the model's own); scheduler: a row of SCHEDULERS;
     strength_schedule: as in `config.strengths` ("": strength 1 throughout)."""
 
     steps: int = 50
@@ -38,7 +37,7 @@ class SampleSettings:
     width: int | None = None
     scheduler: str | None = None
     noise: str = "prompt"
-    """What the noise of a picture depends on: `prompt` and seed, or `seed` alone, to compare prompts at one seed."""
+    """What the noise of an image depends on: `prompt` and seed, or only `seed`, to compare prompts at one seed."""
     strength_schedule: str = ""
 
     def __post_init__(self) -> None:
@@ -63,7 +62,7 @@ def settings_of(config: RunConfig) -> SampleSettings:
 
 
 def noise_generator(prompt: str, seed: int) -> torch.Generator:
-    """A CPU generator that depends on (prompt, seed) alone, the same in every process and release."""
+    """Return a CPU generator that depends only on (prompt, seed), the same in every process and release."""
     digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -79,11 +78,11 @@ def render(
     conditioning_of: Callable[[str], Tensors] | None = None,
     on_image: Callable[[int, Image.Image], None] | None = None,
 ) -> list[Image.Image]:
-    """Draw each (prompt, seed) of `jobs` with a diffusers pipeline; PIL pictures in the order of the jobs.
+    """Generate an image for each (prompt, seed) of `jobs` with a diffusers pipeline; PIL images in the order of jobs.
 
     conditioning_of: text -> family.encode_prompt's tensors (cached embeddings); without it the pipeline's own
-    text encoders are asked, once a prompt. on_image(index, picture) is called as soon as a picture is there. On the CPU
-    in fp32, pictures from different batch sizes agree within 2/255; with the same batch size they are bitwise equal.
+    text encoders are asked, once a prompt. on_image(index, image) is called as soon as an image is there. On the CPU
+    in fp32, images from different batch sizes agree within 2/255; with the same batch size they are bitwise equal.
     """
     conditioning_of = conditioning_of or pipe_encoder(pipe, family)
     model_scheduler = pipe.scheduler
@@ -109,7 +108,7 @@ def draw_latents(
     settings: SampleSettings,
     conditioning_of: Callable[[str], Tensors],
 ) -> Tensor:
-    """One batch through the denoiser: latents (B, C, h, w) for the family's decode, in the denoiser's type."""
+    """Run one batch through the denoiser: latents (B, C, h, w) for the family's decode, in the denoiser's type."""
     dtype, device = denoiser_of(pipe, family).dtype, pipe._execution_device
     height, width = picture_size(pipe, family, settings)
     shape = (1, *family.latent_shape(pipe.vae.config, height, width))
@@ -120,19 +119,19 @@ def draw_latents(
         return family.collate([moved(conditioning_of(text), device, dtype) for text in texts])
 
     negative = batch([settings.negative] * len(jobs)) if family.negative_prompt else None
-    # samplers that add noise go on with each picture's own stream
+    # samplers that add noise continue each image's own random stream
     request = Request(settings.steps, settings.guidance, height, width, generators, not settings.negative)
     return family.sample(pipe, noise.to(device, dtype), batch([prompt for prompt, _ in jobs]), negative, request)
 
 
 def denoiser_of(pipe: Loaded, family: Family) -> Loaded:
-    """The denoiser that a pipeline holds."""
+    """Return the denoiser of a pipeline."""
     return getattr(pipe, family.parts.denoiser.folder)
 
 
 def picture_size(pipe: Loaded, family: Family, settings: SampleSettings) -> tuple[int, int]:
-    """(height, width) in pixels: the settings', else the size the model was trained for. ValueError where the family's
-    latents do not divide so."""
+    """Return (height, width) in pixels: the settings', else the size the model was trained for. ValueError where the
+    family's latents do not divide so."""
     own = family.default_resolution(denoiser_of(pipe, family).config, pipe.vae.config)
     size = settings.height or own, settings.width or own
     for name, value in zip(("height", "width"), size, strict=True):
@@ -142,13 +141,13 @@ def picture_size(pipe: Loaded, family: Family, settings: SampleSettings) -> tupl
 
 
 def pipe_encoder(pipe: Loaded, family: Family) -> Callable[[str], Tensors]:
-    """conditioning_of from the text encoders that the pipeline holds."""
+    """Return a conditioning_of that uses the pipeline's own text encoders."""
     tokenizers = [getattr(pipe, part.folder) for part in family.parts.tokenizers]
     encoders = [getattr(pipe, part.folder) for part in family.parts.text_encoders]
     return functools.cache(lambda text: family.encode_prompt(tokenizers, encoders, text))
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> 8-bit RGB, rounded as diffusers rounds."""
+    """Convert (3, H, W) in [0, 1] to 8-bit RGB, rounded as diffusers rounds."""
     array = (pixels.float().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     return Image.fromarray(array)

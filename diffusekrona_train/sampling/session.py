@@ -1,4 +1,4 @@
-"""A base model with its adapters, ready to draw: which file, which base, which numbers, and how it fits in memory."""
+"""Prepare a base model with its adapters for sampling: which files, which settings, and how it fits in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DRAWING = (
 
 @contextlib.contextmanager
 def while_drawing() -> Iterator[None]:
-    """A device without memory as a RuntimeError that says what to do."""
+    """Turn an out-of-memory error into a RuntimeError with advice."""
     try:
         yield
     except RuntimeError as error:
@@ -48,7 +48,7 @@ def while_drawing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter file as it is used: how strongly, and which word its [V] stands for."""
+    """An adapter file in use: its strength, and the identifier token that replaces [V]."""
 
     file: AdapterFile
     strength: float = 1.0
@@ -62,7 +62,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Memory:
-    """How the model is held. dtype: auto, fp32, bf16, fp16; offload: a row of OFFLOADS; quantize: none, nf4, int8."""
+    """How the model is kept in memory. dtype: auto, fp32, bf16, fp16; offload: a row of OFFLOADS; quantize: none, nf4,
+    int8."""
 
     dtype: str = "auto"
     quantize: str = "none"
@@ -73,7 +74,7 @@ class Memory:
 
     @property
     def fuses(self) -> bool:
-        """Whether adapters go into the weights: 4 and 8 bits cannot take them."""
+        """Return whether adapters are fused into the weights; 4-bit and 8-bit weights cannot be."""
         return self.fuse and self.quantize == "none"
 
     def __post_init__(self) -> None:
@@ -86,7 +87,8 @@ class Memory:
 
 
 def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
-    """The adapter file of a run folder (the checkpoint asked for, else the final one, else the newest), or the file."""
+    """Find the adapter file of a run folder (the checkpoint asked for, else the final one, else the newest), or the
+    file."""
     if not source.exists():
         raise ValueError(f"{str(source)!r}: no such run folder or adapter file{near_miss(source)}")
     if source.is_file():
@@ -109,7 +111,7 @@ def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
 
 
 def parse_use(text: str) -> tuple[Path, float | None]:
-    """'dog.safetensors:0.7' -> (path, 0.7); without a number None, the strength that the file recommends."""
+    """Parse 'dog.safetensors:0.7' as (path, 0.7); without a number None, the strength that the file recommends."""
     text = user_path(text, "--adapter")
     match = re.fullmatch(r"(.+?):([-+]?[0-9]*\.?[0-9]+)", text)
     if match and not Path(text).exists():
@@ -130,7 +132,7 @@ def recommended_strength(file: AdapterFile) -> float:
 def subjects_of(
     uses: Sequence[tuple[Path, float | None]], tokens: Sequence[str] = (), noun: str | None = None
 ) -> list[Subject]:
-    """Adapter files read and checked, in their order; `tokens` and `noun` win over what the files say.
+    """Read and check adapter files, in their order; `tokens` and `noun` override those of the files.
 
     A strength of None is the one that the file recommends.
     """
@@ -149,7 +151,7 @@ def subjects_of(
 
 
 def fill_prompt(prompt: str, subjects: Sequence[Subject]) -> str:
-    """[V], [V1], [V2] … and {class} replaced; ValueError where a file does not say what they stand for."""
+    """Replace [V], [V1], [V2] … and {class}; ValueError if a file has no identifier token or class noun."""
     for marker in sorted(set(re.findall(r"\[V[0-9]*\]", prompt))):
         number = int(marker[2:-1] or 1)
         if not 1 <= number <= len(subjects):
@@ -166,7 +168,7 @@ def fill_prompt(prompt: str, subjects: Sequence[Subject]) -> str:
 
 
 def missing_identifiers(prompt: str, subjects: Sequence[Subject]) -> list[str]:
-    """One warning for each adapter whose identifier does not occur in a filled prompt."""
+    """Return a warning for each adapter whose identifier does not occur in a filled prompt."""
     words = set(re.findall(r"\w+", prompt.lower()))
     warnings = []
     for i, subject in enumerate(subjects, start=1):
@@ -177,7 +179,7 @@ def missing_identifiers(prompt: str, subjects: Sequence[Subject]) -> list[str]:
 
 
 def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
-    """One warning for each identifier that several adapters have: their markers are then the same word."""
+    """Return a warning for each identifier that several adapters share: a prompt cannot tell them apart."""
     owners: dict[str, list[int]] = {}
     for i, subject in enumerate(subjects, start=1):
         if subject.token:
@@ -191,7 +193,7 @@ def shared_identifiers(subjects: Sequence[Subject]) -> list[str]:
 
 
 def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Path | None = None) -> dict[str, Any]:
-    """Arguments for open_model: what the user says, else the run's config, else what the adapter file says."""
+    """Return arguments for open_model: from the user, else from the run's config, else from the adapter file."""
     said = next(filter(None, (subject.file.said_prediction(model) for subject in subjects)), None)
     if model is not None:
         return {"model": model, **({"prediction_type": said} if said else {})}
@@ -209,7 +211,7 @@ def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Pa
 
 
 def check_base(source: ModelSource, subjects: Sequence[Subject]) -> None:
-    """ValueError where an adapter is for another family than the base; its layers are checked when it is put in."""
+    """Raise ValueError if an adapter is for another family than the base; its layers are checked on injection."""
     for subject in subjects:
         if subject.file.family not in (None, source.family.name):
             made_for = subject.file.info.get("model", "an unknown model")
@@ -220,7 +222,7 @@ def check_base(source: ModelSource, subjects: Sequence[Subject]) -> None:
 
 
 def processes() -> Any:
-    """accelerate's view of the processes under `accelerate launch` or torchrun, None for a lone one."""
+    """Return accelerate's state under `accelerate launch` or torchrun, None for a lone one."""
     if world_size() < 2:
         return None
     from accelerate import PartialState
@@ -229,7 +231,7 @@ def processes() -> Any:
 
 
 def default_settings(source: ModelSource, subjects: Sequence[Subject]) -> SampleSettings:
-    """The paper's 50 steps and guidance 7.5, or the model's own; the side that the adapter was trained at."""
+    """Return the paper's 50 steps and guidance 7.5, or the model's own; the side that the adapter was trained at."""
     names = {target: alias for alias, target in MODEL_ALIASES.items()}
     own = MODEL_DEFAULTS.get(names.get(source.identity, ""), {}).get("validation", {})
     said = [subject.file.info.get("resolution") for subject in subjects]
@@ -240,7 +242,7 @@ def default_settings(source: ModelSource, subjects: Sequence[Subject]) -> Sample
 def about_models(
     source: ModelSource, subjects: Sequence[Subject], dtype: torch.dtype, memory: Memory
 ) -> dict[str, Any]:
-    """What a picture's record says of its models: names and hashes, no path."""
+    """Describe the models for an image's record: names and hashes, no path."""
     adapters = [
         {"file": subject.name, "sha256": sha256(subject.file.path)[:16], "strength": subject.strength}
         for subject in subjects
@@ -311,11 +313,11 @@ class Studio:
     def painter(
         self, scales: Sequence[float | None], keep: bool = True, varies: bool = False
     ) -> Callable[[list[Planned]], list[Any]]:
-        """A function that draws one batch of a plan whose pictures have these `scales`.
+        """Return a function that generates one batch of a plan whose images have these `scales`.
 
         Adapters are fused where the base can take it (not 4 or 8 bits); with offload, only if the scale never changes.
         `keep` False: nothing else will be drawn, so that fused weights need no copy where there is one scale.
-        `varies`: a picture has a schedule of strengths; fused adapters are then fused again at each switch.
+        `varies`: an image has a schedule of strengths; fused adapters are then fused again at each switch.
         """
         varies = varies or len(set(scales)) > 1
         fuse = self.memory.fuses and (self.memory.offload == "none" or not varies)
@@ -341,7 +343,7 @@ class Studio:
         return paint
 
     def _scheduled(self, item: Planned, fuse: bool) -> contextlib.AbstractContextManager[None]:
-        """The block in which the adapters follow the item's schedule of strengths, times its scale."""
+        """Return a context in which the adapters follow the item's schedule of strengths, times its scale."""
         scale = item.scale
         if scale is None:
             return contextlib.nullcontext()
@@ -354,7 +356,7 @@ class Studio:
 
 
 def encode_texts(source: ModelSource, texts: Sequence[str], device: torch.device) -> dict[str, Tensors]:
-    """Text -> the tensors of the family's encode_prompt, on the CPU; the text encoders are freed again."""
+    """Encode texts with the family's encode_prompt; tensors are on the CPU, and the text encoders are freed."""
     parts = source.load("tokenizers", "text_encoders", device=device)
     encode = source.family.encode_prompt
     rows = {text: encode(parts["tokenizers"], parts["text_encoders"], text) for text in dict.fromkeys(texts)}

@@ -106,7 +106,7 @@ def _headers() -> list[Case]:
         adapter_case("empty file", cut(lambda size: 0), r"is truncated: 0 bytes", LENGTHS),
         adapter_case("5 bytes", cut(lambda size: 5), r"is truncated: 5 bytes", LENGTHS),
         adapter_case(
-            "cut in the header", cut(lambda size: 200), r"truncated or no safetensors file: a header of", LENGTHS
+            "cut in the header", cut(lambda size: 200), r"truncated or not a safetensors file: a header of", LENGTHS
         ),
         adapter_case("cut in the data", cut(lambda size: size - 1), r"is truncated: the header promises"),
         adapter_case("half of it", cut(lambda size: size // 2), r"truncated", LENGTHS),

@@ -198,7 +198,7 @@ def _paths() -> list[Case]:
         adapter_case("no such file", lambda box: None, r"dog\.safetensors: no such file"),
         adapter_case("a link to a good file", link, "", status=0, exists=("out/dog.safetensors",)),
         adapter_case("a link to itself", circle, r"dog\.safetensors", "a link in a circle leads to no file"),
-        adapter_case("a named pipe", pipe, r"dog\.safetensors.*no regular file"),
+        adapter_case("a named pipe", pipe, r"dog\.safetensors.*not a regular file"),
         adapter_case(
             "no permission",
             closed,

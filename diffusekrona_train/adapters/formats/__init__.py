@@ -1,4 +1,4 @@
-"""Adapter files: in, out, onto a model, and as other tools' formats.
+"""Read and write adapter files, inject them into a model, and convert them to other tools' formats.
 
 What this project saves is a LoKr, LoRA or LoHa safetensors file with the names and metadata that ComfyUI, A1111 and
 Forge read, and one JSON under the key `diffusekrona` that rebuilds the adapter. In three lines, on any pipeline:

@@ -1,4 +1,4 @@
-"""The adapter file as an object: what is written, what is read, and every check on the way."""
+"""Read, check and write adapter files."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class AdapterFile:
 
     @property
     def row_permutation(self) -> bool:
-        """True for the DiffuseKronA authors' checkpoints: the rows of A ⊗ B stand in another order."""
+        """Return True for the DiffuseKronA authors' checkpoints: their rows of A ⊗ B have another order."""
         return any(option.get("row_permutation") for option in self.options.values())
 
     def said_prediction(self, model: str | None = None) -> str | None:
-        """The prediction_type that the run's config had to say, because its base model's files did not.
+        """Return the prediction_type that the run's config had to give, because its base model's files did not.
 
         It holds for that base: with `model`, only where that has the name of the one it was trained on.
         """
@@ -65,7 +65,7 @@ class AdapterFile:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Key in a file (`<name>.<suffix>`) -> tensor."""
+        """Return key in a file (`<name>.<suffix>`) -> tensor."""
         names = {layer.name: self.file_name(layer.name) for layer in self.layers}
         return {
             f"{names.get(name, name)}.{suffix}": tensor
@@ -74,7 +74,7 @@ class AdapterFile:
         }
 
     def file_name(self, layer: str) -> str:
-        """The name of a layer (dotted path) in this family's files."""
+        """Return the name of a layer (dotted path) in this family's files."""
         return tables.file_name(self.family or "", layer, self.layers_per_block)
 
 
@@ -82,7 +82,7 @@ class AdapterFile:
 
 
 def save_adapter(path: str | Path, injection: Injection, info: dict[str, Any], dtype: str = "fp32") -> None:
-    """Writes the adapter of `injection` (strength left out) with `info` as its own JSON; see `write_adapter`.
+    """Write the adapter of `injection` (strength left out) with `info` as its own JSON; see `write_adapter`.
 
     `info` may hold model, token, class, prompt, resolution, prediction_type, step, training (a config as dict); what
     rebuilds the adapter is added here. Local paths in it are cut to base names.
@@ -106,7 +106,7 @@ def save_adapter(path: str | Path, injection: Injection, info: dict[str, Any], d
 
 
 def write_adapter(path: str | Path, file: AdapterFile, dtype: str = "fp32", *, own_json: bool = True) -> None:
-    """Writes an adapter in this project's format as "fp32", "fp16" or "bf16", atomically, after reading it back.
+    """Write an adapter in this project's format as "fp32", "fp16" or "bf16", atomically, after reading it back.
 
     With own_json False it is a plain LoKr, LoRA or LoHa file. Raises ValueError for NaN and for what fp16 cannot hold.
     """
@@ -146,7 +146,7 @@ def _own_json(file: AdapterFile) -> dict[str, Any]:
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """Reads an adapter file of this project, or a LoKr, LoRA or LoHa file of another tool.
+    """Read an adapter file of this project, or a LoKr, LoRA or LoHa file of another tool.
 
     A file of this project is checked against its own description: nothing missing, nothing extra, every shape. Raises a
     one-line ValueError that starts with the path and says what is wrong.
@@ -220,12 +220,12 @@ def _check_shapes(layer: Layer, group: dict[str, Tensor], expected: dict[str, tu
 
 
 def whole_module(name: str, *widths: int) -> Layer:
-    """The row of a module that full fine-tuning of everything (`targets: all`) changes, whatever it is."""
+    """Return the row of a module that full fine-tuning of everything (`targets: all`) changes, whatever it is."""
     return Layer(name, 0, 0, "all", "all")
 
 
 def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_block: int = 2) -> AdapterFile:
-    """The file with its layers known, given all layers of the model that it is for.
+    """Return the file with its layers known, given all layers of the model that it is for.
 
     A file that describes itself is checked against the model instead. Raises ValueError for another family, unknown
     layers and shapes that do not fit.
@@ -255,7 +255,7 @@ def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_blo
 
 
 def _refuse_unknown(unknown: list[str], count: int, family: str) -> None:
-    """ValueError for layers that are not among those that can be adapted, whether of this model or of another."""
+    """Raise ValueError for layers that are not among those that can be adapted, whether of this model or of another."""
     if not unknown:
         return
     others = [name for name in unknown if _OUTSIDE.search(name)]

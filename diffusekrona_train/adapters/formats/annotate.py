@@ -1,4 +1,4 @@
-"""Write a word into an adapter file's own JSON; its tensors stay bit for bit."""
+"""Write a field into an adapter file's own JSON; its tensors stay bit-identical."""
 
 from __future__ import annotations
 

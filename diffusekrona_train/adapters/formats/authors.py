@@ -1,4 +1,4 @@
-"""The checkpoints of the DiffuseKronA authors (IBM/DiffuseKronA): their keys, and their order of rows.
+"""Import checkpoints of the DiffuseKronA authors (IBM/DiffuseKronA): their keys, and their order of rows.
 
 A layer has `down` D (a1, a2) and `up` U (b2, b1) and adds ΔW[β*a2 + α, p*b1 + q] = U[β, q] * D[p, α]. With A = Dᵀ and
 B = U that is A ⊗ B with its rows read in another order; it is a plain product only where a factor is 1 wide.
@@ -18,7 +18,7 @@ from diffusekrona_train.models.layers import Layer
 
 
 def import_diffusekrona(path: str | Path, layers: list[Layer], family: str, layers_per_block: int = 2) -> AdapterFile:
-    """Reads an authors' checkpoint for the model with these layers, in their KronA mode or their LoRA mode.
+    """Read an authors' checkpoint for the model with these layers, in their KronA mode or their LoRA mode.
 
     The same keys serve both modes, so the shapes decide. Raises a one-line ValueError for damage, a pickle, other keys,
     half a pair, and shapes that fit neither mode.

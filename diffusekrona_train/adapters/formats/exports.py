@@ -1,4 +1,4 @@
-"""An adapter file as other tools want it. EXPORTERS is the table: a format is a function and a row."""
+"""Convert adapter files for other tools. EXPORTERS is the table: a format is a function and a row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 def to_native(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """This project's own file, JSON and all."""
+    """Write this project's own file, with its JSON."""
     no_rank(rank, "native")
     write_adapter(out, file, dtype)
     return [f"{len(file.layers)} layers of {kind_of_adapter(file)}"]
@@ -50,7 +50,8 @@ def to_native(
 def to_lokr(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """A plain LoKr file. ValueError for adapters that are no Kronecker product and for the authors' order of rows."""
+    """Write a plain LoKr file. ValueError for adapters that are not a Kronecker product and for the authors' row
+    order."""
     no_rank(rank, "lokr")
     if file.row_permutation:
         raise ValueError(
@@ -72,7 +73,8 @@ def to_lokr(
 def to_lora(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """A LoRA file in kohya's keys, one alpha for the whole file (diffusers mis-scales files where alphas differ)."""
+    """Write a LoRA file in kohya's keys, one alpha for the whole file (diffusers mis-scales files where alphas
+    differ)."""
     pairs, remarks = lora_pairs(file, rank)
     alpha = Counter(up.shape[1] for up, _ in pairs.values()).most_common(1)[0][0]
     groups = {
@@ -92,7 +94,7 @@ def to_lora(
 def to_diffusers(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """A LoRA file in PEFT's keys, `unet.<path>.lora_A.weight`; alpha equals the rank, so that the scale is 1."""
+    """Write a LoRA file in PEFT's keys, `unet.<path>.lora_A.weight`; alpha equals the rank, so that the scale is 1."""
     pairs, remarks = lora_pairs(file, rank)
     tensors = {f"unet.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}
     tensors |= {f"unet.{name}.lora_B.weight": _shaped(file, name, up) for name, (up, _) in pairs.items()}
@@ -123,8 +125,9 @@ EXPORTERS: dict[str, Callable[..., list[str]]] = {
 
 
 def export_command(file: AdapterFile, path: Path, model: str) -> str:
-    """The krona-convert line that makes of `file`, called `path`, what diffusers and others read: an exact LoRA where
-    that is not larger than the dense difference, else a cut one; for the whole denoiser a merged pipeline of `model`.
+    """Return the krona-convert command that makes `file`, called `path`, readable for diffusers and others: an exact
+    LoRA where that is not larger than the dense difference, else a cut one; for the whole denoiser a merged pipeline
+    of `model`.
     """
     name = "krona-convert", str(path), str(path.with_suffix(""))
     if any(layer.kind == "all" for layer in file.layers):
@@ -136,12 +139,12 @@ def export_command(file: AdapterFile, path: Path, model: str) -> str:
 
 
 def _largest_rank(layer: Layer) -> int:
-    """The largest rank of a LoRA that is not larger than the dense difference."""
+    """Return the largest rank of a LoRA that is not larger than the dense difference."""
     return layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
 
 
 def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[str]]:
-    """Each layer as a LoRA, exact, or cut to `rank`; with remarks that say the ranks and, after a cut, its error.
+    """Return each layer as a LoRA, exact or truncated to `rank`, with remarks on the ranks and the truncation error.
 
     Raises ValueError where the exact pair would be larger than the dense difference and no rank is given.
     """
@@ -166,7 +169,7 @@ def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[
 
 
 def exact_rank(group: dict[str, Tensor]) -> int:
-    """The rank of a layer's exact LoRA pair, from the shapes of its tensors."""
+    """Return the rank of a layer's exact LoRA pair, from the shapes of its tensors."""
     return math.prod(
         min(matrix.shape)
         if isinstance(matrix, Tensor)
@@ -181,12 +184,12 @@ def row_order(a2: int, b2: int) -> Tensor:
 
 
 def _shaped(file: AdapterFile, name: str, matrix: Tensor) -> Tensor:
-    """A factor as other tools expect it: of a 1x1 convolution with its two sides of 1."""
+    """Return a factor as other tools expect it: of a 1x1 convolution with its two sides of 1."""
     return matrix[:, :, None, None] if file.options[name].get("conv") else matrix
 
 
 def _pair(group: dict[str, Tensor], rank: int, exact: int) -> tuple[Tensor, Tensor, float]:
-    """(up, down, Frobenius error) of this rank; the optimal cut where it is below the exact one."""
+    """Return (up, down, Frobenius error) of this rank; the optimal truncation if it is below the exact one."""
     scale, matrices = terms(group)
     if rank < exact and len(matrices) == 2:
         A, B = (matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1] for matrix in matrices)

@@ -1,4 +1,4 @@
-"""An adapter file onto a model, for the tool itself and for any diffusers pipeline, and off it again."""
+"""Put an adapter file into a model or any diffusers pipeline, and take it out again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from diffusekrona_train.models.layers import Layer, find_layers
 
 
 def known_layers(model: str, model_config_dir: str | None = None) -> tuple[list[Layer], str, int]:
-    """The adaptable linears, family and layers a block of a model (alias, hub name, folder, file); loads no weights."""
+    """Return the adaptable linears, family and layers per block of a model (alias, hub name, folder, file); loads no
+    weights."""
     if model in tables.TABLES:
         return tables.layer_table(model), tables.FAMILY_OF[model], tables.layers_per_block(model)
     source = open_model(model, model_config_dir=model_config_dir)
@@ -27,7 +28,7 @@ def known_layers(model: str, model_config_dir: str | None = None) -> tuple[list[
 def open_adapter(
     path: str | Path, model: str | None = None, *, authors: bool = False, model_config_dir: str | None = None
 ) -> AdapterFile:
-    """Reads an adapter file with its layers known: from the file itself, or from `model` where it does not say.
+    """Read an adapter file with its layers known: from the file itself, or else from `model`.
 
     `authors`: a checkpoint of the DiffuseKronA authors. Raises a one-line ValueError where a model is needed.
     """
@@ -43,7 +44,7 @@ def open_adapter(
 
 
 def inject_file(model: nn.Module, file: AdapterFile) -> Injection:
-    """Puts the adapter of a file into a denoiser; ValueError where it does not fit (the model is then unchanged)."""
+    """Put the adapter of a file into a denoiser; ValueError where it does not fit (the model is then unchanged)."""
     config = getattr(model, "config", None)
     layers = find_layers(model, None)
     family = family_name(model)
@@ -60,7 +61,7 @@ def inject_file(model: nn.Module, file: AdapterFile) -> Injection:
 
 
 def load_adapter(pipe_or_model: Any, path: str | Path, strength: float = 1.0) -> Injection:
-    """Puts an adapter file into a diffusers pipeline (or its UNet); several files may be stacked.
+    """Put an adapter file into a diffusers pipeline (or its UNet); several files may be stacked.
 
     Raises a one-line ValueError for a damaged file and for one of another model.
     """
@@ -74,7 +75,7 @@ def load_adapter(pipe_or_model: Any, path: str | Path, strength: float = 1.0) ->
 
 
 def set_scale(pipe_or_model: Any, strength: float, index: int | None = None) -> None:
-    """Sets the strength of all loaded adapters, or of the one at `index` in loading order; 0 is exactly the base."""
+    """Set the strength of all loaded adapters, or of the one at `index` in loading order; 0 is exactly the base."""
     loaded = _loaded(_denoiser(pipe_or_model))
     if not loaded:
         raise ValueError("no adapter is loaded; call load_adapter first")
@@ -83,7 +84,7 @@ def set_scale(pipe_or_model: Any, strength: float, index: int | None = None) -> 
 
 
 def unload(pipe_or_model: Any) -> None:
-    """Takes out every adapter that load_adapter put in; the model is then bit for bit what it was."""
+    """Take out every adapter that load_adapter put in; the model is then bit-identical to before."""
     loaded = _loaded(_denoiser(pipe_or_model))
     while loaded:
         loaded.pop().eject()

@@ -1,4 +1,4 @@
-"""The base model with an adapter summed into its weights: as a pipeline folder, and as one checkpoint file."""
+"""Merge an adapter into the base model's weights: as a pipeline folder, or as one checkpoint file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffusekrona_train.models.source import ModelSource
 def to_merged(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """A diffusers pipeline folder with the adapter summed into the weights; `source` is the opened base model."""
+    """Write a diffusers pipeline folder with the adapter summed into the weights; `source` is the opened base model."""
     no_rank(rank, "merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not an empty folder; a merged pipeline needs a new one")
@@ -40,7 +40,7 @@ def to_merged(
 def to_checkpoint(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """The same as one .safetensors file in the layout of the original releases, which ComfyUI and A1111 load."""
+    """Write the same as one .safetensors file in the layout of the original releases, which ComfyUI and A1111 load."""
     no_rank(rank, "checkpoint")
     source = _given(source, "checkpoint")
     if source.family.name not in CLIP_PREFIX:
@@ -81,7 +81,7 @@ def _given(source: ModelSource | None, name: str) -> ModelSource:
 
 
 def _merged_parts(file: AdapterFile, source: ModelSource, dtype: str) -> dict[str, Any]:
-    """All parts of the base in `dtype`, the adapter summed into its denoiser in fp32 and rounded once."""
+    """Return all parts of the base in `dtype`, the adapter summed into its denoiser in fp32 and rounded once."""
     denoiser = source.load("denoiser", dtype=torch.float32, device="cpu")["denoiser"]
     merge(denoiser, identify(file, source.layers(), source.family.name, layers_per_block(denoiser.config)))
     denoiser.to(tensorfile.DTYPES[dtype])
@@ -92,7 +92,7 @@ def _merged_parts(file: AdapterFile, source: ModelSource, dtype: str) -> dict[st
 
 
 def _check_room(out: Path, tensors: Iterable[Tensor]) -> None:
-    """ValueError where the disk has no room for these tensors."""
+    """Raise ValueError if the disk has no space for these tensors."""
     free, needed = shutil.disk_usage(_standing(out)).free, sum(one.numel() * one.element_size() for one in tensors)
     if free < needed:
         raise ValueError(
@@ -102,7 +102,7 @@ def _check_room(out: Path, tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module, file: AdapterFile, strength: float = 1.0) -> None:
-    """Adds the ΔW of an identified file to a denoiser's weights: summed in fp32, rounded once to the weight's type."""
+    """Add the ΔW of an identified file to a denoiser's weights: summed in fp32, rounded once to the weight's type."""
     for layer in file.layers:
         if layer.kind == "all":
             for suffix, difference in file.groups[layer.name].items():
@@ -115,7 +115,7 @@ def merge(model: nn.Module, file: AdapterFile, strength: float = 1.0) -> None:
 
 
 def delta(file: AdapterFile, layer: Layer) -> Tensor:
-    """The dense ΔW (out, in), fp32, of a layer of an identified file."""
+    """Return the dense ΔW (out, in), fp32, of a layer of an identified file."""
     assert file.spec is not None
     adapter = ADAPTERS[file.spec.type](layer, file.options[layer.name], file.spec)
     adapter.load_file_tensors(file.groups[layer.name])
@@ -123,7 +123,7 @@ def delta(file: AdapterFile, layer: Layer) -> Tensor:
 
 
 def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:
-    """Every tensor of the written denoiser against the one in memory; OSError where one differs."""
+    """Compare every tensor of the written denoiser with the one in memory; OSError if one differs."""
     expected = denoiser.state_dict()
     for path in sorted(folder.glob("*.safetensors")):
         for key, tensor in tensorfile.read(path)[0].items():
@@ -134,17 +134,17 @@ def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:
 
 
 def kind_of_adapter(file: AdapterFile) -> str:
-    """krona, lora, lokr, loha or full."""
+    """Return krona, lora, lokr, loha or full."""
     assert file.spec is not None and file.layers, "identify the file first"
     return file.spec.type
 
 
 def no_rank(rank: int | None, name: str) -> None:
-    """ValueError where a rank is given to a format that cuts nothing."""
+    """Raise ValueError if a rank is given to a format that is always exact."""
     if rank is not None:
         raise ValueError(f"--rank {rank} is for --to lora and --to diffusers; {name} is always exact")
 
 
 def _standing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
+    """Return the nearest folder above `path` that exists."""
     return next(parent for parent in path.resolve().parents if parent.exists())

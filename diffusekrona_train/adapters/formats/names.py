@@ -1,4 +1,4 @@
-"""How adapter files call things: tensor suffixes, what a group of them is, and the metadata that user interfaces show.
+"""Names in adapter files: tensor suffixes, what a group of them is, and the metadata that user interfaces show.
 
 The facts are those of the kohya and LyCORIS formats and of the ModelSpec standard.
 """
@@ -50,7 +50,8 @@ AUTHORS_KEY = re.compile(r"unet\.(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.
 
 
 def split_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Keys of an adapter file -> layer's name in the file -> suffix -> tensor, every layer complete and of one kind.
+    """Split the keys of an adapter file: layer's name in the file -> suffix -> tensor, every layer complete and of one
+    kind.
 
     Raises ValueError naming a tensor that is no adapter's, half a pair, or two kinds in one file.
     """
@@ -74,7 +75,7 @@ def split_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _refuse_foreign(tensors: Iterable[str]) -> None:
-    """ValueError with the reason, and how many tensors it is about, for what adapters of other kinds hold."""
+    """Raise ValueError with the reason, and how many tensors it is about, for what adapters of other kinds hold."""
     names = list(tensors)
     for pattern, reason in FOREIGN.items():
         if found := [name for name in names if re.search(pattern, name)]:
@@ -101,7 +102,7 @@ FOREIGN = {
 
 
 def kind_of(name: str, group: dict[str, Tensor]) -> str:
-    """lora, loha, lokr, rows or full; ValueError where a part is missing."""
+    """Return lora, loha, lokr, rows or full; ValueError if a part is missing."""
     for kind, parts in NEEDED.items():
         if not any(suffix in group for part in parts for suffix in part):
             continue
@@ -122,7 +123,7 @@ def _any(halves: list[str], group: dict[str, Tensor]) -> bool:
 def describe_groups(
     layers: list[Layer], groups: dict[str, dict[str, Tensor]]
 ) -> tuple[AdapterConfig, dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
-    """Spec, options and tensors of another tool's file, read from its shapes.
+    """Return spec, options and tensors of another tool's file, from its shapes.
 
     Its LoKr becomes KronA, thin pairs multiplied out and alpha / rank in w1, which is the same ΔW. Raises ValueError
     where shapes do not make the layer's.
@@ -169,7 +170,7 @@ def _as_krona(layer: Layer, group: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def _targets(layers: list[Layer]) -> dict[str, Any]:
-    """The spec's fields that choose exactly the kinds and projections of these layers, and these alone."""
+    """Return the spec's fields that choose exactly the kinds and projections of these layers."""
     kinds = {layer.kind for layer in layers}
     letters = [letter for letter in "qkvo" if any(layer.projection == letter for layer in layers)]
     attention = "both" if {"self", "cross"} <= kinds else "cross" if "cross" in kinds else "self"
@@ -189,7 +190,7 @@ def header(
     options: dict[str, dict[str, Any]],
     info: dict[str, Any],
 ) -> dict[str, str]:
-    """The metadata of an adapter file, every value a string: kohya's ss_ keys and the ModelSpec standard's.
+    """Return the metadata of an adapter file, every value a string: kohya's ss_ keys and the ModelSpec standard's.
 
     `kind` is the adapter's type, `info` our own JSON (token, prediction_type, resolution are read if there).
     """
@@ -218,12 +219,12 @@ def header(
 
 
 def trigger_words(info: dict[str, Any]) -> str:
-    """What calls the subject in a prompt, identifier and class noun: 'sks dog'; '' where the file does not say."""
+    """Return the trigger words, identifier and class noun: 'sks dog'; '' if the file has none."""
     return " ".join(str(info[key]).strip() for key in ("token", "class") if info.get("token") and info.get(key))
 
 
 def model_header(path: str | Path, base: dict[str, str], resolution: int) -> dict[str, str]:
-    """The ModelSpec metadata of a whole checkpoint file; `base` is its family's for adapters of it."""
+    """Return the ModelSpec metadata of a complete checkpoint file; `base` is its family's for adapters of it."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": base["modelspec.architecture"].removesuffix("/lora"),
@@ -244,7 +245,7 @@ def _usual_resolution(base: dict[str, str]) -> str:
 def _network(
     kind: str, groups: dict[str, dict[str, Tensor]], options: dict[str, dict[str, Any]]
 ) -> tuple[str, dict[str, str], str, str]:
-    """ss_network_module, _args, _dim and _alpha as strings (the args a dict)."""
+    """Return ss_network_module, _args, _dim and _alpha as strings (the args a dict)."""
     largest = max(groups, key=lambda name: options.get(name, {}).get("rank", 0))
     rank, alpha = options.get(largest, {}).get("rank", 1), options.get(largest, {}).get("alpha", 1)
     if kind == "lora":
@@ -263,7 +264,7 @@ def _network(
 
 
 def without_paths(value: Any) -> Any:
-    """`value` with every string that is a path on this machine cut to its base name, in dicts and lists too."""
+    """Replace every local path in `value` by its base name, in dicts and lists too."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -277,12 +278,12 @@ def without_paths(value: Any) -> Any:
 
 
 def family_name(model: nn.Module) -> str:
-    """The family of a loaded denoiser, from its class and config; ValueError where none knows it."""
+    """Return the family of a loaded denoiser, from its class and config; ValueError if it is unknown."""
     config = {"_class_name": type(model).__name__, **dict(getattr(model, "config", None) or {})}
     return family_of(config, type(model).__name__).name
 
 
 def layers_per_block(config: Mapping[str, Any] | None) -> int:
-    """Layers in each block of a denoiser's config; 2, as in SDXL, where it does not say one number."""
+    """Return the layers in each block of a denoiser's config; 2, as in SDXL, if it is not one number."""
     value = dict(config or {}).get("layers_per_block", 2)
     return value if isinstance(value, int) else 2

@@ -1,4 +1,4 @@
-"""How PEFT and diffusers say the scale of an adapter: not in `.alpha` tensors but in a JSON in the header or beside it.
+"""Read PEFT's and diffusers' adapter scales: not `.alpha` tensors but JSON in the header or beside the file.
 
 The scale of a layer is alpha / r, with use_rslora alpha / sqrt(r), with patterns of layer names for both.
 """
@@ -23,15 +23,15 @@ FIRST = ("lora_up.weight", "lokr_w1", "lokr_w1_a", "hada_w1_a")
 """The tensor of a layer that can carry its scale."""
 
 REFUSED = ("lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "layer_replication")
-"""Settings that change what a layer computes in ways that no LoRA file says."""
+"""Settings that change what a layer computes in ways that a LoRA file cannot express."""
 RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that take something out of the base's weights: such a file fits the changed base alone."""
+"""Initialisations that take something out of the base's weights: such a file fits only the changed base."""
 
 
 def with_scales(
     path: Path, groups: dict[str, dict[str, Tensor]], metadata: dict[str, str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Layer -> suffix -> tensor with the scale that PEFT's JSON says; `.alpha` tensors of a file win over it.
+    """Return layer -> suffix -> tensor with the scale of PEFT's JSON; `.alpha` tensors of a file take precedence.
 
     A LoRA gets an `alpha`, other kinds the scale in their first tensor. Without such a JSON nothing changes. ValueError
     for a DoRA and other settings that would change the result.
@@ -59,12 +59,12 @@ def with_scales(
 
 
 def bare_name(name: str) -> str:
-    """A layer's name in a file without what PEFT and diffusers put before it."""
+    """Return a layer's name in a file without what PEFT and diffusers put before it."""
     return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
 
 
 def _config(path: Path, groups: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
-    """PEFT's settings for the denoiser, {} where the file has none."""
+    """Return PEFT's settings for the denoiser, {} if the file has none."""
     beside = path.parent / BESIDE
     of_peft = any(name.startswith("base_model.model.") for name in groups)
     try:
@@ -88,7 +88,7 @@ def _config(path: Path, groups: dict[str, Any], metadata: dict[str, str]) -> dic
 
 
 def _said(config: dict[str, Any], usual: str, patterns: str, name: str) -> Any:
-    """A number of the settings for this layer: the first pattern that ends its name, as PEFT matches it."""
+    """Return a number of the settings for this layer: the first pattern that ends its name, as PEFT matches it."""
     bare = bare_name(name)
     for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", bare):

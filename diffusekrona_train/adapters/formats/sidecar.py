@@ -1,4 +1,4 @@
-"""NAME.json beside NAME.safetensors: the trigger words where A1111, Forge and InvokeAI look for them."""
+"""Write NAME.json beside NAME.safetensors: the trigger words where A1111, Forge and InvokeAI look for them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_sidecar(adapter: Path) -> str:
 
 
 def _noted(path: Path) -> dict[str, Any] | None:
-    """What stands in a sidecar, {} where there is none; None for a file that is no sidecar."""
+    """Return what is in a sidecar, {} if there is none; None for a file that is not a sidecar."""
     if not path.exists():
         return {}
     try:

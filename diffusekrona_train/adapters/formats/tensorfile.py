@@ -1,4 +1,4 @@
-"""safetensors files, read with suspicion and written with proof. Needs torch and safetensors alone.
+"""Read safetensors files with checks, and verify them after writing. Needs only torch and safetensors.
 
 Reading: pickles are refused unread, and every way in which a file can be broken is one line that names the file.
 Writing: beside the target, read back, compared, and only then renamed.
@@ -22,7 +22,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors (as stored) and the metadata of a .safetensors file.
+    """Return all tensors (as stored) and the metadata of a .safetensors file.
 
     Raises ValueError, one line that starts with the path, for a missing file, a folder, a pickle, a truncated or
     overlong file, a broken header and tensors that are not numbers (NaN, infinity).
@@ -43,7 +43,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes `tensors` atomically; the file takes its name after it was read back equal in every name, type and value.
+    """Write `tensors` atomically; the file gets its name after it was read back with equal names, types and values.
 
     Raises ValueError for NaN or infinity (nothing is written), OSError where the disk gives back something else.
     """
@@ -59,7 +59,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 def cast(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The tensors in `dtype` ("fp32", "fp16", "bf16"); ValueError names a value that fp16 cannot hold."""
+    """Return the tensors in `dtype` ("fp32", "fp16", "bf16"); ValueError names a value that fp16 cannot hold."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}")
     result = {key: tensor.to(DTYPES[dtype]) for key, tensor in tensors.items()}
@@ -84,7 +84,7 @@ def _check_numbers(what: str, tensor: Tensor) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """The damage that the library reports in its own words, or not at all, in ours."""
+    """Check a header for damage that the library reports unclearly or not at all."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the .safetensors file inside it")
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""Scores of generated pictures: CLIP-I, CLIP-T and DINO as the papers define them, class drift and copy score.
+"""Scores of generated images: CLIP-I, CLIP-T and DINO as the papers define them, class drift and copy score.
 
 Everything is a cosine similarity of unit embeddings, computed in fp64 with numpy. A metric gives one value a generated
-picture; its score is their mean (the largest, for the copy score), its ± their standard deviation over pictures. The
+image; its score is their mean (the largest, for the copy score), its ± their standard deviation over images. The
 encoders are in `encoders.py`. A new metric is a function and a row in METRICS.
 """
 
@@ -18,9 +18,9 @@ BOOTSTRAPS = 2000
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Unit embeddings of one subject's pictures, (number, width) each.
+    """Unit embeddings of one subject's images, (number, width) each.
 
-    R real photos, G generated pictures with G texts, C pictures of the class prompt by the base and by the adapted
+    R real photos, G generated images with G texts, C images of the class prompt by the base and by the adapted
     model, at the same C seeds.
     """
 
@@ -34,35 +34,35 @@ class Embeddings:
 
 
 def clip_i(e: Embeddings) -> np.ndarray:
-    """(G,) mean CLIP similarity to the real photos; its mean is that over all pairs."""
+    """Return (G,) mean CLIP similarity to the real photos; its mean is that over all pairs."""
     return cosines(e.clip_generated, e.clip_real).mean(axis=1)
 
 
 def clip_t(e: Embeddings) -> np.ndarray:
-    """(G,) CLIP similarity to the picture's own text."""
+    """Return (G,) CLIP similarity to the image's own text."""
     return (e.clip_generated.astype(np.float64) * e.clip_text).sum(axis=1)
 
 
 def dino(e: Embeddings) -> np.ndarray:
-    """(G,) mean DINO similarity to the real photos; its mean is that over all pairs."""
+    """Return (G,) mean DINO similarity to the real photos; its mean is that over all pairs."""
     return cosines(e.dino_generated, e.dino_real).mean(axis=1)
 
 
 def class_drift(e: Embeddings) -> np.ndarray | None:
-    """(C,) 1 - DINO similarity of the class prompt's picture by the base and by the adapted model, at the same seed."""
+    """Return (C,) 1 - DINO similarity of the class prompt's image by base and adapted model, at the same seed."""
     if e.dino_class_base is None or e.dino_class_adapted is None:
         return None
     return 1 - (e.dino_class_base.astype(np.float64) * e.dino_class_adapted).sum(axis=1)
 
 
 def copy_score(e: Embeddings) -> np.ndarray:
-    """(G,) DINO similarity to the nearest real photo."""
+    """Return (G,) DINO similarity to the nearest real photo."""
     return cosines(e.dino_generated, e.dino_real).max(axis=1)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of METRICS: values by picture, how they become one score, and which way is good."""
+    """A row of METRICS: values by image, how they become one score, and which way is good."""
 
     of_pictures: Callable[[Embeddings], np.ndarray | None]
     title: str
@@ -84,12 +84,12 @@ METRICS: dict[str, Metric] = {
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(A, W) and (B, W) unit rows -> (A, B) similarities in fp64."""
+    """Return the (A, B) similarities in fp64 of unit rows (A, W) and (B, W)."""
     return a.astype(np.float64) @ b.astype(np.float64).T
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1; ValueError where one is not finite or is zero."""
+    """Scale rows to length 1; ValueError where one is not finite or is zero."""
     length = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(length).all() or not length.all():
         raise ValueError("an embedding is zero or not finite: is the encoder's file damaged?")
@@ -97,13 +97,14 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def values_of(embeddings: Embeddings) -> dict[str, list[float]]:
-    """Metric -> one value a picture, for the metrics that these embeddings allow."""
+    """Return metric -> one value per image, for the metrics that these embeddings allow."""
     found = {name: metric.of_pictures(embeddings) for name, metric in METRICS.items()}
     return {name: [float(value) for value in values] for name, values in found.items() if values is not None}
 
 
 def summarise(name: str, values: Sequence[float], seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """value, std over pictures (n - 1), 95 % bootstrap interval low to high, n, and with `seeds` the value by seed."""
+    """Return value, std over images (n - 1), 95 % bootstrap interval low to high, n, and with `seeds` the value by
+    seed."""
     metric, array = METRICS[name], np.asarray(values, dtype=np.float64)
     low, high = bootstrap(array, metric.reduce)
     summary: dict[str, Any] = {
@@ -122,14 +123,15 @@ def summarise(name: str, values: Sequence[float], seeds: Sequence[int] | None = 
 def bootstrap(
     values: np.ndarray, reduce: Callable[[np.ndarray], np.ndarray] = lambda rows: rows.mean(axis=-1), seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic over resampled pictures; the same numbers for the same seed."""
+    """Return the 95 % percentile interval of a statistic over resampled images; the same numbers for the same seed."""
     picks = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAPS, len(values)))
     low, high = np.percentile(reduce(values[picks]), (2.5, 97.5))
     return float(low), float(high)
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
-    """Mean of first - second over the same prompts and seeds, its bootstrap interval, and whether that excludes 0."""
+    """Return the mean of first - second over the same prompts and seeds, its bootstrap interval, and whether that
+    excludes 0."""
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} images cannot be compared one by one")
     gap = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)

@@ -1,7 +1,7 @@
 """The encoders behind the scores: a CLIP, a ViT in the role of DINO, and toybox's own two, run in batches and cached.
 
     clip, dino = open_clip("openai/clip-vit-base-patch32"), open_dino("facebook/dino-vits16")
-    clip.images(pictures)          # (number, width) unit rows
+    clip.images(images)          # (number, width) unit rows
 
 Encoders come by hub name, from a local folder, or as `toybox` from the package.
 """
@@ -37,7 +37,7 @@ TOYBOX = ASSETS / "toybox"
 
 @dataclass
 class Encoder:
-    """Pictures (and, for a CLIP, texts) to unit rows; with a cache folder each picture is embedded once for ever."""
+    """Embeds images (and, for a CLIP, texts) as unit rows; with a cache folder, each image only once."""
 
     name: str
     identity: str
@@ -46,14 +46,14 @@ class Encoder:
     embed_pixels: Callable[[Tensor], Tensor]
     embed_text: Callable[[list[str]], Tensor] | None = None
     tokenizer: Loaded | None = None
-    """Of a CLIP: tells how much of a text it reads."""
+    """Of a CLIP: shows how much of a text it reads."""
     device: torch.device | str = "cpu"
     batch_size: int = 32
     cache: Path | None = None
     _held: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """(number, width) fp32 unit rows of PIL pictures."""
+        """Return (number, width) fp32 unit rows of PIL images."""
         self._read_cache()
         keys = [_content(picture) for picture in pictures]
         new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._held}
@@ -67,7 +67,7 @@ class Encoder:
         return np.stack([self._held[key] for key in keys])
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(number, width) fp32 unit rows; each different text is embedded once."""
+        """Return (number, width) fp32 unit rows; each different text is embedded once."""
         assert self.embed_text is not None, f"{self.name} reads no text"
         different = list(dict.fromkeys(texts))
         rows = np.concatenate([self._run(self.embed_text, [text]) for text in different])
@@ -111,7 +111,7 @@ def _content(picture: Image.Image) -> str:
 
 
 def open_clip(name: str = CLIP, device: torch.device | str = "cpu", cache: Path | None = None) -> Encoder:
-    """A CLIP model with its text side; ValueError of one line where `name` is none."""
+    """Open a CLIP model with its text side; ValueError of one line where `name` is none."""
     from transformers import AutoTokenizer, CLIPModel
 
     where = str(TOYBOX / "clip") if name == "toybox" else name
@@ -133,7 +133,7 @@ def open_clip(name: str = CLIP, device: torch.device | str = "cpu", cache: Path 
 
 
 def open_dino(name: str = DINO, device: torch.device | str = "cpu", cache: Path | None = None) -> Encoder:
-    """A ViT whose class token is the embedding; `toybox` is the embedded network that knows its subjects apart."""
+    """Open a ViT whose class token is the embedding; `toybox` is the embedded network that tells its subjects apart."""
     if name == "toybox":
         net = load_identity_net(TOYBOX / "identity.safetensors").to(device)
         identity = f"toybox identity sha256:{sha256(TOYBOX / 'identity.safetensors')[:16]}"
@@ -159,7 +159,7 @@ def _load(kind: type[Loadable], where: str, name: str, expected: str, device: to
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()  # without a network our one line says so
+    huggingface_hub.logging.set_verbosity_error()  # without a network there is our own one-line error
     try:
         try:
             config = transformers.AutoConfig.from_pretrained(where)
@@ -185,7 +185,7 @@ def _load_tokenizer(kind: type[Loadable], where: str, name: str) -> Any:
 
 
 def _identity(name: str, where: str, model: Loaded) -> str:
-    """toybox and folders by the hash of their weights, hub models by their revision."""
+    """Identify toybox and folders by the hash of their weights, hub models by their revision."""
     folder = Path(where)
     if folder.is_dir():
         digest = hashlib.sha256("".join(sha256(path) for path in sorted(folder.glob("*.safetensors"))).encode())
@@ -195,9 +195,9 @@ def _identity(name: str, where: str, model: Loaded) -> str:
 
 
 class IdentityNet(nn.Module):
-    """toybox's judge of identity: a small convolutional network trained to tell its subjects apart.
+    """A small convolutional network that measures identity for toybox: trained to tell its subjects apart.
 
-    Pictures (B, 3, 64, 64) in [-1, 1] -> embeddings (B, 128). The classifiers it was trained with are left out.
+    Images (B, 3, 64, 64) in [-1, 1] -> embeddings (B, 128). The classifiers it was trained with are left out.
     """
 
     LAYERS = ((24, 2), (48, 2), (64, 1), (96, 2), (128, 1), (160, 2))
@@ -221,7 +221,7 @@ class IdentityNet(nn.Module):
 
 
 def load_identity_net(path: Path) -> IdentityNet:
-    """The network of a file whose tensors are named f.* and p.* beside its classifiers."""
+    """Load the network of a file whose tensors are named f.* and p.* beside its classifiers."""
     from safetensors.torch import load_file
 
     names = {"f": "features", "p": "projection"}

@@ -1,4 +1,4 @@
-"""From a PIL picture to what an encoder sees, recorded with every result because scores depend on it."""
+"""Prepare PIL images for an encoder; recorded with every result because scores depend on it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
-        """A PIL picture of any size and mode -> (3, crop, crop) fp32."""
+        """Convert a PIL image of any size and mode to (3, crop, crop) fp32."""
         return _processor(self)(picture.convert("RGB"), return_tensors="np")["pixel_values"][0]
 
     def describe(self) -> str:
-        """One line for reports."""
+        """Return one line for reports."""
         return f"shorter side {self.resize} (bicubic), centre crop {self.crop}, mean {self.mean}, std {self.std}"
 
 
 @functools.lru_cache
 def _processor(how: Preprocessing) -> Any:
-    """transformers' own on PIL pictures: its faster one on tensors rounds otherwise, and scores would depend on it."""
+    """transformers' own on PIL images: its faster one on tensors rounds otherwise, and scores would depend on it."""
     try:
         from transformers import CLIPImageProcessorPil as Processor
     except ImportError:  # transformers 4 has it under this name
