@@ -74,7 +74,7 @@ class ZImage(SD):
     # ---- pictures ----
 
     def encode_image(self, vae: Loaded, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> (z - shift) scale (B, C, h, w); the posterior's mean without a generator."""
+        """Pixels (B, 3, H, W) in [-1, 1] -> (z - shift) scale (B, C, h, w); the posterior's mean without generator."""
         return super().encode_image(vae, pixels, generator) - _moved(vae)
 
     def decode(self, vae: Loaded, latents: Tensor) -> Tensor:

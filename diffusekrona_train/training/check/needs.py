@@ -79,7 +79,7 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
 
     cuda = torch.cuda.is_available()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(config.train.mixed_precision)
-    dtype = dtype or (torch.bfloat16 if cuda or source.identity != "toybox" else torch.float32)
+    dtype = dtype or (torch.bfloat16 if cuda or source.identity not in ("toybox", "toybox-flow") else torch.float32)
     base = base_parameters(source)
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     megapixels = samples * (config.data.resolution / 1024) ** 2
