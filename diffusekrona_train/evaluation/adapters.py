@@ -125,7 +125,11 @@ def evaluate_adapters(
     if plan.share[0] != 0:
         return None
     judges = Judges.open(
-        plan.clip, plan.dino, toybox=source.identity == "toybox", device=plan.where(), cache=folder / "embeddings"
+        plan.clip,
+        plan.dino,
+        toybox=source.identity in ("toybox", "toybox-flow"),
+        device=plan.where(),
+        cache=folder / "embeddings",
     )
     omit = () if plan.keep_identifier else words
     of_base = measure(judges, photos, base)

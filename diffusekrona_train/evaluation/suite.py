@@ -140,7 +140,9 @@ def _measure_run(
     _, class_base = bench.pictures(None, [], plan.seeds, class_prompt)
     del bench
     cache = output / "embeddings"
-    judges = Judges.open(plan.clip, plan.dino, toybox=source.identity == "toybox", device=plan.where(), cache=cache)
+    judges = Judges.open(
+        plan.clip, plan.dino, toybox=source.identity in ("toybox", "toybox-flow"), device=plan.where(), cache=cache
+    )
     omit = () if plan.keep_identifier else (token,)
     measured = measure(judges, photos, drawn, identifiers=omit, class_base=class_base, class_adapted=drifted)
     sampling = f"{chosen.steps} steps, guidance {chosen.guidance:g}, {chosen.height} × {chosen.width}"

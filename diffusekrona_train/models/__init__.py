@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusekrona_train.common.nearest import did_you_mean, nearest
-from diffusekrona_train.config import MODEL_ALIASES, RunConfig
+from diffusekrona_train.config import EMBEDDED, MODEL_ALIASES, RunConfig
 from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models.checkpointfile import PICKLES, SAFETENSORS
 from diffusekrona_train.models.checks import check_denoiser
 from diffusekrona_train.models.contracts import DENOISERS, Config, Place
 from diffusekrona_train.models.hub import HubModel
-from diffusekrona_train.models.local import ASSETS, LocalModel, check_toybox
+from diffusekrona_train.models.local import LocalModel, embedded
 from diffusekrona_train.models.registry import FAMILIES, family_named, family_of
 from diffusekrona_train.models.source import ModelSource
 
@@ -47,9 +47,8 @@ def open_model(
     vae = vae and user_path(vae, "vae")
     model_config_dir = model_config_dir and user_path(model_config_dir, "model_config_dir")
     path = Path(resolved).expanduser()
-    if resolved == "toybox":
-        check_toybox()
-        place = LocalModel(ASSETS / "toybox" / "pipe", name="toybox", alias="toybox")
+    if resolved in EMBEDDED:
+        place = embedded(resolved)
     elif path.is_dir():
         place = LocalModel(path, variant=variant)
     elif path.is_file():

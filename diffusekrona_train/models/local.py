@@ -6,8 +6,8 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,16 @@ def config_name(part: str) -> str:
 
 
 @functools.cache
-def check_toybox() -> None:
-    """Check the embedded model against its SHA256SUMS, once per process; ValueError names a damaged file."""
-    folder = ASSETS / "toybox"
+def check_embedded(model: str) -> None:
+    """Check an embedded model against its SHA256SUMS, once per process; ValueError names a damaged file."""
+    folder = ASSETS / model
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         expected, name = line.split(maxsplit=1)
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"model 'toybox': its file {name} is missing from the package; install it again")
+            raise ValueError(f"model {model!r}: its file {name} is missing from the package; install it again")
         if sha256(path) != expected:
-            raise ValueError(f"model 'toybox': its file {name} is damaged (SHA-256 differs); install it again")
+            raise ValueError(f"model {model!r}: its file {name} is damaged (SHA-256 differs); install it again")
 
 
 @dataclass
@@ -46,6 +46,8 @@ class LocalModel:
     variant: str | None = None
     name: str | None = None
     alias: str | None = None
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    """Part -> its folder, for parts that lie in another model's."""
 
     @property
     def identity(self) -> str:
@@ -63,7 +65,7 @@ class LocalModel:
 
     def config(self, part: str) -> dict[str, Any]:
         """Return the part's config; ValueError if the folder has no such part or its config cannot be read."""
-        file = self.path / part / config_name(part)
+        file = self._folder(part) / config_name(part)
         if part == "model_index":
             file = self.path / "model_index.json"
             if not file.is_file():
@@ -84,7 +86,7 @@ class LocalModel:
             plain = [file for file in files if file.name.count(".") == 1 or ".safetensors.index" in file.name]
             options["variant"] = self.variant or (None if plain else _variant_of(files[0].name))
         with one_line_errors(f"model folder {str(self.path)!r}, part {part}"):
-            return load_whole(cls, str(self.path / part), local_files_only=True, **options)
+            return load_whole(cls, str(self._folder(part)), local_files_only=True, **options)
 
     def check_part(self, part: str, family: str, tensors: Callable[[], dict[str, Any]]) -> None:
         """Raise ValueError naming what the denoiser's files lack of `tensors`, by their headers.
@@ -101,7 +103,18 @@ class LocalModel:
             )
 
     def _weight_files(self, part: str) -> list[Path]:
-        return sorted(file for pattern in WEIGHTS for file in (self.path / part).glob(pattern))
+        return sorted(file for pattern in WEIGHTS for file in self._folder(part).glob(pattern))
+
+    def _folder(self, part: str) -> Path:
+        return self.elsewhere.get(part, self.path / part)
+
+
+def embedded(model: str) -> LocalModel:
+    """A model of the package, its files held against their sums; toybox-flow has toybox's VAE."""
+    check_embedded("toybox")
+    check_embedded(model)
+    elsewhere = {"vae": ASSETS / "toybox" / "pipe" / "vae"} if model == "toybox-flow" else {}
+    return LocalModel(ASSETS / model / "pipe", name=model, alias=model, elsewhere=elsewhere)
 
 
 def _variant_of(file_name: str) -> str | None:

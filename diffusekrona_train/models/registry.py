@@ -9,6 +9,7 @@ from diffusekrona_train.models.contracts import Config, Family
 FAMILIES: dict[str, str] = {
     "sd": "diffusekrona_train.models.sd:FAMILY",
     "sdxl": "diffusekrona_train.models.sdxl:FAMILY",
+    "zimage": "diffusekrona_train.models.zimage:FAMILY",
 }
 """Family name -> module and the object in it."""
 

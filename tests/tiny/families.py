@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_pipeline
+from tests.tiny.zimage import make_zimage
 
 HEIGHT, WIDTH = 64, 96
 """Pixels: not square, so that nobody can take one side for the other."""
@@ -65,8 +66,21 @@ def unet_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, 
     ).images
 
 
+def zimage_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    return {"prompt_embeds": pipe.encode_prompt(prompt, "cpu", False)[0][0]}
+
+
+def zimage_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tensor:
+    return -pipe.transformer([x_t[0][:, None]], 1 - t, [row["prompt_embeds"]]).sample[0][None, :, 0]
+
+
+def zimage_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    return unet_call(pipe, noise, prompt, negative, steps, guidance - 1)
+
+
 TINY = {
     "sd": Tiny(partial(make_pipeline, "sd15"), sd_encoded, sd_step, unet_call),
     "sdxl": Tiny(partial(make_pipeline, "sdxl"), sdxl_encoded, sdxl_step, unet_call),
+    "zimage": Tiny(make_zimage, zimage_encoded, zimage_step, zimage_call),
 }
 """A row for each of models.FAMILIES."""

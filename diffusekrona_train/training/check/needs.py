@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from diffusekrona_train.common.process import world_size
-from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config import EMBEDDED, RunConfig
 from diffusekrona_train.data import Collection
 from diffusekrona_train.data.training_set import cache_folder
 from diffusekrona_train.models.contracts import Layer
@@ -81,7 +81,7 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     device = torch.device(training_device_type())
     gpu = device.type != "cpu"
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(config.train.mixed_precision)
-    dtype = dtype or (torch.bfloat16 if gpu or source.identity != "toybox" else torch.float32)
+    dtype = dtype or (torch.bfloat16 if gpu or source.identity not in EMBEDDED else torch.float32)
     base = base_parameters(source)
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     megapixels = samples * (config.data.resolution / 1024) ** 2
