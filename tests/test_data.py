@@ -205,9 +205,9 @@ def test_truncated_image_is_named_before_training(tmp_path):
     ("content", "said"),
     [
         (b"", "0 bytes"),
-        (b"GIF89a", "is no image"),
-        (b"hello, this is text", "is no image"),
-        (b"\x89PNG\r\n", "no image"),
+        (b"GIF89a", "is not an image"),
+        (b"hello, this is text", "is not an image"),
+        (b"\x89PNG\r\n", "not an image"),
     ],
 )
 def test_what_is_no_image_despite_its_suffix(content, said, tmp_path):
@@ -311,7 +311,7 @@ def test_empty_folder_missing_folder_and_near_miss(tmp_path):
     (tmp_path / "photos" / "dog" / "a.txt").write_text("x")
     assert "a.txt: a caption without an image" in refusal(run(tmp_path / "photos" / "dog"))
     assert "did you mean" in refusal(run(tmp_path / "photos" / "dgo"))
-    assert "no folder" in refusal(run(tmp_path / "fotos" / "dog"))
+    assert "does not exist either" in refusal(run(tmp_path / "fotos" / "dog"))
     assert "cannot be read" in refusal(run("x" * 5000)) or "is not there" in refusal(run("x" * 5000))
 
 
@@ -416,7 +416,7 @@ def test_metadata_jsonl(tmp_path):
         ('{"file_name": "../out.png"}', "leads out of the folder"),
         ('{"file_name": "/etc/passwd"}', "leads out of the folder"),
         ('{"file_name": "link.png"}', "leads out of the folder"),
-        ('{"file_name": "notes.md"}', "is no image"),
+        ('{"file_name": "notes.md"}', "is not an image"),
         ('{"file_name": "a.png", "text": "again"}', "has a line already"),
         ('{"file_name": "b.png", "text": 7}', "caption should be text and is int"),
         ('{"file_name": "b.png", "text": ["x", 7]}', "caption should be text and is int"),
@@ -485,7 +485,7 @@ def test_data_set_without_images_and_a_damaged_one(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "a.parquet"))
     assert "has no column of images; it has text" in refusal(run(tmp_path / "a.parquet"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 nothing")
-    assert "no data set that can be read" in refusal(run(tmp_path / "b.parquet"))
+    assert "cannot be read as a data set" in refusal(run(tmp_path / "b.parquet"))
 
 
 def test_hub_name_goes_to_datasets_and_no_network_is_one_line(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ def test_difference_knows_noise_from_a_shift():
     near, far = first + noise.normal(0, 0.1, 200), first + noise.normal(0, 1, 200)
     assert difference(list(first + 0.5), list(near))["larger_than_chance"]
     assert not difference(list(first), list(far))["larger_than_chance"]
-    with pytest.raises(ValueError, match="3 and 2 pictures"):
+    with pytest.raises(ValueError, match="3 and 2 images"):
         difference([1, 2, 3], [1, 2])
 
 

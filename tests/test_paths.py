@@ -108,7 +108,7 @@ def test_paths_of_commands_are_filled_in_and_refused_alike(tmp_path, monkeypatch
 
 
 def test_errors_reach_the_terminal_printable(capsys):
-    @cli.door
+    @cli.guarded
     def broken():
         raise ValueError("photo \x1b[31mred\x07 is bad")
 

@@ -135,7 +135,7 @@ def test_resume_refuses_other_pictures_and_fewer_steps(world, tmp_path):
     with pytest.raises(ValueError, match="train.steps: 1 "):
         train(make_run(world, tmp_path / "run", subject=subject, train={"steps": 1}), resume=True)
     (own / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"pictures are not those .*0\.png is not there any more"):
+    with pytest.raises(ValueError, match=r"photos are not those .*0\.png is not there any more"):
         train(make_run(world, tmp_path / "run", subject=subject), resume=True)
 
 

@@ -178,7 +178,7 @@ def prompts_of(config: RunConfig, pictures: Iterable[Picture], extra: Sequence[s
 
 def _made_with_tf32(config: RunConfig, device: torch.device) -> dict[str, bool]:
     """Return what a key says of TF32, which changes what fp32 encoders give; nothing without it: those keys stay."""
-    return {"tf32": True} if device.type == "cuda" and config.train.tf32 else {}
+    return {"tf32": True} if torch.device(device).type == "cuda" and config.train.tf32 else {}
 
 
 def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop], made: dict[str, bool]) -> list[Entry]:

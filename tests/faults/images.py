@@ -66,7 +66,7 @@ def _refused() -> list[Case]:
         ("zero bytes", "a.jpg", b"", r"a\.jpg: the file is empty", ""),
         ("truncated PNG", "a.png", whole[: len(whole) // 2], r"a\.png: is damaged or truncated", ""),
         ("truncated JPEG", "a.jpg", jpeg[: len(jpeg) // 2], r"a\.jpg: is damaged or truncated \(.*bytes", ""),
-        ("only a PNG signature", "a.png", whole[:8], r"a\.png: is (damaged|no image)", UNREADABLE),
+        ("only a PNG signature", "a.png", whole[:8], r"a\.png: is (damaged|not an image)", UNREADABLE),
         (
             "text with the suffix of a photo",
             "a.jpg",
@@ -74,8 +74,8 @@ def _refused() -> list[Case]:
             r"a\.jpg: is not an image that can be read",
             UNREADABLE,
         ),
-        ("a web page saved as .webp", "a.webp", b"<html>not found</html>", r"a\.webp: is no image", UNREADABLE),
-        ("random bytes as .png", "a.png", bytes(range(256)) * 8, r"a\.png: is no image", UNREADABLE),
+        ("a web page saved as .webp", "a.webp", b"<html>not found</html>", r"a\.webp: is not an image", UNREADABLE),
+        ("random bytes as .png", "a.png", bytes(range(256)) * 8, r"a\.png: is not an image", UNREADABLE),
         (
             "1 x 1",
             "a.png",
@@ -118,7 +118,9 @@ def _refused() -> list[Case]:
         _case("a file that is named twice", _twice, 2, r"subject\.files\[1\].*named twice"),
         _case("a listed file that is missing", _listed_missing, 2, r"subject\.files\[0\].*not there"),
         _case("a listed file that is a folder", _listed_folder, 2, r"subject\.files\[0\].*is a folder"),
-        _case("embedded subject misspelt", lambda box: {"subject.images": "toybox:pudle"}, 2, r"no embedded subject"),
+        _case(
+            "embedded subject misspelt", lambda box: {"subject.images": "toybox:pudle"}, 2, r"not an embedded subject"
+        ),
         _case(
             "a photo as text file given as images",
             _text_as_images,
@@ -149,7 +151,7 @@ def _refused() -> list[Case]:
             2,
             r"photos: cannot be read as a data set",
         ),
-        _case("a parquet file given that is text", _text_parquet, 2, r"no data set that can be read"),
+        _case("a parquet file given that is text", _text_parquet, 2, r"cannot be read as a data set"),
     ]
 
 
@@ -329,7 +331,7 @@ def _metadata() -> list[Case]:
         ("a link out of the folder", '{"file_name": "out.png", "text": "x"}', r"leads out of the folder"),
         ("a caption that is a number", '{"file_name": "01.png", "text": 7}', r"caption should be text and is int"),
         ("one photo in two lines", good, r"00\.png has a line already"),
-        ("names a text file", '{"file_name": "notes.md", "text": "x"}', r"no image, by its suffix"),
+        ("names a text file", '{"file_name": "notes.md", "text": "x"}', r"not an image, by its suffix"),
         ("nested 100,000 deep", "[" * 100_000, r"line 2: is not JSON"),
     ]
     same = {

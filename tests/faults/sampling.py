@@ -284,7 +284,7 @@ def _evaluation() -> list[Case]:
         _case("no pictures", evaluate(*TOYBOX, pictures=0), 2, r"made contains no image"),
         _case("a picture without a prompt", no_prompt, 2, r"00\.png: its prompt is not known"),
         _case("a picture of zero bytes", spoilt(b""), 2, r"01\.png: the file is empty", "the same reader of images"),
-        _case("a picture that is text", spoilt(b"text"), 2, r"01\.png: is no image", "the same reader of images"),
+        _case("a picture that is text", spoilt(b"text"), 2, r"01\.png: is not an image", "the same reader of images"),
         _case("an encoder that is nowhere", evaluate(*TOYBOX[:4], "--clip", "no/clip"), 2, r"encoder 'no/clip' cannot"),
         _case(
             "a folder as encoder", evaluate(*TOYBOX[:4], "--clip", "photos"), 2, r"encoder 'photos' cannot", "encoder"
