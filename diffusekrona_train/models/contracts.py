@@ -112,7 +112,7 @@ class Request:
 
     steps: int
     guidance: float
-    """By the family's own measure: usual guidance is on above 1, Z-Image's and Krea 2's above 0."""
+    """Classifier-free guidance by the usual measure: on above 1; a family converts it to its own."""
     height: int
     """Pixels."""
     width: int
