@@ -185,7 +185,13 @@ def _files() -> list[Case]:
 
     return [
         _config("a folder as config", folder, 2, r"dog\.yaml: is a folder"),
-        _config("no such config", lambda box: _check(box, "none.yaml"), 2, r"none\.yaml: no such file$"),
+        _config(
+            "no such config",
+            lambda box: _check(box, "none.yaml"),
+            2,
+            r"none\.yaml: no such file$",
+            "a missing file reads the same everywhere",
+        ),
         _config("a config's name misspelt", near, 2, r"no such file; there is dog\.yaml"),
         _config("a link to itself", circle, 2, r"dog\.yaml: .*link"),
         _config(
