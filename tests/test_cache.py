@@ -186,7 +186,7 @@ def test_damaged_entries_are_made_again(damage, photos):
 
 
 @pytest.mark.parametrize(
-    ("precision", "said"), [("fp32", "is the VAE whole?"), ("fp16", "set data.vae_precision: fp32")]
+    ("precision", "said"), [("fp32", "is the VAE file complete?"), ("fp16", "set data.vae_precision: fp32")]
 )
 def test_latents_that_are_not_finite_name_the_photo_and_are_not_kept(precision, said, photos):
     config = run(photos, data={"resolution": 64, "vae_precision": precision})

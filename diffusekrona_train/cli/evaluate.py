@@ -158,7 +158,7 @@ def compare(
     from diffusekrona_train.sampling import session as studio
 
     if sort not in METRICS:
-        raise ValueError(f"--sort {sort!r} is no metric; there are {', '.join(METRICS)}")
+        raise ValueError(f"--sort {sort!r} is not a metric; use one of {', '.join(METRICS)}")
     files = [studio.find_adapter(path) for path in adapters]
     real = evaluate.photos_of(photos) if photos else None
     plan = _plan(drawing, prompts.read())

@@ -190,7 +190,9 @@ def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]
     }
     vae |= {"variant": config.variant, "vae": _vae_identity(config.vae), "precision": precision} | made
     advice = (
-        "is the VAE whole?" if precision == "fp32" else f"it overflows in {precision}: set data.vae_precision: fp32"
+        "is the VAE file complete?"
+        if precision == "fp32"
+        else f"it overflows in {precision}: set data.vae_precision: fp32"
     )
     entries = []
     for crop in crops:
@@ -208,7 +210,7 @@ def _text_entries(
     parts = _fingerprint(source, [*encoders, *source.family.parts.tokenizers])
     precision = "+".join(dict.fromkeys(name_of(part.dtype) for part in encoders))
     model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant} | made
-    problem = "{!r}: the text encoders give embeddings that are not finite; is the model whole?"
+    problem = "{!r}: the text encoders give embeddings that are not finite; are the model's files complete?"
     return [
         Entry("text", model | {"precision": precision, "text": text}, text, problem.format(printable(text)))
         for text in captions

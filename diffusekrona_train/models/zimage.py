@@ -50,7 +50,8 @@ class ZImage(SD):
     )
     side_multiple = 16
     blocks = ("noise_refiner", "context_refiner", "layers")
-    # At 1024 pixels: 4096 tokens, 3840 wide, a checkpoint for each of 30 blocks; 98 % of the weights are in blocks.
+    # Rough estimates for 1024 pixels (4096 tokens, 3840 wide, a checkpoint for each of 30 blocks): neither counted nor
+    # measured yet.
     memory = MemoryFigures(plain=20.0, checkpointing=2.0, quantized_share=0.98)
 
     def matches(self, denoiser_config: Config) -> bool:

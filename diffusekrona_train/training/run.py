@@ -107,7 +107,7 @@ def finish(run: Run) -> Path:
         formats.write_sidecar(path)
     except OSError as error:
         raise RuntimeError(
-            f"{path} cannot be written ({error.strerror or error}); the checkpoints are whole, finish with --resume"
+            f"{path} cannot be written ({error.strerror or error}); the checkpoints are intact; finish with --resume"
         ) from error
     run.journal.progress.report("saved", file=str(path), step=config.train.steps)
     try:

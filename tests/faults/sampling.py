@@ -300,7 +300,7 @@ def _evaluation() -> list[Case]:
             "comparing by nothing known",
             lambda box: dog(box) and ["eval", "compare", "dog.safetensors", "--sort", "luck"],
             2,
-            r"--sort 'luck' is no metric",
+            r"--sort 'luck' is not a metric",
         ),
     ]
 
