@@ -332,7 +332,7 @@ def test_train_suite_makes_a_config_a_row_and_goes_on_where_it_was(suite_file, t
         (["suite", "dreambench", "--runs", "{runs}"], "give the folder that holds dog/ with --photos"),
         (["suite", "toybox"], "give either --runs"),
         (["suite", "toybox", "--runs", "{runs}"], "none of the suite's folders"),
-        (["compare", "{runs}/dog", "--sort", "dinosaur"], "there are clip_i, clip_t, dino"),
+        (["compare", "{runs}/dog", "--sort", "dinosaur"], "use one of clip_i, clip_t, dino"),
         (["compare", "{runs}/dag"], "no such run folder"),
         (["best", "{runs}"], "no config.yaml"),
     ],
