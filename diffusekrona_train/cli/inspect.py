@@ -17,7 +17,9 @@ app = typer.Typer(
     help="Count parameters, print the paper's Table 2, and plot what an adapter learnt.",
 )
 
-Model = Annotated[str, typer.Option(help="sdxl, sd15, sd14, sd21, toybox (no weights needed), or a pipeline folder.")]
+Model = Annotated[
+    str, typer.Option(help="An alias (see krona-inspect models; no weights needed) or a pipeline folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Ffn = Annotated[bool, typer.Option("--ffn", help="The feed-forward layers too.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -100,6 +102,28 @@ def params(
 
 @app.command()
 @guarded
+def models(json_: Json = False, debug: Debug = False) -> None:
+    """List the models that have a short name: hub name, licence, download."""
+    from dataclasses import asdict
+
+    from diffusekrona_train.config import EMBEDDED, MODEL_ALIASES
+    from diffusekrona_train.config.known import known_models
+
+    known = known_models()
+    if json_:
+        told = {alias: asdict(known[alias]) if alias in known else {"hub": hub} for alias, hub in MODEL_ALIASES.items()}
+        print(json.dumps(told))
+        return
+    for alias, hub in MODEL_ALIASES.items():
+        about = "in the package" if alias in EMBEDDED else ""
+        if alias in known:
+            gated = ", gated" if known[alias].gated else ""
+            about = f"{known[alias].licence}{gated}, {known[alias].download_gb:g} GB"
+        print(f"{alias:<16} {hub:<44} {about}".rstrip())
+
+
+@app.command()
+@guarded
 def grid(model: Model = "sdxl", ffn: Ffn = False, json_: Json = False, debug: Debug = False) -> None:
     """The paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
     from diffusekrona_train.models.layers import select_layers
@@ -168,7 +192,7 @@ def _spec(model: str, values: dict[str, Any]):
 
 
 def _layers(model: str) -> tuple[list, int]:
-    """All layers that can be adapted and the denoiser's parameters; a known alias needs no weights and no diffusers."""
+    """All layers that can be adapted and the denoiser's parameters; a known alias needs no weights."""
     from diffusekrona_train.models import layers as tables
     from diffusekrona_train.models import open_model
 
@@ -191,6 +215,7 @@ def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
         if key not in rows:
             fields = ("projection", "in", "out", "factors")
             rows[key] = {**dict(zip(fields, key, strict=True)), **dict.fromkeys(SUMS, 0)}
+            rows[key]["lora_rank"] = _lora_rank(spec.type, shapes)
             single[key] = _size(shapes), macs(spec, layer, options[layer.name])
         count, cost = single[key]
         values = (1, count, cost, layer.in_features * layer.out_features)
@@ -202,6 +227,18 @@ def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
 SUMS = ("layers", "trainable", "macs_per_token", "base_macs_per_token")
 
 
+def _lora_rank(kind: str, shapes: dict) -> int | None:
+    """Return the rank of the LoRA that is exactly this layer's change, None where there is none but a dense one."""
+    import torch
+
+    from diffusekrona_train.adapters.formats.exports import exact_rank
+
+    if kind not in ("krona", "lora", "lokr"):
+        return None
+    factors = {suffix: torch.empty(shape, device="meta") for suffix, shape in shapes.items() if suffix != "alpha"}
+    return exact_rank(factors | {"alpha": torch.ones(())})
+
+
 def _size(shapes: dict) -> int:
     import math
 
@@ -210,12 +247,17 @@ def _size(shapes: dict) -> int:
 
 def _print_table(rows: list[dict], total: dict, base: int) -> None:
     sums = f"{'layers':>6}  {'trainable':>12}  {'of base':>8}  {'MAC/token':>12}  {'of layer':>8}"
-    print(f"{'proj':<5}{'in -> out':>14}  {sums}  factors")
+    print(f"{'proj':<5}{'in -> out':>14}  {sums}  {'LoRA':>5}  factors")
     for row in rows:
         widths = f"{row['in']} -> {row['out']}"
-        print(f"{row['projection']:<5}{widths:>14}  {_numbers(row, base)}  {row['factors']}")
+        print(
+            f"{row['projection']:<5}{widths:>14}  {_numbers(row, base)}  {row['lora_rank'] or '-':>5}  {row['factors']}"
+        )
     print(f"{'all':<5}{'':>14}  {_numbers(total, base)}")
-    print(f"base: {base:,} parameters; MAC/token: multiplications a token adds, summed over the layers")
+    print(
+        f"base: {base:,} parameters; MAC/token: multiplications a token adds, summed over the layers; "
+        "LoRA: rank of the exact LoRA"
+    )
 
 
 def _numbers(row: dict, base: int) -> str:
