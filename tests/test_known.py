@@ -102,3 +102,32 @@ def test_packaged_parts_have_no_weights_when_built():
     assert all(
         value.device == torch.device("meta") for value in source._meta_model(source.family.parts.vae).parameters()
     )
+
+
+Z_STREAMS = [(None, 136), (["image", "text"], 136), (["image"], 128), (["text"], 128)]
+"""30 layers see both, two refiners each see the picture's noise or the caption: 4 projections each."""
+
+
+@pytest.mark.parametrize(("streams", "count"), Z_STREAMS)
+def test_streams_choose_whose_tokens_the_adapted_layers_see(streams, count):
+    layers = select_layers(open_model("z-image").layers(), AdapterConfig(streams=streams))
+    assert len(layers) == count
+    assert {layer.name.split(".")[0] for layer in layers} >= {"layers"}
+
+
+def test_streams_blocks_and_ffn_combine():
+    layers = open_model("z-image").layers()
+    spec = AdapterConfig(streams=["text"], blocks=["context_refiner"], ffn=True, targets=["o"])
+    chosen = [layer.name for layer in select_layers(layers, spec)]
+    wanted = ("attention.to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    assert sorted(chosen) == sorted(f"context_refiner.{i}.{end}" for i in range(2) for end in wanted)
+    with pytest.raises(ValueError, match=r"adapter.blocks: 'noise_refiner' matches no layer"):
+        select_layers(layers, AdapterConfig(streams=["text"], blocks=["noise_refiner"]))
+
+
+def test_a_stream_is_named_once():
+    for wrong in ([], ["image", "image"]):
+        with pytest.raises(ValueError, match="streams: .* should name at least one of image, text"):
+            AdapterConfig.model_validate({"streams": wrong})
+    with pytest.raises(ValueError, match="match no layer"):
+        select_layers(open_model("sdxl").layers(), AdapterConfig(streams=["text"]))

@@ -49,6 +49,9 @@ def params(
     ffn: Ffn = False,
     targets: Annotated[str, typer.Option(help="Projections, as letters.")] = "qkvo",
     attention: Annotated[str, typer.Option(help="both, self or cross.")] = "both",
+    streams: Annotated[
+        list[str] | None, typer.Option(help="image, text: only layers that see these tokens; repeat it for both.")
+    ] = None,
     blocks: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches.")] = None,
     budget: Annotated[
         str | None, typer.Option("--params", help="krona: a budget such as 4M instead of a1, a2.")
@@ -64,6 +67,7 @@ def params(
         "a2": a2,
         "rank": rank,
         "factor": factor,
+        "streams": streams or None,
         "blocks": blocks or None,
         "params": budget,
         "match_lora_rank": match_lora_rank,
