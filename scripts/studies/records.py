@@ -33,6 +33,7 @@ SINCE: dict[str, Any] = {
     "subject.image_column": None,
     "subject.caption_column": None,
     "subject.split": None,
+    "adapter.streams": None,
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 
