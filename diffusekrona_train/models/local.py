@@ -22,7 +22,7 @@ CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_co
 
 def config_name(part: str) -> str:
     """Return the file name of a part's config inside its subfolder."""
-    return CONFIG_NAMES.get(part.removesuffix("_2"), "config.json")
+    return CONFIG_NAMES.get(part.removesuffix("_2").removesuffix("_3"), "config.json")
 
 
 @functools.cache
