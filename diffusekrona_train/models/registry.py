@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "flux1": "diffusekrona_train.models.flux1:FLUX1",
     "chroma": "diffusekrona_train.models.flux1:CHROMA",
     "sd3": "diffusekrona_train.models.sd3:FAMILY",
+    "anima": "diffusekrona_train.models.anima:FAMILY",
 }
 """Family name -> module and the object in it."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_pipeline
+from tests.tiny.anima import make_anima
 from tests.tiny.flux1 import make_chroma, make_flux1, make_sd3
 from tests.tiny.flux2 import make_flux2, make_klein
 from tests.tiny.qwenimage import make_krea2, make_qwenimage
@@ -223,6 +224,33 @@ def sd3_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tenso
     return pipe.transformer(x_t, row["prompt_embeds"][None], row["pooled"][None], t * 1000).sample
 
 
+def anima_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+
+    found = AnimaTextEncoderStep.encode_prompt(pipe, prompt, prepare_unconditional_embeds=False)
+    names = ("qwen_prompt_embeds", "t5_input_ids", "t5_attention_mask", "qwen_attention_mask")
+    return {"prompt_embeds": pipe.text_conditioner(*(found[name] for name in names))[0]}
+
+
+def anima_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tensor:
+    nothing = torch.zeros(1, 1, HEIGHT, WIDTH)
+    return pipe.transformer(x_t[:, :, None], t, row["prompt_embeds"][None], padding_mask=nothing).sample[:, :, 0]
+
+
+def anima_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    pipe.guider.guidance_scale = guidance
+    state = pipe(
+        prompt=prompt,
+        negative_prompt=negative,
+        height=HEIGHT,
+        width=WIDTH,
+        latents=noise[:, :, None],
+        num_inference_steps=steps,
+        output_type="pt",
+    )
+    return state.get("latents")[:, :, 0]
+
+
 TINY = {
     "sd": Tiny(partial(make_pipeline, "sd15"), sd_encoded, sd_step, unet_call),
     "sdxl": Tiny(partial(make_pipeline, "sdxl"), sdxl_encoded, sdxl_step, unet_call),
@@ -234,5 +262,6 @@ TINY = {
     "flux1": Tiny(make_flux1, flux1_encoded, flux1_step, flux1_call),
     "chroma": Tiny(make_chroma, chroma_encoded, flux1_step, chroma_call),
     "sd3": Tiny(make_sd3, sd3_encoded, sd3_step, unet_call),
+    "anima": Tiny(make_anima, anima_encoded, anima_step, anima_call),
 }
 """A row for each of models.FAMILIES."""
