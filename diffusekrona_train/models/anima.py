@@ -158,9 +158,8 @@ def _resize_without_torchvision() -> None:
     def resize(mask: Tensor, size: list[int], interpolation: object = None) -> Tensor:
         return functional.interpolate(mask, size=size, mode="nearest")
 
-    vars(module)["transforms"] = SimpleNamespace(
-        functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")
-    )
+    parts = {"functional": SimpleNamespace(resize=resize), "InterpolationMode": SimpleNamespace(NEAREST="nearest")}
+    setattr(module, "transforms", SimpleNamespace(**parts))  # noqa: B010
 
 
 FAMILY: Family = Anima()

@@ -33,10 +33,11 @@ def make_flux1(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip, long = make_tokenizer(folder / "tokenizer", pad="<|endoftext|>"), t5_tokenizer()
+        tower: Any = _text_tower(clip, projection=False)
         FluxPipeline(
             scheduler=_scheduler(use_dynamic_shifting=True),
             vae=kl_vae(scaling_factor=0.3611, shift_factor=0.1159),
-            text_encoder=_text_tower(clip, projection=False),
+            text_encoder=tower,
             tokenizer=clip,
             text_encoder_2=t5(len(long), WIDTH),
             tokenizer_2=long,
@@ -54,7 +55,7 @@ def make_chroma(folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         long = t5_tokenizer()
         approximator = {"num_channels": 16, "hidden_dim": 32, "layers": 1}
-        settings = {f"approximator_{name}": value for name, value in approximator.items()}
+        settings: dict[str, Any] = {f"approximator_{name}": value for name, value in approximator.items()}
         ChromaPipeline(
             scheduler=_scheduler(shift=1.0),
             vae=kl_vae(scaling_factor=0.3611, shift_factor=0.1159),
@@ -86,13 +87,14 @@ def make_sd3(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip, clip_2 = (make_tokenizer(folder / f"tokenizer{end}", pad="!") for end in ("", "_2"))
+        towers: list[Any] = [_text_tower(tokenizer, projection=True) for tokenizer in (clip, clip_2)]
         long = t5_tokenizer()
         StableDiffusion3Pipeline(
             scheduler=_scheduler(shift=3.0),
             vae=kl_vae(scaling_factor=1.5305, shift_factor=0.0609),
-            text_encoder=_text_tower(clip, projection=True),
+            text_encoder=towers[0],
             tokenizer=clip,
-            text_encoder_2=_text_tower(clip_2, projection=True),
+            text_encoder_2=towers[1],
             tokenizer_2=clip_2,
             text_encoder_3=t5(len(long), WIDTH),
             tokenizer_3=long,
