@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from diffusekrona_train.common.device import empty_cache, ran_out
 from diffusekrona_train.models import layers as names
-from diffusekrona_train.models.conditioning import collate
 from diffusekrona_train.models.contracts import (
     Conditioning,
     Config,
@@ -46,6 +46,8 @@ class SD:
     )
     side_multiple = 8
     negative_prompt = True
+    added: Mapping[str, str] = {}
+    """What the UNet is given beside its prompt: its name for it -> the conditioning's."""
     blocks = ("down_blocks", "mid_block", "up_blocks")
     # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without cuDNN's workspaces and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
@@ -104,14 +106,15 @@ class SD:
             return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0][0]}
 
     def collate(self, rows: Sequence[Tensors]) -> Conditioning:
-        """Stack rows; they all have the same length."""
+        """Batch rows as `collate` below: stacked, as all prompts of a UNet have the tokenizer's length."""
         return collate(rows)
 
     # ---- the denoiser ----
 
     def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the model's prediction (B, C, h, w) for x_t (B, C, h, w), t (B,)."""
-        return denoiser(x_t, t, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
+        embeds, added = conditioning["prompt_embeds"], {name: conditioning[key] for name, key in self.added.items()}
+        return denoiser(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added or None, return_dict=False)[0]
 
     def describe(self, name: str, in_features: int, out_features: int) -> Layer | None:
         """Describe a linear of the transformer blocks by its diffusers name."""
@@ -251,6 +254,33 @@ def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
+
+
+def collate(rows: Sequence[Tensors]) -> Conditioning:
+    """Batch rows of the same names: name -> (B, ...), stacked where shapes agree, else padded at the end of their first
+    axis.
+
+    Padding is zero (False in masks). A padded tensor `x` without an `x_mask` of its own gets one: (B, L) boolean, True
+    where there is something. Raises ValueError where the rows have other names.
+    """
+    for row in rows[1:]:
+        if row.keys() != rows[0].keys():
+            raise ValueError(f"prompts with {', '.join(row)} cannot be batched with {', '.join(rows[0])}")
+    batch: Conditioning = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if all(value.shape == values[0].shape for value in values):
+            batch[name] = torch.stack(values)
+            continue
+        batch[name] = pad_sequence(values, batch_first=True)
+        if not name.endswith("_mask") and f"{name}_mask" not in rows[0]:
+            batch[f"{name}_mask"] = _mask(values)
+    return batch
+
+
+def _mask(values: Sequence[Tensor]) -> Tensor:
+    lengths = torch.tensor([len(value) for value in values])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).to(values[0].device)
 
 
 def tokenize(tokenizer: Loaded, prompt: str) -> Any:
