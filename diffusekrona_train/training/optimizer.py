@@ -98,6 +98,13 @@ class Descent:
         self.wish.copy_(self.flat[STOP])
         self.flat.zero_()
 
+    def state(self) -> list[torch.Tensor]:
+        """Return every tensor that `apply` changes; those of the optimiser are there after its first step."""
+        moments = [value for value in self.optimizer.state[self.factors.master].values() if torch.is_tensor(value)]
+        scaler = self.accelerator.scaler
+        scale = [] if scaler is None else [scaler._scale, scaler._growth_tracker]
+        return [*self.factors.tensors(), self.meters, self.wish, *moments, *scale]
+
     def _move(self, bad: torch.Tensor) -> None:
         if self.waits:
             if bad:
