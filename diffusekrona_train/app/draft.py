@@ -223,7 +223,9 @@ def suffix_of(content: bytes, shown: str) -> str:
     if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"mif1", b"hevc", b"msf1"):
         return ".heic"
     try:
-        with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name not in ("HEIF", "MPO")]) as image:
+        with Image.open(
+            io.BytesIO(content), formats=[name for name in FORMATS if name not in ("HEIF", "MPO")]
+        ) as image:
             return FORMATS[str(image.format)]
     except Image.DecompressionBombError:
         raise ValueError(f"{shown}: has too many pixels for a photo; scale it down") from None

@@ -96,14 +96,14 @@ def studio_of(request: Request) -> Studio:
     return request.app.state.studio
 
 
-def fragment(name: str, **context: Any) -> str:
+def fragment(template: str, /, **context: Any) -> str:
     """Return a part of a page as HTML."""
-    return TEMPLATES.get_template(name).render(**context)
+    return TEMPLATES.get_template(template).render(**context)
 
 
-def page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:
+def page(request: Request, template: str, code: int = 200, /, **context: Any) -> HTMLResponse:
     """Return a whole page."""
-    return HTMLResponse(fragment(name, csrf=studio_of(request).csrf, path=request.url.path, **context), status)
+    return HTMLResponse(fragment(template, csrf=studio_of(request).csrf, path=request.url.path, **context), code)
 
 
 # ---- forms ---------------------------------------------------------------------------------------------------------

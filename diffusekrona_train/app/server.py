@@ -22,7 +22,7 @@ from diffusekrona_train.app import jobs, runs, subject, use, watch
 from diffusekrona_train.app.draft import Draft
 from diffusekrona_train.app.guard import Guard, is_loopback, names_of, secret_of, token_for
 from diffusekrona_train.app.pages import HERE, Studio, failed, fragment, live, page, studio_of
-from diffusekrona_train.app.worker import warm_up
+from diffusekrona_train.app.worker import cards, warm_up
 
 
 def make_app(root: Path, host: str = "127.0.0.1") -> tuple[Starlette, str | None]:
@@ -83,6 +83,7 @@ async def _clock(studio: Studio) -> None:
 
 async def _warm(studio: Studio) -> None:
     with contextlib.suppress(RuntimeError):
+        studio.cards = await studio.worker.call(cards)
         await studio.worker.call(warm_up)
 
 

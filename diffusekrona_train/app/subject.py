@@ -14,7 +14,7 @@ from diffusekrona_train.app import jobs
 from diffusekrona_train.app.draft import LARGEST_PHOTO, Draft, crop_image, thumbnail
 from diffusekrona_train.app.form import PREFIX, groups_of
 from diffusekrona_train.app.pages import Answer, fragment, page, posted, studio_of, text_of
-from diffusekrona_train.app.worker import cards, check
+from diffusekrona_train.app.worker import cards, check, first_cards
 from diffusekrona_train.config import RunConfig, make_config
 from diffusekrona_train.data import open_image
 
@@ -29,13 +29,11 @@ def draft_of(request: Request) -> Draft:
 async def show(request: Request) -> Response:
     """The page."""
     studio, draft = studio_of(request), draft_of(request)
-    if not studio.cards:
-        studio.cards = await studio.worker.call(cards)
-    fields = draft.fields()
-    chosen = fields.get("model") or studio.cards[0].alias
+    fields, shown = draft.fields(), studio.cards or first_cards()
+    chosen = fields.get("model") or shown[0].alias
     parts = await run_in_threadpool(_parts, draft)
     groups = await run_in_threadpool(lambda: groups_of(_config_or_default(draft)))
-    known = {"fields": fields, "chosen": chosen, "cards": studio.cards, "groups": groups}
+    known = {"fields": fields, "chosen": chosen, "cards": shown, "sure": bool(studio.cards), "groups": groups}
     return page(request, "new.html", names=draft.names(), **known, **parts)
 
 
@@ -73,7 +71,15 @@ async def _answer(request: Request, draft: Draft) -> dict[str, Any]:
         except (ValueError, RuntimeError, OSError) as error:
             lines["plan"] = [str(error)]
     context = {**parts, "csrf": studio.csrf, "lines": lines}
-    names = {"photos": "_photos.html", "advice": "_advice.html", "identifier": "_identifier.html", "plan": "_plan.html"}
+    names = {
+        "models": "_models.html",
+        "photos": "_photos.html",
+        "advice": "_advice.html",
+        "identifier": "_identifier.html",
+        "plan": "_plan.html",
+    }
+    studio.cards = studio.cards or await studio.worker.call(cards)
+    context |= {"cards": studio.cards, "sure": True, "chosen": draft.fields().get("model") or studio.cards[0].alias}
     html = {name: fragment(template, **context) for name, template in names.items()}
     return {"html": html, "problem": parts["problem"], "count": len(draft.names())}
 

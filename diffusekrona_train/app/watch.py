@@ -98,7 +98,6 @@ async def show(request: Request) -> Response:
         "config": config,
         "photos": range(count),
         "strengths": STRENGTHS,
-        "csrf_": studio.csrf,
     }
     return page(request, "run.html", parts=parts, **about)
 

@@ -7,6 +7,7 @@ where the server was killed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
@@ -32,6 +33,8 @@ WORDS = {
     "toybox-flow": ("Toybox Flow", "Comes with the studio too: a small flow-matching transformer."),
 }
 """Alias -> title and a sentence; an alias without a row shows its name."""
+
+SURE = "Fits every computer; nothing is downloaded."
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Worker:
 def _end_with_parent() -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C is the server's
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns of kernels that no one here needs
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -86,6 +90,20 @@ def _end_with_parent() -> None:
 
 
 # ---- what it does; everything here may import torch ------------------------------------------------------------------
+
+
+def first_cards() -> list[Card]:
+    """Return the cards before anything was looked at, the embedded models first."""
+    order = sorted(MODEL_ALIASES, key=lambda alias: alias not in EMBEDDED)
+    return [
+        Card(
+            alias,
+            *WORDS.get(alias, (alias, "")),
+            alias in EMBEDDED,
+            SURE if alias in EMBEDDED else "Looking at this computer …",
+        )
+        for alias in order
+    ]
 
 
 def cards() -> list[Card]:
@@ -105,7 +123,7 @@ def _card(alias: str, free: float | None) -> Card:
         return Card(alias, title, about, False, "Downloaded at the first run; what it needs is known then.")
     size = f"{pixels} × {pixels} pixels."
     if alias in EMBEDDED:
-        return Card(alias, title, f"{size} {about}", True, "Fits every computer; nothing is downloaded.", pixels)
+        return Card(alias, title, f"{size} {about}", True, SURE, pixels)
     if free is None:
         return Card(alias, title, f"{size} {about}", False, f"Needs a GPU with about {low:.0f} GB (estimated).", pixels)
     if low <= free:

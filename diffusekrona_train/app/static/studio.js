@@ -131,7 +131,9 @@ if (drop) {
     if (mine !== round) return; // something was typed since
     if (answer.error) { $("#problem").textContent = answer.error; return; }
     const typing = document.activeElement?.name?.startsWith("caption:");
-    for (const [id, html] of Object.entries(answer.html)) if (id !== "photos" || !typing) put(id, html);
+    for (const [id, html] of Object.entries(answer.html)) {
+      if (id === "photos" ? !typing : id !== "models" || $("[data-unsure]")) put(id, html);
+    }
     const yaml = $("#yaml-now");
     if (yaml) $("#yaml").textContent = yaml.content.textContent;
     $("#problem").textContent = answer.count ? answer.problem : "";
