@@ -10,6 +10,8 @@ FAMILIES: dict[str, str] = {
     "sd": "diffusekrona_train.models.sd:FAMILY",
     "sdxl": "diffusekrona_train.models.sdxl:FAMILY",
     "zimage": "diffusekrona_train.models.zimage:FAMILY",
+    "flux2-klein": "diffusekrona_train.models.flux2:KLEIN",
+    "flux2": "diffusekrona_train.models.flux2:DEV",
 }
 """Family name -> module and the object in it."""
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from diffusekrona_train.adapters.inject import Injection
-from diffusekrona_train.common.device import ABILITIES, abilities
+from diffusekrona_train.common.device import ABILITIES, abilities, moved
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
-from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.models.contracts import Denoiser, Family, Process, Tensors
 from diffusekrona_train.training.draw import Draw, Shelf, draw, generator_of
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_pipeline
+from tests.tiny.flux2 import make_flux2, make_klein
 from tests.tiny.zimage import make_zimage
 
 HEIGHT, WIDTH = 64, 96
@@ -78,9 +79,54 @@ def zimage_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int
     return unet_call(pipe, noise, prompt, negative, steps, guidance - 1)
 
 
+def flux2_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    return {"prompt_embeds": pipe.encode_prompt(prompt, "cpu")[0][0]}
+
+
+def flux2_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor], guidance: Tensor | None = None) -> Tensor:
+    embeds = row["prompt_embeds"][None]
+    tokens = pipe.transformer(
+        pipe._pack_latents(x_t),
+        embeds,
+        t,
+        img_ids=pipe._prepare_latent_ids(x_t),
+        txt_ids=pipe._prepare_text_ids(embeds),
+        guidance=guidance,
+    ).sample
+    return pipe._unpack_latents_with_ids(tokens, pipe._prepare_latent_ids(x_t))
+
+
+def flux2_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float, **more: Any) -> Tensor:
+    return pipe(
+        prompt=prompt,
+        height=HEIGHT,
+        width=WIDTH,
+        latents=noise,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+        **more,
+    ).images
+
+
+def dev_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    tokens = flux2_call(pipe, noise, prompt, negative, steps, guidance)
+    return pipe._unpack_latents_with_ids(tokens, pipe._prepare_latent_ids(noise))
+
+
+def klein_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    """The pipeline gives the VAE's own latents; what it does to an image's makes the transformer's of them."""
+    against = {"negative_prompt_embeds": pipe.encode_prompt(negative, "cpu")[0]}
+    raw = flux2_call(pipe, noise, prompt, negative, steps, guidance, **against)
+    bn = pipe.vae.bn
+    return torch.nn.functional.batch_norm(pipe._patchify_latents(raw), bn.running_mean, bn.running_var, eps=bn.eps)
+
+
 TINY = {
     "sd": Tiny(partial(make_pipeline, "sd15"), sd_encoded, sd_step, unet_call),
     "sdxl": Tiny(partial(make_pipeline, "sdxl"), sdxl_encoded, sdxl_step, unet_call),
     "zimage": Tiny(make_zimage, zimage_encoded, zimage_step, zimage_call),
+    "flux2-klein": Tiny(make_klein, flux2_encoded, flux2_step, klein_call),
+    "flux2": Tiny(make_flux2, flux2_encoded, partial(flux2_step, guidance=torch.ones(1)), dev_call),
 }
 """A row for each of models.FAMILIES."""

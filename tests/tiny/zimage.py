@@ -8,15 +8,7 @@ from typing import Any
 import torch
 
 from diffusekrona_train.models.source import quiet
-from tests.tiny import _byte_symbols
-
-TEMPLATE = (
-    "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}"
-    "{%- endif %}"
-)
-
+from tests.tiny.texts import qwen_tokenizer
 
 def make_zimage(folder: Path, seed: int = 0) -> Path:
     """Writes the pipeline to `folder` in fp32 and returns it: 16 latent channels, two blocks and two refiners."""
@@ -25,7 +17,7 @@ def make_zimage(folder: Path, seed: int = 0) -> Path:
     quiet()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = _tokenizer()
+        tokenizer = qwen_tokenizer()
         pipe = ZImagePipeline(
             transformer=_transformer(),
             vae=_vae(),
@@ -93,16 +85,3 @@ def _encoder(words: int) -> Any:
         "max_position_embeddings": 2048,
     }
     return Qwen3Model(Qwen3Config(**settings))
-
-
-def _tokenizer() -> Any:
-    from transformers import Qwen2Tokenizer
-
-    end = "<|endoftext|>"
-    vocab = {symbol: i for i, symbol in enumerate([*_byte_symbols(), end])}
-    options: dict[str, Any] = {"model_max_length": 4096, "unk_token": None, "eos_token": end, "pad_token": end}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], **options)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
