@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
+from diffusekrona_train.adapters.grouped import Chooser
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.adapters.kron import kron_macs
 from diffusekrona_train.adapters.krona import KronA
@@ -159,8 +160,9 @@ class Pack:
         """Return the first `count` rows of the copies and of their gradients."""
         if self._room is None or len(self._room[0]) < count:
             shape = max(count, self.slots), self.size
-            room = torch.zeros(2, *shape, dtype=self.dtype, device=self.masters.device)
-            self._room, self._leaves = (room[0], room[1]), {}
+            factors = torch.zeros(shape, dtype=self.dtype, device=self.masters.device)
+            # a tensor of its own: autograd counts changes by storage, and gradients change in a backward pass
+            self._room, self._leaves = (factors, torch.zeros_like(factors)), {}
         return self._room[0][:count], self._room[1][:count]
 
     def _leaves_of(self, count: int) -> dict[str, Factors]:
@@ -187,7 +189,7 @@ class Seat(Injection):
         super().__init__(pack.model, pack.spec, seed, pack.options, placed=False)
         self.pack, self.slot = pack, slot
 
-    def flatten(self, spare: int = 0) -> FlatFactors:
+    def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
         """Move parameters and gradients into the slot's rows."""
         assert spare == self.pack.spare
         self.flat = FlatFactors([self.adapters], spare, home=self.pack.home(self.slot))
@@ -215,8 +217,9 @@ class PackedAdapter(nn.Module):
         self.layer = kind.layer
 
     @property
-    def strength(self) -> float:
-        return 0.0 if self._of[0].disabled else 1.0
+    def off(self) -> bool:
+        """Whether the model is the base model now."""
+        return self._of[0].disabled
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, (B, ..., out), for x (B, ..., in); the m subjects have B / m samples each."""
@@ -233,22 +236,22 @@ class PackedAdapter(nn.Module):
 
 
 def _krona(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
-    return _kron(x, scaled(of["A"], kind.multiplier()), of["B"])
+    return _kron(x, scaled(of["A"], kind.multiplier), of["B"])
 
 
 def _lora(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
-    return _linear(_linear(x, of["lora_down"]), scaled(of["lora_up"], kind.multiplier()))
+    return _linear(_linear(x, of["lora_down"]), scaled(of["lora_up"], kind.multiplier))
 
 
 def _lokr(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
     w1, w2 = (of[name] if name in of else of[f"{name}_a"] @ of[f"{name}_b"] for name in ("lokr_w1", "lokr_w2"))
-    return _kron(x, scaled(w1, kind.multiplier()), w2)
+    return _kron(x, scaled(w1, kind.multiplier), w2)
 
 
 def _loha(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
     """Multiply as LoHa does: as the LoRA of rank² that it is, or by the dense ΔW where that is cheaper."""
     up_1, down_1, up_2, down_2 = (of[f"hada_w{side}"] for side in ("1_a", "1_b", "2_a", "2_b"))
-    scale, (outs, rank), ins = kind.multiplier(), up_1.shape[1:], down_1.shape[2]
+    scale, (outs, rank), ins = kind.multiplier, up_1.shape[1:], down_1.shape[2]
     if rank**2 * (ins + outs) >= ins * outs:
         return _linear(x, scaled((up_1 @ down_1) * (up_2 @ down_2), scale))
     up = (up_1[..., :, None] * up_2[..., None, :]).flatten(2)

@@ -85,9 +85,10 @@ class Objective:
 
         All that is random, on the host or of another step is in here; `loss_of` only computes.
         """
-        return [self.conditioned(batch) for batch in self._samples(step, micro)]
+        return [self.conditioned(batch) for batch in self.samples(step, micro)]
 
-    def _samples(self, step: int, micro: int) -> list[Batch]:
+    def samples(self, step: int, micro: int) -> list[Batch]:
+        """Return the batches of a micro-batch without their conditioning."""
         size = self.config.train.batch_size
         first = (micro * self.processes + self.rank) * size
         instances = self._drawn(self.data.instances, step, range(first, first + size), "instance")
@@ -152,8 +153,14 @@ class Objective:
         return replace(batch, conditioning=self._told(batch, slice(None)), taught=taught)
 
     def _told(self, batch: Batch, part: slice) -> Conditioning:
-        rows = [moved(self.captions[i], self.device, self.dtype) for i in batch.caption[part]]
-        return {**self.family.collate(rows), **{name: value[part] for name, value in batch.extras.items()}}
+        return {
+            **self.family.collate(self.prompts(batch)[part]),
+            **{name: value[part] for name, value in batch.extras.items()},
+        }
+
+    def prompts(self, batch: Batch) -> list[Tensors]:
+        """Return the encoded captions of a batch, one row a sample."""
+        return [moved(self.captions[i], self.device, self.dtype) for i in batch.caption]
 
     # ---- how it is judged ----
 
@@ -168,7 +175,6 @@ class Objective:
 
     def per_sample(self, batch: Batch, *, weighted: bool = True) -> torch.Tensor:
         """(B,) fp32."""
-        train = self.config.train
         x_t = self.process.noised(batch.x_0, batch.eps, batch.t)
         wanted = self.process.target(batch.x_0, batch.eps, batch.t)
         if batch.teacher:
@@ -176,7 +182,14 @@ class Objective:
                 part = slice(-batch.teacher, None)
                 answer = self._predicted(x_t[part], batch.t[part], batch.taught)
             wanted = torch.cat([wanted[: -batch.teacher], answer])
-        loss = LOSSES[train.loss](self._predicted(x_t, batch.t, batch.conditioning), wanted)
+        return self.judged(self._predicted(x_t, batch.t, batch.conditioning), wanted, batch, weighted=weighted)
+
+    def judged(
+        self, prediction: torch.Tensor, wanted: torch.Tensor, batch: Batch, *, weighted: bool = True
+    ) -> torch.Tensor:
+        """Return the loss of each sample, (B,) fp32, for predictions and targets (B, C, h, w)."""
+        train = self.config.train
+        loss = LOSSES[train.loss](prediction, wanted)
         if not weighted:
             return loss
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share

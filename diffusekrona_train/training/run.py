@@ -46,8 +46,9 @@ def train(
     return result
 
 
-def set_up(start: Start, resume: bool, resume_from: Path | None) -> Run:
-    """Assemble the run at its first step, or at the step of the state that it resumes from."""
+def set_up(start: Start, resume: bool, resume_from: Path | None, base: setup.Base | None = None) -> Run:
+    """Assemble the run at its first step, or at the step of the state that it resumes from; on a `base` that is loaded
+    already, or one of its own."""
     faults.reach("setup")
     start.events.report("phase", name="prepare")
     warn = start.events.warning
@@ -58,7 +59,7 @@ def set_up(start: Start, resume: bool, resume_from: Path | None) -> Run:
         config = start.config.model_dump(mode="json", by_alias=True)
         checkpoint.refuse_changes(state, config, start.accelerator.num_processes)
     try:
-        return setup.assemble(start, state)
+        return setup.assemble(start, state, base)
     except RuntimeError as error:
         if not ran_out(error):
             raise

@@ -85,25 +85,47 @@ class Start:
     events: EventLog
 
 
-def assemble(start: Start, state: checkpoint.State | None) -> Run:
-    """Return everything that the loop needs, at the step where `state` left off."""
+@dataclass(frozen=True)
+class Base:
+    """A frozen model on the device, and how a run's factors come into it. Runs that are packed share one."""
+
+    source: ModelSource
+    level: memory.Level
+    why: str
+    """Why this level."""
+    room: float | None
+    """GiB that it leaves free; None where that is not known."""
+    denoiser: Denoiser
+    inject: Callable[[RunConfig], Injection]
+    bare: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """A context in which the denoiser has no adapter."""
+
+
+def load_base(start: Start, source: ModelSource) -> Base:
+    """Load the model of one run."""
+    level, why, room = choose_level(start.config, source, start.accelerator, start.dtype)
+    denoiser = load_denoiser(start.config, source, level, start.dtype, start.accelerator.device)
+    return Base(source, level, why, room, denoiser, lambda config: inject_factors(config, denoiser))
+
+
+def assemble(start: Start, state: checkpoint.State | None, base: Base | None = None) -> Run:
+    """Return everything that the loop needs, at the step where `state` left off, on `base` or one of its own."""
     config, accelerator, dtype, tell = start.config, start.accelerator, start.dtype, start.events.message
     device = accelerator.device
     stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
-    source = configured_model(config)
+    source = base.source if base else configured_model(config)
     check_start(config, source)
-    draw, forget = class_image_maker(config, source, dtype, device)
+    draw, forget = class_image_maker(config, source, dtype, device, base)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    level, why, room = choose_level(config, source, accelerator, dtype)
-    denoiser = load_denoiser(config, source, level, dtype, device)
-    injection = inject_factors(config, denoiser)
+    base = base or load_base(start, source)
+    injection = base.inject(config)
     descent = Descent(injection.flatten(SPARE), config.train, accelerator)
     process = source.process(config.data.resolution)
     objective = Objective(
-        config, source.family, denoiser, injection, data, process, dtype, device,
+        config, source.family, base.denoiser, injection, data, process, dtype, device,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     about = {
@@ -115,7 +137,7 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     if state is not None:
         take_up(state, injection, descent, accelerator)
     first = state.step if state else 0
-    tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
+    tell(f"{base.why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
     for line in plan_lines(injection):
         tell(line)
     if state is not None:
@@ -126,12 +148,12 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {first} that the run has reached")
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
         start.events.warning(line)
-    graphs = graph.step_graphs(config, objective, descent, level, room, tell)
+    graphs = graph.step_graphs(config, objective, descent, base.level, base.room, tell)
     gallery = Gallery(config, source, objective, start.folder, start.events)
     journal = open_folder(start, state, first, about["config"])
     return Run(
-        config, start.folder, source, accelerator, level, objective, descent, graphs, gallery, journal, stop, first,
-        about,
+        config, start.folder, source, accelerator, base.level, objective, descent, graphs, gallery, journal, stop,
+        first, about,
     )  # fmt: skip
 
 
@@ -312,18 +334,20 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
 
 
 def class_image_maker(
-    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device, base: Base | None = None
 ) -> tuple[Renderer, Callable[[], None]]:
-    """(render, forget): `render(prompt, seed)` draws a picture with the base model, loaded at the first call."""
+    """(render, forget): `render(prompt, seed)` makes an image with `base`, or a model loaded at the first call."""
     held: dict[str, Any] = {}
+    bare = base.bare if base else contextlib.nullcontext
 
     def draw(prompt: str, seed: int) -> Image.Image:
         if not held:
             parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
             parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
-            parts["denoiser"] = source.load_denoiser(dtype, device)
+            parts["denoiser"] = base.denoiser if base else source.load_denoiser(dtype, device)
             held["pipe"] = source.family.pipeline(parts)
-        return render(held["pipe"], source.family, [(prompt, seed)], settings_of(config))[0]
+        with bare():
+            return render(held["pipe"], source.family, [(prompt, seed)], settings_of(config))[0]
 
     def forget() -> None:
         held.clear()
