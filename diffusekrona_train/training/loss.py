@@ -158,7 +158,10 @@ class Objective:
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share
 
     def _predicted(self, x_t: torch.Tensor, batch: Batch, part: slice = slice(None)) -> torch.Tensor:
-        rows = [moved(self.captions[i], self.device, self.dtype) for i in batch.caption[part]]
+        rows = [
+            {name: self._sent(value, self.device) for name, value in self.captions[i].items()}
+            for i in batch.caption[part]
+        ]
         extras = {name: value[part] for name, value in batch.extras.items()}
         conditioning = {**self.family.collate(rows), **extras}
         return self.family.predict(self.denoiser, x_t[part].to(self.dtype), batch.t[part], conditioning).float()

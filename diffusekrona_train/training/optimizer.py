@@ -8,6 +8,7 @@ that processes have to agree on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,8 +48,13 @@ class Descent:
         self.optimizer = _optimizer([factors.master], train, fused=can.fused)
         self.meters = torch.zeros(6, dtype=can.widest, device=self.flat.device)
 
+    def accumulate(self, loss: Callable[[int, int], torch.Tensor], step: int) -> None:
+        """Add the gradients of all micro-batches of a step; `loss(step, micro)` is the forward pass of one."""
+        for micro in range(self.train.gradient_accumulation):
+            self.backward(loss(step, micro))
+
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds one micro-batch to the gradients of this step."""
+        """Add one micro-batch to the gradients of this step."""
         loss = loss / self.train.gradient_accumulation
         self.accelerator.backward(loss)
         self.factors.flush()

@@ -18,9 +18,8 @@ would have to ask each other in every step. One process may drop a level at any 
 
 
 def gradients(run: Run, step: int) -> None:
-    """Forward and backward of this process's share of the global batch."""
-    for micro in range(run.config.train.gradient_accumulation):
-        run.descent.backward(run.objective.loss(step, micro))
+    """Run forward and backward for this process's share of the global batch."""
+    run.descent.accumulate(run.objective.loss, step)
     faults.reach("step", step)
 
 
