@@ -16,6 +16,7 @@ import torch.distributed
 from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.common.device import abilities
 from diffusekrona_train.config.training import TrainConfig
+from diffusekrona_train.training.rates import rates_of
 
 BAD_IN_A_ROW = 3
 """Non-finite steps in a row that end a run."""
@@ -45,6 +46,7 @@ class Descent:
         can = abilities(self.flat.device)
         self.waits = self.eight_bit or not can.fused
         self.optimizer = _optimizer([factors.master], train, fused=can.fused)
+        self.rates = rates_of(factors, train)
         self.meters = torch.zeros(6, dtype=can.widest, device=self.flat.device)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -84,14 +86,19 @@ class Descent:
 
     def _apply(self, learning_rate: float, bad: torch.Tensor) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate if self.rates is None else 1.0
         if self.waits:
             if bad:
                 return
         else:
             # What GradScaler sets for a fused optimiser: its kernel moves nothing where found_inf is 1.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.rates is None:
+            self.optimizer.step()
+        else:
+            before, table = self.factors.master.detach().clone(), self.rates.table(learning_rate)
+            self.optimizer.step()
+            self.rates.shorten(before, table)
         self.factors.refresh()
 
     def _count(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:
