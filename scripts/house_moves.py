@@ -22,7 +22,7 @@ PACKAGE = "diffusekrona_train."
 PHOTO_BAR, CONFIG_BAR = 12, 30
 SET_UP = ("config", "common", "models.source", "models.local", "models.hub", "models.singlefile", "models.__init__")
 """Modules that are no part of a photo's way, though they run meanwhile."""
-WINDOWS = {"_image_maker.<locals>.make": "data.training_set", "Descent.accumulate": "training.optimizer"}
+WINDOWS = {"_image_maker.<locals>.make": "data.training_set", "StepGraphs.gradients": "training.graph"}
 """Function in which a photo is on its way, from opening it to its latents and from a draw to the return of backward ->
 its module. What comes before (finding photos, planning crops) is set-up."""
 

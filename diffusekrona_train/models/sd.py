@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,21 +82,8 @@ class SD:
         return latents * vae.config.scaling_factor
 
     def decode(self, vae: Loaded, latents: Tensor) -> Tensor:
-        """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type.
-
-        Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same image
-        in a quarter of the memory. (The VAE's own tiles are as large as the images that it was trained on.)
-        """
-        unscaled, pixels = latents.to(vae.dtype) / vae.config.scaling_factor, None
-        try:
-            if not vae.use_tiling:
-                pixels = vae.decode(unscaled, return_dict=False)[0]
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
-        if pixels is None:  # not in the handler: its traceback keeps what the decoder had made so far
-            pixels = decode_in_tiles(vae, unscaled)
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type."""
+        return decoded(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
 
     def picture_conditioning(
         self, original_hw: tuple[int, int], crop_top_left: tuple[int, int], target_hw: tuple[int, int]
@@ -233,6 +220,24 @@ def _factor(vae_config: Config) -> int:
 def optional(parts: Mapping[str, Any], count: int) -> tuple[list[Any], list[Any]]:
     """Return (text encoders, tokenizers) of loaded parts, `count` each, None where they were not loaded."""
     return parts.get("text_encoders") or [None] * count, parts.get("tokenizers") or [None] * count
+
+
+def decoded(vae: Loaded, unscaled: Tensor, in_tiles: Callable[[Loaded, Tensor], Tensor] | None = None) -> Tensor:
+    """Decode a VAE's own latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1].
+
+    Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same image
+    in a quarter of the memory. (The VAE's own tiles are as large as the images that it was trained on.)
+    """
+    pixels = None
+    try:
+        if not vae.use_tiling:
+            pixels = vae.decode(unscaled, return_dict=False)[0]
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+    if pixels is None:  # not in the handler: its traceback keeps what the decoder had made so far
+        pixels = (in_tiles or decode_in_tiles)(vae, unscaled)
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
 def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:

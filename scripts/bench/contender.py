@@ -20,6 +20,10 @@ from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.bench.setting import Setting
 from tests.tiny import make_unet, real_part
 
+TENSOR_RATE = torch.library.Library("aten", "IMPL", "Meta")
+"""PyTorch has the optimiser's kernel for tensors without content, but not with the learning rate as a tensor."""
+TENSOR_RATE.impl("_fused_adamw_.tensor_lr", lambda *given, **named: None)
+
 OneProcess = SimpleNamespace(num_processes=1, scaler=None, backward=lambda loss: loss.backward())
 
 
@@ -117,7 +121,7 @@ class Contender:
 
     def passes(self, batch: Batch) -> None:
         if self.descent is None:
-            self.objective._predicted(batch.x_0, batch).square().mean().backward()
+            self.objective._predicted(batch.x_0, batch.t, batch.conditioning).square().mean().backward()
         else:
             self.descent.backward(self.objective.per_sample(batch).sum() / len(batch))
 
