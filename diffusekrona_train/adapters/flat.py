@@ -84,11 +84,10 @@ class FlatFactors:
                 parameter.data = segment.of(self.master.data)
                 parameter.grad = segment.of(self.gradient)
 
-        blocks = torch.tensor([segment.step // ALIGN for segment in self.segments], device=self.master.device)
-        self._blocks, self._segment_of_block = (
-            blocks,
-            torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks),
-        )
+        counts, device = [segment.step // ALIGN for segment in self.segments], self.master.device
+        self._blocks = torch.tensor(counts, device=device)
+        owners = [number for number, count in enumerate(counts) for _ in range(count)]
+        self._segment_of_block = torch.tensor(owners, device=device)
 
     def sums(self, buffer: Tensor) -> Tensor:
         """Return the sum of each segment of a buffer with this layout, (segments,); the same in every call."""
