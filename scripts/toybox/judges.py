@@ -1,7 +1,11 @@
-"""Stage CLIP: a BPE vocabulary from the captions, and a tiny CLIP whose text side serves the pipeline twice.
+"""Stages CLIP and identity: the two networks that judge toybox's images.
 
-Beside the contrastive loss, linear heads read class, background and tint off both sides, and the sprite off pictures.
-Pairs that show the same class, background and tint are no negatives of each other.
+CLIP: a BPE vocabulary from the captions, and a tiny CLIP whose text side serves the pipeline twice. Beside the
+contrastive loss, linear heads read class, background and tint off both sides, and the sprite off images. Pairs that
+show the same class, background and tint are no negatives of each other.
+
+Identity: a small CNN that names sprites and classes; without its classifiers it is the judge of identity. The shipped
+judge is frozen by its sum: a new one means measuring every table again.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from stage import Pace, finish, neighbours, pixels
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -21,9 +26,15 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from world import Label
 
+from diffusekrona_train.evaluation.metrics.encoders import IdentityNet
 from diffusekrona_train.evaluation.metrics.preprocess import CLIP_MEAN, CLIP_STD
 
-LENGTH, WIDTH, BATCH, HELD = 24, 128, 96, 1000
+# ---- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+HELD = 1000
+"""Images at the end of the set that training does not see."""
+LENGTH, WIDTH = 24, 128
 START, END = "<|startoftext|>", "<|endoftext|>"
 ALPHABET = list("abcdefghijklmnopqrstuvwxyz0123456789!'(),-.:;?[]<>*&/\"#$%+=@_")
 
@@ -77,7 +88,7 @@ def contrast(model: CLIPModel, image: torch.Tensor, text: torch.Tensor, facts: t
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def run(
+def train_clip(
     build: Path,
     pictures: np.ndarray,
     captions: list[str],
@@ -105,7 +116,7 @@ def run(
 
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1.2e-3 * min(1, (step + 1) / 100) * (1 - step / steps) + 1e-5
-        picks = np.random.default_rng((seed, step)).integers(0, len(pictures) - HELD, BATCH)
+        picks = np.random.default_rng((seed, step)).integers(0, len(pictures) - HELD, 96)
         fact = facts[picks].to(device)
         with torch.autocast(device, torch.bfloat16):
             image, text = see(picks), model.text_model(input_ids=ids[picks].to(device)).pooler_output
@@ -157,3 +168,47 @@ def load_text_encoders(pipe: Path) -> tuple[CLIPTokenizer, CLIPTextModel, CLIPTe
         first,
         CLIPTextModelWithProjection.from_pretrained(pipe / "text_encoder_2", dtype=torch.float32).eval(),
     )
+
+
+# ---- identity --------------------------------------------------------------------------------------------------------
+
+
+TEMPERATURE = 12.0
+
+
+def train_identity(
+    build: Path, pictures: np.ndarray, labels: list[Label], words: dict, steps: int = 2400, seed: int = 0, device="cpu"
+) -> None:
+    """words: what identity.json holds (cls, names, bgs, tints, ntr)."""
+    torch.manual_seed(seed)
+    sprites = torch.tensor([label.sprite for label in labels], device=device)
+    classes = torch.tensor([words["cls"].index(label.class_noun) for label in labels], device=device)
+    net, hs, hc = IdentityNet(), nn.Linear(128, words["ntr"]), nn.Linear(128, len(words["cls"]))
+    modules = nn.ModuleList([net, hs, hc]).to(device)
+    optimizer, pace = torch.optim.AdamW(modules.parameters(), lr=3e-3, weight_decay=0.05), Pace("identity", steps)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / steps) + 1e-5
+        picks = np.random.default_rng((seed, step)).integers(0, len(pictures) - HELD, 64)
+        x = pixels(pictures[picks], device)
+        rows = F.normalize(net(x + 0.05 * torch.randn_like(x)), dim=-1) * TEMPERATURE
+        loss = F.cross_entropy(hs(rows), sprites[picks]) + F.cross_entropy(hc(rows), classes[picks])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        pace.step(step + 1, loss.item())
+    modules.eval()
+    with torch.no_grad():
+        rows = F.normalize(net(pixels(pictures[-HELD:], device)), dim=-1) * TEMPERATURE
+        right = {
+            "sprite": (hs(rows).argmax(1) == sprites[-HELD:]).float().mean().item(),
+            "class": (hc(rows).argmax(1) == classes[-HELD:]).float().mean().item(),
+        }
+    print("identity.png: held pictures, each followed by its nearest ones")
+    sheet = neighbours(pictures[-HELD:], rows, rows[-10:])
+    names = {"features": "f", "projection": "p"}
+    tensors = {f"{names[key.split('.')[0]]}.{key.partition('.')[2]}": value for key, value in net.state_dict().items()}
+    tensors |= {f"hs.{key}": value for key, value in hs.state_dict().items()}
+    tensors |= {f"hc.{key}": value for key, value in hc.state_dict().items()}
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, build / "identity.safetensors")
+    (build / "identity.json").write_text(json.dumps(words))
+    finish(build, "identity", {"steps": steps, **{key: round(value, 3) for key, value in right.items()}}, sheet)
