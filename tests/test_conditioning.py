@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusekrona_train.models.conditioning import collate, moved
+from diffusekrona_train.common.device import moved
+from diffusekrona_train.models.sd import collate
 
 
 def test_rows_of_one_length_are_stacked_and_unequal_ones_padded_and_masked():

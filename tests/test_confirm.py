@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from scripts import paper
-from scripts.studies import confirm, judge, spread
-from scripts.studies.study import load_base, load_studies
+from scripts.studies import judge, spread
+from scripts.studies.study import load_base, load_studies, look_alikes, suite_to_confirm
 from tests.test_paper import here
 
 SPRITES = Path(__file__).resolve().parents[1] / "diffusekrona_train" / "assets" / "toybox" / "subjects"
@@ -29,13 +29,13 @@ def test_a_folder_is_named_subject_class(tmp_path):
     subject(tmp_path, "my-old-dog", count=10)
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "notes.txt").write_text("no subject")
-    suite = confirm.suite_of(tmp_path, load_base("toybox"))
+    suite = suite_to_confirm(tmp_path, load_base("toybox"))
     assert [(row.name, row.class_noun) for row in suite.rows] == [
         ("my-old-dog", "dog"),
         ("rex-toy_dinosaur", "toy dinosaur"),
     ]
     assert suite.prompts_of(suite.rows[1])[0] == "a sks toy dinosaur on the beach"
-    assert len(confirm.look_alikes()) == 12
+    assert len(look_alikes()) == 12
 
 
 MISTAKES = {

@@ -54,7 +54,7 @@ def case(request, tmp_path_factory):
     tiny = TINY[request.param]
     source = open_model(str(tiny.make(tmp_path_factory.mktemp(request.param))))
     assert source.family.name == request.param
-    parts = source.load()
+    parts = source.load(dtype=torch.float32)
     return Case(tiny, source, parts, source.family.pipeline(parts))
 
 

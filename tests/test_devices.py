@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from diffusekrona_train.common import device as devices
+from diffusekrona_train.common.device import moved
 from diffusekrona_train.config.training import TrainConfig
 from diffusekrona_train.data import training_set
 from diffusekrona_train.models import family_named, open_model
-from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.training import memory, setup
 from diffusekrona_train.training.check import needs
 from diffusekrona_train.training.optimizer import Descent

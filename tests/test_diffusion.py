@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusekrona_train.models import noise
+from diffusekrona_train.models import process
 from diffusekrona_train.models.process import Ddpm
 from diffusekrona_train.training import loss as losses
 from diffusekrona_train.training.draw import Shelf, draw
@@ -32,12 +32,12 @@ def test_noise_schedule_is_diffusers(config):
     from diffusers import DDIMScheduler
 
     theirs = DDIMScheduler(**config).alphas_cumprod
-    torch.testing.assert_close(noise.noise_schedule(config), theirs, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(process.noise_schedule(config), theirs, rtol=2e-5, atol=1e-6)
 
 
 def test_noise_schedule_names_an_unknown_kind():
     with pytest.raises(ValueError, match="'sigmoid'.*scaled_linear"):
-        noise.noise_schedule({"beta_schedule": "sigmoid"})
+        process.noise_schedule({"beta_schedule": "sigmoid"})
 
 
 def test_add_noise_and_targets_are_diffusers():
@@ -46,14 +46,14 @@ def test_add_noise_and_targets_are_diffusers():
     scheduler = DDPMScheduler(**SD)
     x_0, eps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     t = torch.tensor([0, 500, 999])
-    bar = noise.noise_schedule(scheduler)
-    torch.testing.assert_close(noise.add_noise(x_0, eps, t, bar), scheduler.add_noise(x_0, eps, t))  # type: ignore[arg-type]
+    bar = process.noise_schedule(scheduler)
+    torch.testing.assert_close(process.add_noise(x_0, eps, t, bar), scheduler.add_noise(x_0, eps, t))  # type: ignore[arg-type]
     wanted = scheduler.get_velocity(x_0, eps, t)  # type: ignore[arg-type]
-    torch.testing.assert_close(noise.target(x_0, eps, t, bar, "v_prediction"), wanted)
-    assert noise.target(x_0, eps, t, bar, "epsilon") is eps
-    assert noise.target(x_0, eps, t, bar, "sample") is x_0
+    torch.testing.assert_close(process.target(x_0, eps, t, bar, "v_prediction"), wanted)
+    assert process.target(x_0, eps, t, bar, "epsilon") is eps
+    assert process.target(x_0, eps, t, bar, "sample") is x_0
     with pytest.raises(ValueError, match="flow"):
-        noise.target(x_0, eps, t, bar, "flow")
+        process.target(x_0, eps, t, bar, "flow")
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
@@ -76,43 +76,43 @@ def test_losses_are_their_formulas():
     torch.testing.assert_close(losses.huber(torch.tensor(a), torch.tensor(b)), torch.tensor(pseudo))
 
 
-@pytest.mark.parametrize("name", [name for name in noise.WEIGHTINGS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in process.WEIGHTINGS if name != "none"])
 def test_a_weighting_means_the_same_whatever_is_predicted(name):
     """For one guess of x_0, the weighted error is one number, be it expressed as noise, v or sample."""
-    bar = noise.noise_schedule(SD).double()
+    bar = process.noise_schedule(SD).double()
     t = torch.tensor([1, 100, 500, 998])
     x_0, eps, off = torch.randn(3, 4, 4, 8, 8, dtype=torch.float64)
     a = bar[t].view(-1, 1, 1, 1)
-    x_t = noise.add_noise(x_0, eps, t, bar)
+    x_t = process.add_noise(x_0, eps, t, bar)
     x_guess = x_0 + off
     eps_guess = (x_t - a.sqrt() * x_guess) / (1 - a).sqrt()
     errors = {}
     for kind, guess in {"sample": x_guess, "epsilon": eps_guess}.items():
-        wanted = noise.target(x_0, eps, t, bar, kind)
-        errors[kind] = losses.mse(guess, wanted) * noise.weights(name, t, bar, kind)
-    v_guess = noise.target(x_guess, eps_guess, t, bar, "v_prediction")
-    v = noise.target(x_0, eps, t, bar, "v_prediction")
-    errors["v"] = losses.mse(v_guess, v) * noise.weights(name, t, bar, "v_prediction")
+        wanted = process.target(x_0, eps, t, bar, kind)
+        errors[kind] = losses.mse(guess, wanted) * process.weights(name, t, bar, kind)
+    v_guess = process.target(x_guess, eps_guess, t, bar, "v_prediction")
+    v = process.target(x_0, eps, t, bar, "v_prediction")
+    errors["v"] = losses.mse(v_guess, v) * process.weights(name, t, bar, "v_prediction")
     torch.testing.assert_close(errors["epsilon"], errors["sample"], rtol=1e-5, atol=0)
     torch.testing.assert_close(errors["v"], errors["sample"], rtol=1e-5, atol=0)
 
 
 def test_weightings_are_the_papers_on_the_noise():
-    bar = noise.noise_schedule(SD)
+    bar = process.noise_schedule(SD)
     t = torch.tensor([0, 300, 900])
     snr = (bar[t] / (1 - bar[t])).numpy()
-    got = noise.weights("min_snr", t, bar, "epsilon", 5.0).numpy()
+    got = process.weights("min_snr", t, bar, "epsilon", 5.0).numpy()
     np.testing.assert_allclose(got, np.minimum(snr, 5) / snr, rtol=1e-4)
-    got = noise.weights("debiased", t, bar, "epsilon").numpy()
+    got = process.weights("debiased", t, bar, "epsilon").numpy()
     np.testing.assert_allclose(got, snr**-0.5, rtol=1e-4)
-    assert noise.weights("none", t, bar, "epsilon").tolist() == [1, 1, 1]
+    assert process.weights("none", t, bar, "epsilon").tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("name", noise.WEIGHTINGS)
-@pytest.mark.parametrize("kind", noise.PREDICTION_TYPES)
+@pytest.mark.parametrize("name", process.WEIGHTINGS)
+@pytest.mark.parametrize("kind", process.PREDICTION_TYPES)
 def test_weights_are_finite_at_zero_terminal_snr(name, kind):
-    bar = noise.noise_schedule({**SD, "rescale_betas_zero_snr": True})
-    assert noise.weights(name, torch.tensor([0, 999]), bar, kind).isfinite().all()
+    bar = process.noise_schedule({**SD, "rescale_betas_zero_snr": True})
+    assert process.weights(name, torch.tensor([0, 999]), bar, kind).isfinite().all()
 
 
 def test_learning_rate_schedules():

@@ -36,7 +36,7 @@ ONLY_IN = {
     "tqdm": {"cli"},
     "jinja2": {"report"},
 }
-TORCH_ALONE = {"adapters/kron.py", "models/noise.py", "training/draw.py"}
+TORCH_ALONE = {"adapters/kron.py", "training/draw.py"}
 NO_TORCH = {"config", "common/files.py", "common/progress.py", "common/run_folder.py"}
 
 

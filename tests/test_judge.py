@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from scripts import paper
-from scripts.studies import gallery, judge, records, rekey, spread, verdict
+from scripts.studies import judge, records, spread, work
 from scripts.studies.plan import Planner
 from scripts.studies.study import Series, Study, Value, load_base, load_studies
-from scripts.studies.task import Cell
+from scripts.studies.work import Cell
 from tests.test_paper import here
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +137,7 @@ def test_a_subject_with_a_missing_record_is_left_out_and_named(scores):
     del found["0-1-0-0-0"]
     krona = judge.methods_of(a_study(), cells, found)[0]
     assert (list(krona.volumes()), krona.incomplete) == (["a", "c"], ["b"])
-    told = "\n".join(verdict.lines_of_verdict(a_study(), cells, found, "about"))
+    told = "\n".join(judge.lines_of_verdict(a_study(), cells, found, "about"))
     assert "Not complete, and left out: KronA: b." in told
     gap = judge.paired(krona.volumes(), judge.methods_of(a_study(), cells, found)[1].volumes())
     assert gap is not None and gap.subjects == 2
@@ -176,7 +176,7 @@ def test_bars_are_judged(scores):
 def test_the_verdict_tells_with_and_without_the_subjects_of_the_selection(scores):
     cells, found = measured(scores)
     study = a_study(selected_on=["a"], dropped=[{"what": "min-SNR", "why": "CLIP-T -0.037"}])
-    lines = verdict.lines_of_verdict(study, cells, found, "about")
+    lines = judge.lines_of_verdict(study, cells, found, "about")
     volumes = volumes_by_hand(scores)
     (line,) = [line for line in lines if line.startswith("| KronA |")]
     parts = [part.strip() for part in line.strip("|").split("|")]
@@ -200,7 +200,7 @@ def test_a_judge_of_series_that_are_not_there_is_refused():
 
 def test_ranks_count_the_look_alikes_that_are_as_near():
     nearest = np.array([[0.9, 0.5, 0.7], [0.1, 0.6, 0.7], [0.2, 0.8, 0.1]])  # the subject, then two look-alikes
-    assert gallery.ranks_of(nearest).tolist() == [1, 3, 2]
+    assert work.ranks_of(nearest).tolist() == [1, 3, 2]
 
 
 def test_photos_of_a_subject_are_recognised_among_toyboxs_sprites():
@@ -210,7 +210,7 @@ def test_photos_of_a_subject_are_recognised_among_toyboxs_sprites():
     folder = ROOT / "diffusekrona_train" / "assets" / "toybox" / "subjects"
     shown = [Generated(folder / name / "04.png", "", 0) for name in ("owl", "owl", "poodle", "robot")]
     others = [f"toybox:{name}" for name in ("poodle", "robot", "teapot")]
-    found = gallery.rank_in_gallery(open_dino("toybox"), "toybox:owl", others, shown)
+    found = work.rank_in_gallery(open_dino("toybox"), "toybox:owl", others, shown)
     assert found["gallery"] == 0.5 and found["rank"] >= 1.5
 
 
@@ -232,8 +232,8 @@ def test_every_young_field_has_its_neutral_value_written_down():
     config = RunConfig.model_validate({"subject": {"images": "x", "class": "dog"}, "output": "runs/x"})
     mark = records.run_mark(config, "", [])["config"]
     fields = {f"{section}.{name}" for section, own in mark.items() if isinstance(own, dict) for name in own}
-    known = {f"{s}.{name}" for s, own in rekey.DEFAULTS_OF_0_1.items() if isinstance(own, dict) for name in own}
-    assert fields == known and mark.keys() == rekey.DEFAULTS_OF_0_1.keys()
+    known = {f"{s}.{name}" for s, own in records.DEFAULTS_OF_0_1.items() if isinstance(own, dict) for name in own}
+    assert fields == known and mark.keys() == records.DEFAULTS_OF_0_1.keys()
 
 
 def test_a_changed_default_finds_no_old_record(tmp_path, monkeypatch):
@@ -270,14 +270,14 @@ def test_records_of_0_1_get_their_new_names_once(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(as_0_1_wrote(record), sort_keys=True) + "\n" for record in chosen))
     for _ in range(2):
-        assert rekey.main([str(path)]) == 0
+        assert records.main([str(path)]) == 0
         assert sorted(path.read_text().splitlines()) == sorted(
             json.dumps(record, ensure_ascii=False, sort_keys=True) for record in chosen
         )
     changed = as_0_1_wrote(chosen[1])
     changed["of"]["step"] = 99
     path.write_text(json.dumps(changed) + "\n")
-    assert rekey.main([str(path)]) == 2 and json.loads(path.read_text()) == changed
+    assert records.main([str(path)]) == 2 and json.loads(path.read_text()) == changed
 
 
 def as_0_1_wrote(record: dict) -> dict:
@@ -289,7 +289,7 @@ def as_0_1_wrote(record: dict) -> dict:
         del of["sampling"][name]
     config = of["run"]["config"]
     for section, value in list(config.items()):
-        defaults = rekey.DEFAULTS_OF_0_1[section]
+        defaults = records.DEFAULTS_OF_0_1[section]
         if isinstance(value, dict) and defaults:
             config[section] = {name: own for name, own in value.items() if own != defaults[name]}
         if config[section] in ({}, None):

@@ -15,11 +15,11 @@ import yaml
 from PIL import Image
 
 from scripts import paper
-from scripts.studies import compare, conduct, records, spread, tables, work
+from scripts.studies import conduct, records, spread, tables, work
 from scripts.studies.plan import Planner, order, unfinished
-from scripts.studies.rows import rows_of
 from scripts.studies.study import MODELS, Series, Study, Value, known_studies, load_base, load_studies
-from scripts.studies.task import Cell, Task
+from scripts.studies.tables import rows_of
+from scripts.studies.work import Cell, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 WANTED = """baselines factors guidance images inference-steps init learning-rate lokr-factors modules steps suite"""
@@ -452,7 +452,7 @@ def test_means_spreads_and_gaps_are_numpys(tmp_path):
         assert float(line["train_seconds"]) == 2.5
     for metric in records.METRICS:
         own = scores[:, :, records.METRICS.index(metric)]
-        for told, values in zip(compare.spreads_of(rows, metric), own, strict=True):
+        for told, values in zip(tables.spreads_of(rows, metric), own, strict=True):
             assert np.mean(list(told.deviation.values())) == pytest.approx(values.std(axis=0, ddof=1).mean())
             assert np.mean(list(told.reach.values())) == pytest.approx(np.ptp(values, axis=0).mean())
 
@@ -461,7 +461,7 @@ def test_intervals_are_students_within_subjects():
     """Against the least squares of a model with one mean a subject, worked out with numpy."""
     cells, found, scores = made_up()
     rows = rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found)
-    gap = compare.against(rows[3], rows[0], "dino")
+    gap = tables.against(rows[3], rows[0], "dino")
     differences = scores[1, 0, 2] - scores[0, 0, 2]
     design = np.array([[1, 1] if k % 2 == 0 else [1, -1] for k in range(6)], dtype=float)  # columns: mean, contrast
     fitted, squares, *_ = np.linalg.lstsq(design, differences, rcond=None)
@@ -475,28 +475,28 @@ def test_intervals_are_students_within_subjects():
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (8, 2.3060), (30, 2.0423), (500, 1.9647)])
 def test_students_quantile(freedom, quantile):
-    assert compare.student(freedom) == pytest.approx(quantile, abs=2e-4)
+    assert tables.student(freedom) == pytest.approx(quantile, abs=2e-4)
 
 
 def test_a_difference_is_clear_where_the_interval_leaves_out_zero_and_all_subjects_agree():
-    same = compare.gap_of({(subject, seed): 0.1 + 0.001 * seed for subject in "abcd" for seed in range(3)})
-    one_apart = compare.gap_of(
+    same = tables.gap_of({(subject, seed): 0.1 + 0.001 * seed for subject in "abcd" for seed in range(3)})
+    one_apart = tables.gap_of(
         {(s, seed): (-0.01 if s == "d" else 0.1) + 0.001 * seed for s in "abcd" for seed in range(3)}
     )
-    noisy = compare.gap_of({(subject, seed): 0.1 + (seed - 1) for subject in "abcd" for seed in range(3)})
+    noisy = tables.gap_of({(subject, seed): 0.1 + (seed - 1) for subject in "abcd" for seed in range(3)})
     assert same is not None and one_apart is not None and noisy is not None
     assert same.clear and tables.told(same).startswith("**+0.101** [") and tables.told(same).endswith(" 4/4")
     assert not one_apart.clear and one_apart.low is not None and one_apart.low > 0
     assert tables.told(one_apart).endswith(" 3/4")
     assert not noisy.clear and noisy.agree == 4
-    below = compare.gap_of({(subject, seed): -0.1 - 0.001 * seed for subject in "abcd" for seed in range(3)})
+    below = tables.gap_of({(subject, seed): -0.1 - 0.001 * seed for subject in "abcd" for seed in range(3)})
     assert below is not None and below.clear and tables.told(below).startswith("**-0.101** [")
 
 
 def test_one_seed_gives_no_interval():
-    gap = compare.gap_of({("a", 0): 0.1, ("b", 0): 0.2})
+    gap = tables.gap_of({("a", 0): 0.1, ("b", 0): 0.2})
     assert gap is not None and (gap.low, gap.high, gap.clear) == (None, None, False)
-    assert tables.told(gap) == "+0.150 2/2" and compare.gap_of({}) is None
+    assert tables.told(gap) == "+0.150 2/2" and tables.gap_of({}) is None
 
 
 def test_how_much_more_one_series_spreads_than_another_is_known_where_nothing_is_left_to_chance():
@@ -508,8 +508,8 @@ def test_how_much_more_one_series_spreads_than_another_is_known_where_nothing_is
         found[cell.key]["scores"] = dict.fromkeys(records.METRICS, by_cell + by_value)
     rows = rows_of(load_studies(["learning-rate"])["learning-rate"], cells, found)
     for metric in records.METRICS:
-        first, other = compare.spreads_of(rows, metric)
-        gap = compare.spread_gap(first, other)
+        first, other = tables.spreads_of(rows, metric)
+        gap = tables.spread_gap(first, other)
         assert (first.series, other.series, first.values) == ("KronA", "LoRA", 3) and gap is not None
         assert [gap.value, gap.low, gap.high] == pytest.approx([-0.1] * 3) and gap.agree == 2
 

@@ -15,9 +15,9 @@ from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
-from diffusekrona_train.models import family_named, noise, open_model
-from diffusekrona_train.models.conditioning import collate
+from diffusekrona_train.models import family_named, open_model, process
 from diffusekrona_train.models.process import Ddpm
+from diffusekrona_train.models.sd import collate
 from diffusekrona_train.sampling.session import Subject, base_model_of
 from diffusekrona_train.training import Diverged, checkpoint, memory, train
 from diffusekrona_train.training.draw import Shelf, draw
@@ -314,7 +314,7 @@ def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path)
     objective = make_objective(world, tmp_path, prior={"kind": "teacher", "weight": 0.3}, train={"batch_size": 2})
     plain = make_objective(world, tmp_path, train={"batch_size": 2})
     (batch,) = plain.batches(0, 0)
-    x_t = noise.add_noise(batch.x_0, batch.eps, batch.t, plain.process.alphas_cumprod)
+    x_t = process.add_noise(batch.x_0, batch.eps, batch.t, plain.process.alphas_cumprod)
     teaching = 0.3 * ((0.5 * x_t - 1.0 * x_t) ** 2).flatten(1).mean(1).sum() / 2
     torch.testing.assert_close(objective.loss(0, 0), plain.loss(0, 0) + teaching)
     assert objective.denoiser.weight.item() == 0.5

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusekrona_train.adapters.products import Sides
+from diffusekrona_train.adapters.kron import Sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
 
@@ -49,6 +49,20 @@ class Adapter(Fp32Module):
     grown: ClassVar[tuple[str, ...]] = ()
     """Factors that start at zero, or that alone are ΔW: how far they may move does not depend on their own size."""
 
+    multiplier: float
+    """What the product is multiplied by: scale, strength, and alpha / rank; follows `strength`."""
+    off: bool
+    """Whether the strength is 0."""
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self._strength, self.off = strength, strength == 0
+        self.multiplier = self.scale * strength * self.alpha_scale()
+
     @property
     def sides(self) -> Sides | None:
         """Return the two products of this adapter, None if it is not two products."""
@@ -56,9 +70,10 @@ class Adapter(Fp32Module):
 
     def __init__(self, layer: Layer, options: Options, spec: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.layer, self.options, self.scale, self.strength = layer, dict(options), float(spec.scale), 1.0
+        self.layer, self.options, self.scale = layer, dict(options), float(spec.scale)
         shapes = self.shapes(layer, options, spec)
         self.suffixes = [suffix for suffix in shapes if suffix != "alpha"]
+        self.strength = 1.0
         for suffix in self.suffixes:
             self.register_parameter(self.parameter_name(suffix), nn.Parameter(torch.zeros(shapes[suffix])))
         with torch.no_grad():
@@ -114,14 +129,10 @@ class Adapter(Fp32Module):
         alpha = self.options["alpha"] if alpha is None else alpha
         return alpha / self.options["rank"] if alpha else 1.0
 
-    def multiplier(self) -> float:
-        """Return what the product is multiplied by: scale, strength, and alpha / rank."""
-        return self.scale * self.strength * self.alpha_scale()
-
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return the dense difference ΔW (out, in), fp32, all scales included."""
-        return self.product() * self.multiplier()
+        return self.product() * self.multiplier
 
     @torch.no_grad()
     def file_tensors(self) -> dict[str, Tensor]:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusekrona_train.adapters.base import Adapter, Options, Partners, Shapes, kaiming, scaled
-from diffusekrona_train.adapters.kron import kron_delta, kron_linear
-from diffusekrona_train.adapters.products import Right, Sides, kron_sides
+from diffusekrona_train.adapters.kron import Right, Sides, kron_delta, kron_linear, kron_sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.config.factors import factorization, pair_cost
 from diffusekrona_train.models.layers import Layer
@@ -39,7 +38,7 @@ class LoRA(Adapter):
         return (Right, "lora_down"), (Right, "lora_up")
 
     def forward(self, x: Tensor) -> Tensor:
-        up = scaled(self.lora_up, self.multiplier())
+        up = scaled(self.lora_up, self.multiplier)
         return F.linear(F.linear(x, self.lora_down.to(x.dtype)), up.to(x.dtype))
 
     def product(self) -> Tensor:
@@ -100,7 +99,7 @@ class LoKr(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         w1, w2 = self.factors()
-        return kron_linear(x, scaled(w1, self.multiplier()), w2)
+        return kron_linear(x, scaled(w1, self.multiplier), w2)
 
     def product(self) -> Tensor:
         return kron_delta(*self.factors())
@@ -172,10 +171,10 @@ class LoHa(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.macs(self.layer, self.options) == self.layer.in_features * self.layer.out_features:
-            return F.linear(x, scaled(self.product(), self.multiplier()).to(x.dtype))
+            return F.linear(x, scaled(self.product(), self.multiplier).to(x.dtype))
         up = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None, :]).flatten(1)  # (out, rank²)
         down = (self.hada_w1_b[:, None, :] * self.hada_w2_b[None, :, :]).flatten(0, 1)  # (rank², in)
-        return F.linear(F.linear(x, down.to(x.dtype)), scaled(up, self.multiplier()).to(x.dtype))
+        return F.linear(F.linear(x, down.to(x.dtype)), scaled(up, self.multiplier).to(x.dtype))
 
     def product(self) -> Tensor:
         return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b)
@@ -211,7 +210,7 @@ class Full(Adapter):
         return layer.in_features * layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, scaled(self.diff, self.multiplier()).to(x.dtype))
+        return F.linear(x, scaled(self.diff, self.multiplier).to(x.dtype))
 
     def product(self) -> Tensor:
         return self.diff.clone()

@@ -116,6 +116,10 @@ class FlatFactors:
             self._stages[dtype] = torch.zeros(self.size, dtype=dtype, device=self.master.device)
         return self._stages[dtype]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the buffers of factors and gradients, in every type that is there."""
+        return [self.buffer, *self._shadows.values(), *self._stages.values()]
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast the factors anew, after they have changed."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters.base import Adapter, Options, Partners, Shapes, kaiming, scaled
-from diffusekrona_train.adapters.kron import kron_delta, kron_linear
-from diffusekrona_train.adapters.products import Sides, kron_sides
+from diffusekrona_train.adapters.kron import Sides, kron_delta, kron_linear, kron_sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.config.factors import pair_cost
 from diffusekrona_train.models.layers import Layer
@@ -64,7 +63,7 @@ class KronA(Adapter):
         return kron_sides(self.A, self.B, "A", "B")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = kron_linear(x, scaled(self.A, self.multiplier()), self.B)
+        y = kron_linear(x, scaled(self.A, self.multiplier), self.B)
         if not self.row_permutation:
             return y
         return y.reshape(*y.shape[:-1], len(self.A), len(self.B)).mT.reshape(y.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +139,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def moved(rows: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Move tensors to `device`, floating-point ones to `dtype`; integers and booleans keep their type."""
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in rows.items()}
 
 
 def random_state_of_cards() -> Callable[[], None]:

@@ -53,6 +53,9 @@ class TrainConfig(Strict):
     """auto picks plain, gradient checkpointing, or NF4 with checkpointing from the free GPU memory."""
     compile: bool = False
     """torch.compile the transformer blocks; needs a C++ compiler, and minutes for the first step."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Replay the step as a CUDA graph: auto where memory allows it, true always tries; it runs without where it
+    cannot."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs that have them."""
     channels_last: bool = False

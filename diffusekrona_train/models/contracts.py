@@ -154,7 +154,7 @@ class Process(Protocol):
         ...
 
     def weight(self, name: str, t: Tensor, gamma: float) -> Tensor:
-        """Return the weight of each sample's loss by its time, (B,); `name` is a row of noise.WEIGHTINGS."""
+        """Return the weight of each sample's loss by its time, (B,); `name` is a row of process.WEIGHTINGS."""
         ...
 
     def check_weighting(self, name: str) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from diffusekrona_train.common.device import empty_cache, ran_out
 from diffusekrona_train.models import layers as names
-from diffusekrona_train.models.conditioning import collate
 from diffusekrona_train.models.contracts import (
     Conditioning,
     Config,
@@ -46,6 +46,8 @@ class SD:
     )
     side_multiple = 8
     negative_prompt = True
+    added: Mapping[str, str] = {}
+    """What the UNet is given beside its prompt: its name for it -> the conditioning's."""
     blocks = ("down_blocks", "mid_block", "up_blocks")
     # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without cuDNN's workspaces and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
@@ -80,21 +82,8 @@ class SD:
         return latents * vae.config.scaling_factor
 
     def decode(self, vae: Loaded, latents: Tensor) -> Tensor:
-        """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type.
-
-        Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same image
-        in a quarter of the memory. (The VAE's own tiles are as large as the images that it was trained on.)
-        """
-        unscaled, pixels = latents.to(vae.dtype) / vae.config.scaling_factor, None
-        try:
-            if not vae.use_tiling:
-                pixels = vae.decode(unscaled, return_dict=False)[0]
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
-        if pixels is None:  # not in the handler: its traceback keeps what the decoder had made so far
-            pixels = decode_in_tiles(vae, unscaled)
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1], computed in the VAE's own type."""
+        return decoded(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
 
     def picture_conditioning(
         self, original_hw: tuple[int, int], crop_top_left: tuple[int, int], target_hw: tuple[int, int]
@@ -117,14 +106,15 @@ class SD:
             return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0][0]}
 
     def collate(self, rows: Sequence[Tensors]) -> Conditioning:
-        """Stack rows; they all have the same length."""
+        """Batch rows as `collate` below: stacked, as all prompts of a UNet have the tokenizer's length."""
         return collate(rows)
 
     # ---- the denoiser ----
 
     def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the model's prediction (B, C, h, w) for x_t (B, C, h, w), t (B,)."""
-        return denoiser(x_t, t, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
+        embeds, added = conditioning["prompt_embeds"], {name: conditioning[key] for name, key in self.added.items()}
+        return denoiser(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added or None, return_dict=False)[0]
 
     def describe(self, name: str, in_features: int, out_features: int) -> Layer | None:
         """Describe a linear of the transformer blocks by its diffusers name."""
@@ -232,6 +222,24 @@ def optional(parts: Mapping[str, Any], count: int) -> tuple[list[Any], list[Any]
     return parts.get("text_encoders") or [None] * count, parts.get("tokenizers") or [None] * count
 
 
+def decoded(vae: Loaded, unscaled: Tensor, in_tiles: Callable[[Loaded, Tensor], Tensor] | None = None) -> Tensor:
+    """Decode a VAE's own latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1].
+
+    Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same image
+    in a quarter of the memory. (The VAE's own tiles are as large as the images that it was trained on.)
+    """
+    pixels = None
+    try:
+        if not vae.use_tiling:
+            pixels = vae.decode(unscaled, return_dict=False)[0]
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+    if pixels is None:  # not in the handler: its traceback keeps what the decoder had made so far
+        pixels = (in_tiles or decode_in_tiles)(vae, unscaled)
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
 def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:
     """Decode as vae.decode, in blended tiles of at most half the longer side; the VAE's own settings for tiles stay."""
     side = max(4, max(latents.shape[-2:]) // 8 * 4)  # a quarter of it is the overlap, in whole latents
@@ -246,6 +254,33 @@ def decode_in_tiles(vae: Loaded, latents: Tensor) -> Tensor:
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
+
+
+def collate(rows: Sequence[Tensors]) -> Conditioning:
+    """Batch rows of the same names: name -> (B, ...), stacked where shapes agree, else padded at the end of their first
+    axis.
+
+    Padding is zero (False in masks). A padded tensor `x` without an `x_mask` of its own gets one: (B, L) boolean, True
+    where there is something. Raises ValueError where the rows have other names.
+    """
+    for row in rows[1:]:
+        if row.keys() != rows[0].keys():
+            raise ValueError(f"prompts with {', '.join(row)} cannot be batched with {', '.join(rows[0])}")
+    batch: Conditioning = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if all(value.shape == values[0].shape for value in values):
+            batch[name] = torch.stack(values)
+            continue
+        batch[name] = pad_sequence(values, batch_first=True)
+        if not name.endswith("_mask") and f"{name}_mask" not in rows[0]:
+            batch[f"{name}_mask"] = _mask(values)
+    return batch
+
+
+def _mask(values: Sequence[Tensor]) -> Tensor:
+    lengths = torch.tensor([len(value) for value in values])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).to(values[0].device)
 
 
 def tokenize(tokenizer: Loaded, prompt: str) -> Any:

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffusekrona_train.models import layers as names
 from diffusekrona_train.models.contracts import (
     Conditioning,
     Config,
-    Denoiser,
     Family,
     Layer,
     Loaded,
@@ -40,6 +38,8 @@ class SDXL(SD):
         ),
     )
 
+    added = {"text_embeds": "pooled", "time_ids": "size_ids"}
+
     def matches(self, denoiser_config: Config) -> bool:
         """Return True for a UNet with added text and time embeddings."""
         is_unet = denoiser_config.get("_class_name") == "UNet2DConditionModel"
@@ -64,12 +64,6 @@ class SDXL(SD):
             hidden.append(output.hidden_states[-2])
             pooled = output[0]
         return {"prompt_embeds": torch.cat(hidden, dim=-1)[0], "pooled": pooled[0]}
-
-    def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the prediction (B, C, h, w); conditioning has pooled (B, Dp) and size_ids (B, 6)."""
-        added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["size_ids"]}
-        embeds = conditioning["prompt_embeds"]
-        return denoiser(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     def pipeline(self, parts: Mapping[str, Any]) -> Any:
         """Build diffusers' pipeline from loaded parts; text encoders and tokenizers may be missing."""

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusekrona_train.common.device import moved
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.config.strengths import parse_strengths
-from diffusekrona_train.models.conditioning import moved
 from diffusekrona_train.models.contracts import Conditioning, Family, Loaded, Request, Tensors
 from diffusekrona_train.models.schedulers import build_scheduler
 

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "train.keep_best",
     "train.log_every",
     "train.trackers",
+    "train.cuda_graph",  # it replays the same kernels
 )
 """Fields that a resumed run may set anew: how long, what is watched, where things go. All others make another run."""
 

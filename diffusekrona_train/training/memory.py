@@ -54,11 +54,40 @@ def choose(
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = available / GIB
     ladder = [level for level in ladder if abilities(device).quantized or level.quantize == "none"]
+    needs = [(level, need(level, config, base_parameters, samples, dtype, figures, trained)) for level in ladder]
+    level, least = next((pair for pair in needs if pair[1] <= free), needs[-1])
+    return level, f"memory: {level.name} (about {least:.1f} GiB needed, {free:.1f} GiB free)"
+
+
+def need(
+    level: Level,
+    config: RunConfig,
+    base_parameters: int,
+    samples: int,
+    dtype: torch.dtype,
+    figures: MemoryFigures,
+    trained: int,
+) -> float:
+    """GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
     megapixels = samples * (config.data.resolution / 1024) ** 2
-    extra = trained * trained_bytes(config) / GIB
-    needs = [(level, estimate(level, base_parameters, megapixels, dtype, figures) + extra) for level in ladder]
-    level, need = next((pair for pair in needs if pair[1] <= free), needs[-1])
-    return level, f"memory: {level.name} (about {need:.1f} GiB needed, {free:.1f} GiB free)"
+    step = estimate(level, base_parameters, megapixels, dtype, figures)
+    return step + trained * trained_bytes(config) / GIB
+
+
+def room(
+    level: Level,
+    config: RunConfig,
+    base_parameters: int,
+    samples: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    figures: MemoryFigures,
+    trained: int,
+) -> float | None:
+    """GiB that `level` leaves free on the device, before the model is loaded; None where the device does not say."""
+    if (available := free_bytes(device)) is None:
+        return None
+    return available / GIB - need(level, config, base_parameters, samples, dtype, figures, trained)
 
 
 BYTES = {"int8": 1.04, "nf4": 0.56}

@@ -58,6 +58,10 @@ class Descent:
         self.rates, self.cap = rates_of(factors, train), cap
         self.average = None if train.average is None else Average(factors, train.average)
         self.meters = torch.zeros(6, dtype=can.widest, device=self.flat.device)
+        self.wish = torch.zeros((), device=self.flat.device)
+        # On the device, so that a step that is replayed reads each step's own. CUDA's kernel reads fp32.
+        exact = torch.float64 if self.flat.device.type == "cpu" else torch.float32
+        self.rate = torch.zeros((), dtype=exact, device=self.flat.device)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds one micro-batch to the gradients of this step."""
@@ -67,16 +71,30 @@ class Descent:
         self.flat[LOSS] += loss.detach()
 
     def step(self, learning_rate: float, stop: bool = False) -> torch.Tensor:
-        """Applies the gradients; returns a copy of the buffer's stop place (above 0 where any process wants to stop).
+        """Apply the gradients; return the mean of all processes' wish to stop, on the device until the next step.
 
         A step whose loss or gradient is not finite leaves factors and optimiser state as they were. That is decided on
         the device; only 8-bit AdamW and Apple GPUs, which know no such switch, wait for the answer.
         """
+        self.prepare(learning_rate, stop)
+        self.apply()
+        return self.wish
+
+    def prepare(self, learning_rate: float, stop: bool) -> None:
+        """Write what `apply` reads from the host to the device, and agree with the other processes."""
+        self.rate.fill_(learning_rate)
+        for group in self.optimizer.param_groups:
+            # With a rate for each segment the optimiser steps at rate 1, and `_move` shortens what it did.
+            group["lr"] = 1.0 if self.rates is not None else learning_rate if self.waits else self.rate
         if stop:
             self.flat[STOP] = 1.0
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(self.flat)
             self.flat.div_(self.accelerator.num_processes)
+
+    def apply(self) -> None:
+        """Clip, step, count, and clear the gradients. Reads and writes tensors that stay where they are, so it can be
+        captured (unless it `waits`)."""
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
@@ -86,17 +104,22 @@ class Descent:
         bad = ~(norm.isfinite() & loss.isfinite())
         if self.train.max_grad_norm is not None:
             gradients.mul_((self.train.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        self._apply(learning_rate, bad)
+        self._move(bad)
         if scaler is not None:
             scaler.update()
         self._count(loss, norm, bad)
-        wish = self.flat[STOP].clone()
+        self.wish.copy_(self.flat[STOP])
         self.flat.zero_()
-        return wish
 
-    def _apply(self, learning_rate: float, bad: torch.Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate if self.rates is None else 1.0
+    def state(self) -> list[torch.Tensor]:
+        """Return every tensor that `apply` changes; those of the optimiser are there after its first step."""
+        moments = [value for value in self.optimizer.state[self.factors.master].values() if torch.is_tensor(value)]
+        scaler = self.accelerator.scaler
+        scale = [] if scaler is None else [scaler._scale, scaler._growth_tracker]
+        average = [] if self.average is None else [self.average.values, self.average.steps]
+        return [*self.factors.tensors(), self.meters, self.wish, *average, *moments, *scale]
+
+    def _move(self, bad: torch.Tensor) -> None:
         if self.waits:
             if bad:  # nothing has moved: neither the cap nor the average has anything to do
                 return
@@ -106,7 +129,7 @@ class Descent:
         if self.rates is None:
             self.optimizer.step()
         else:
-            before, table = self.factors.master.detach().clone(), self.rates.table(learning_rate)
+            before, table = self.factors.master.detach().clone(), self.rates.table(self.rate)
             self.optimizer.step()
             self.rates.shorten(before, table)
         if self.cap is not None:
@@ -134,7 +157,7 @@ class Descent:
             torch.maximum(worst, streak),
             norm,
         ]
-        self.meters = torch.stack([value.to(self.meters.dtype) for value in new])
+        self.meters.copy_(torch.stack([value.to(self.meters.dtype) for value in new]))
 
     def read(self) -> dict[str, float | None]:
         """What was counted, read from the device; the mean loss starts anew."""
@@ -161,7 +184,10 @@ def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig, *, fuse
         except ImportError:
             raise ValueError("train.optimizer: adamw8bit needs bitsandbytes; install it or use adamw") from None
         return AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=fused, **settings)
+    capturable = fused and parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, fused=fused, capturable=capturable, **settings)
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # it runs both ways
+    return optimizer
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int) -> float:

@@ -127,6 +127,7 @@ def name_the_best(run: Run) -> None:
     progress = run.journal.progress
     progress.report("phase", name="evaluate")
     # the evaluation loads the base itself, and the factors are saved; the injection holds the denoiser too
+    run.graphs.forget()
     run.objective.denoiser = run.objective.injection = None
     free()
     try:

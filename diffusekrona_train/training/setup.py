@@ -35,7 +35,7 @@ from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
-from diffusekrona_train.training import checkpoint, memory
+from diffusekrona_train.training import checkpoint, graph, memory
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
@@ -61,6 +61,7 @@ class Run:
     level: memory.Level
     objective: Objective
     descent: Descent
+    graphs: graph.StepGraphs
     gallery: Gallery
     journal: Journal
     stop: Stop
@@ -97,7 +98,7 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    level, why = choose_level(config, source, accelerator, dtype)
+    level, why, room = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
     descent = make_descent(config, injection, accelerator)
@@ -126,11 +127,13 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {first} that the run has reached")
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
         start.events.warning(line)
+    graphs = graph.step_graphs(config, objective, descent, level, room, tell)
     gallery = Gallery(config, source, objective, start.folder, start.events)
     journal = open_folder(start, state, first, about["config"])
     return Run(
-        config, start.folder, source, accelerator, level, objective, descent, gallery, journal, stop, first, about
-    )
+        config, start.folder, source, accelerator, level, objective, descent, graphs, gallery, journal, stop, first,
+        about,
+    )  # fmt: skip
 
 
 def open_folder(start: Start, state: checkpoint.State | None, first: int, config: dict[str, Any]) -> Journal:
@@ -191,17 +194,19 @@ def refuse_unsupported(config: RunConfig, kind: str) -> None:
 
 def choose_level(
     config: RunConfig, source: ModelSource, accelerator: Accelerator, dtype: torch.dtype
-) -> tuple[memory.Level, str]:
-    """The memory level of all processes: what the main one finds room for."""
+) -> tuple[memory.Level, str, float | None]:
+    """The memory level of all processes, why, and how many GiB it leaves free: as the main one finds room."""
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     base = source.base_parameters()
     trained = memory.trained_parameters(config, source.layers(), base)
-    level, why = memory.choose(config, base, samples, dtype, accelerator.device, source.family.memory, trained)
+    figures, device = source.family.memory, accelerator.device
+    level, why = memory.choose(config, base, samples, dtype, device, figures, trained)
+    room = memory.room(level, config, base, samples, dtype, device, figures, trained)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
-        level, why = broadcast_object_list([level, why])
-    return level, why
+        level, why, room = broadcast_object_list([level, why, room])
+    return level, why, room
 
 
 def load_denoiser(

@@ -8,7 +8,7 @@ import torch
 
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import free, ran_out
-from diffusekrona_train.training import memory, setup
+from diffusekrona_train.training import graph, memory, setup
 from diffusekrona_train.training.optimizer import learning_rate_factor
 from diffusekrona_train.training.setup import Run
 
@@ -20,7 +20,7 @@ would have to ask each other in every step. One process may drop a level at any 
 def gradients(run: Run, step: int) -> None:
     """Forward and backward of this process's share of the global batch."""
     for micro in range(run.config.train.gradient_accumulation):
-        run.descent.backward(run.objective.loss(step, micro))
+        run.graphs.passes(run.objective.batches(step, micro))
     faults.reach("step", step)
 
 
@@ -46,6 +46,7 @@ def fit_gradients(run: Run, step: int) -> None:
 
 def go_down(run: Run) -> None:
     """Takes the next memory level; RuntimeError at the lowest."""
+    run.graphs.forget()
     run.descent.clear()
     lower = memory.below(run.level, run.config, run.accelerator.device)
     if lower is None:
@@ -69,19 +70,22 @@ def go_down(run: Run) -> None:
         if average is not None and run.descent.average is not None:
             run.descent.average.load(average.tensors())
     run.level = lower
+    run.graphs = graph.step_graphs(run.config, run.objective, run.descent, lower, 0.0, run.journal.say)
     free()
 
 
 def training_step(run: Run, step: int) -> torch.Tensor:
     """Gradients of the global batch, then one optimiser step; nothing here waits for the device.
 
-    Returns the processes' averaged wish to stop, on the device.
+    Returns the processes' averaged wish to stop, on the device until the next step.
     """
     if step < run.start + FIRST_STEPS or run.accelerator.num_processes == 1:
         fit_gradients(run, step)
     else:
         gradients(run, step)
-    return run.descent.step(learning_rate(run, step), run.stop.wanted())
+    run.descent.prepare(learning_rate(run, step), run.stop.wanted())
+    run.graphs.apply()
+    return run.descent.wish
 
 
 def learning_rate(run: Run, step: int) -> float:

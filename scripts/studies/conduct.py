@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.studies import confirm, figures, records, spread, tables, verdict
+from scripts.studies import figures, judge, records, spread, tables
 from scripts.studies.judge import methods_of, ranking
 from scripts.studies.plan import Planner, order, unfinished
-from scripts.studies.rows import rows_of
-from scripts.studies.study import Base, Study, load_base, load_studies
-from scripts.studies.task import Cell, Task, texts_of
-from scripts.studies.work import stays
+from scripts.studies.study import CONFIRM, Base, Study, load_base, load_studies, look_alikes, suite_to_confirm
+from scripts.studies.tables import rows_of
+from scripts.studies.work import Cell, Task, stays, texts_of
 
 
 def conduct(options: argparse.Namespace) -> int:
@@ -59,9 +58,9 @@ def conduct(options: argparse.Namespace) -> int:
         kept = read_all([cell for own in cells.values() for cell in own], runs)
         records.write_lines(options.export / "records.jsonl", kept.values())
     if further and not options.check:
-        found = read_all(cells[confirm.NAME], runs)
-        told_about = about(cells[confirm.NAME], found) if found else "nothing is measured yet"
-        print("\n".join(verdict.lines_of_verdict(studies[confirm.NAME], cells[confirm.NAME], found, told_about)))
+        found = read_all(cells[CONFIRM], runs)
+        told_about = about(cells[CONFIRM], found) if found else "nothing is measured yet"
+        print("\n".join(judge.lines_of_verdict(studies[CONFIRM], cells[CONFIRM], found, told_about)))
     for task, why in failed:
         print(f"failed: {task.subject}, seed {task.seed}, run {task.run}: {why}", file=sys.stderr)
     return 1 if missing else 0
@@ -69,12 +68,12 @@ def conduct(options: argparse.Namespace) -> int:
 
 def subjects_to_confirm(names: Sequence[str], base: Base, photos: Path | None) -> dict[str, Any]:
     """Return what `confirm` gives the planner in the place of the base's suite; nothing for other studies."""
-    if confirm.NAME not in names:
+    if CONFIRM not in names:
         return {}
     if len(names) > 1:
-        raise ValueError(f"{confirm.NAME} has subjects of its own; give it alone, without other studies")
-    suite = confirm.suite_of(photos, base)
-    return {"suite": suite, "subjects": [row.name for row in suite.rows], "look_alikes": confirm.look_alikes()}
+        raise ValueError(f"{CONFIRM} has subjects of its own; give it alone, without other studies")
+    suite = suite_to_confirm(photos, base)
+    return {"suite": suite, "subjects": [row.name for row in suite.rows], "look_alikes": look_alikes()}
 
 
 def work_off(tasks: Sequence[Task], runs: Path, on: str, workers: int | None) -> list[spread.Done]:
@@ -178,8 +177,8 @@ def write_all(
         shown = cells[name]
         tables.write_csv(target / "table.csv", study, rows)
         if study.judge:
-            verdict.write_verdict(target / "table.md", study, shown, found, about(shown, found))
-            verdict.write_fronts(target / "plot.png", study, shown, found)
+            judge.write_verdict(target / "table.md", study, shown, found, about(shown, found))
+            judge.write_fronts(target / "plot.png", study, shown, found)
             shown = best_cells(study, shown, found)
         else:
             tables.write_markdown(target / "table.md", study, rows, about(shown, found))

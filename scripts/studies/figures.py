@@ -12,11 +12,10 @@ from PIL import Image
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.evaluation.inputs import photos_of
 from diffusekrona_train.report.sheet import contact_sheet
-from scripts.studies.gallery import TITLES
 from scripts.studies.records import Record, strip_of
-from scripts.studies.rows import Row
 from scripts.studies.study import Study
-from scripts.studies.task import Cell
+from scripts.studies.tables import TITLES, Row
+from scripts.studies.work import Cell
 
 COLOURS = ("#3b82f6", "#e8833a", "#22a06b", "#a169e0")
 

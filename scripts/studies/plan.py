@@ -13,10 +13,9 @@ from diffusekrona_train.data import collect
 from diffusekrona_train.evaluation.inputs import Suite, SuiteRow, load_suite
 from diffusekrona_train.evaluation.metrics.encoders import CLIP, DINO
 from diffusekrona_train.models import open_model
-from scripts.studies.gallery import needs_gallery
 from scripts.studies.records import key_of, model_mark, read, run_mark
 from scripts.studies.study import Base, Sampling, Series, Study, Value
-from scripts.studies.task import Cell, Task
+from scripts.studies.work import Cell, Task, needs_gallery
 
 SETTLED = ("model", "subject.images", "subject.files", "subject.class", "subject.token")
 """Fields that --set may not change: records are named by what the base and its suite say of them."""

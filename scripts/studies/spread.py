@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.studies import records
-from scripts.studies.task import Task
+from scripts.studies.work import Task, perform
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60
@@ -24,8 +24,6 @@ Done = tuple[Task, str | None]
 
 def attempt(task: Task, runs: Path) -> tuple[str | None, list[tuple[records.Record, bytes]]]:
     """Performs a task: (None, what was measured), or (one line that says why not, []). A traceback goes to log.txt."""
-    from scripts.studies.work import perform
-
     try:
         return None, perform(task, runs)
     except Exception as error:

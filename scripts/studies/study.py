@@ -1,7 +1,11 @@
-"""Studies and model bases as strict YAML: what is varied, from what, and for which subjects."""
+"""Studies and model bases as strict YAML: what is varied, from what, and for which subjects.
+
+The study `confirm` has subjects that nobody tuned on: a folder of photos for each, named subject-class.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,6 +14,8 @@ from pydantic import Field, ValidationError, model_validator
 from diffusekrona_train.config import one_line, read_yaml
 from diffusekrona_train.config.base import Strict
 from diffusekrona_train.config.strengths import LARGEST, parse_strengths
+from diffusekrona_train.data import is_image, printable
+from diffusekrona_train.evaluation.inputs import Suite, SuiteRow, load_suite
 from scripts.studies.records import METRICS
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
@@ -241,3 +247,46 @@ def _read(path: Path, kind: type[Kind]) -> Kind:
         return kind.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ValueError(f"{path.name}: {one_line(error, kind)}") from None
+
+
+# ---- subjects to confirm with ----------------------------------------------------------------------------------------
+
+CONFIRM = "confirm"
+FEWEST, MOST = 3, 10
+"""Photos of a subject."""
+SHAPE = "name it subject-class, such as rex-toy_dinosaur (the class follows the last hyphen, _ is a space)"
+
+
+def suite_to_confirm(folder: Path | None, base: Base) -> Suite:
+    """Return the subjects of a folder as a suite; ValueError of one line where a folder is no subject.
+
+    Hidden entries and files beside the folders are left out.
+    """
+    if folder is None:
+        raise ValueError(
+            f"{CONFIRM} needs --photos FOLDER, with a folder of {FEWEST} to {MOST} photos for each subject"
+        )
+    if not folder.is_dir():
+        raise ValueError(f"--photos {printable(str(folder))}: is not a folder")
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise ValueError(f"--photos {printable(str(folder))}: holds no folder of photos; {SHAPE}")
+    rows = [_row_of(path) for path in found]
+    return Suite(name=CONFIRM, prompts={"all": base.prompts}, rows=rows)
+
+
+def _row_of(folder: Path) -> SuiteRow:
+    name, shown = folder.name, f"--photos: {printable(folder.name)}"
+    subject, hyphen, noun = name.rpartition("-")
+    noun = noun.replace("_", " ").strip()
+    if not hyphen or not subject or not noun or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{shown}: does not say what the subject is; {SHAPE}")
+    count = sum(is_image(path) for path in folder.iterdir())
+    if not FEWEST <= count <= MOST:
+        raise ValueError(f"{shown}: holds {count} photos; give {FEWEST} to {MOST}")
+    return SuiteRow.model_validate({"name": name, "class": noun})
+
+
+def look_alikes() -> list[str]:
+    """Return where the photos of toybox's sprites are; they join the folder's other subjects in the gallery."""
+    return [row.images for row in load_suite("toybox").rows if row.images]

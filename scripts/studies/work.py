@@ -1,6 +1,7 @@
-"""One task in one process: train (or go on, or nothing), draw, measure, write the records.
+"""What a table shows (Cell), what has to be done for it (Task), and doing it in one process: train, generate, measure.
 
-What a process has loaded stays for its next tasks: libraries, encoders, photos and, on a CPU, the sampling pipeline.
+A Task is a plain value that any process can take. What a process has loaded stays for its next tasks: libraries,
+encoders, photos and, on a CPU, the sampling pipeline. Records are written as they come.
 """
 
 from __future__ import annotations
@@ -12,14 +13,78 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from diffusekrona_train.common.run_folder import adapter_file, claimed, read_metrics, step_of
+from diffusekrona_train.evaluation.inputs import Generated, photos_of
+from diffusekrona_train.evaluation.metrics import METRICS, cosines
 from scripts.studies import records
-from scripts.studies.task import Task, filled
+from scripts.studies.study import Series, Value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of one study: a value in a series for a subject and a seed, and the key of its record."""
+
+    series: Series
+    value: Value
+    subject: str
+    seed: int
+    key: str
+    images: str = ""
+    """All photos of the subject."""
+    group: str = ""
+    """The subject's group in its suite."""
+    strength: float = 1.0
+    """At which it is sampled, where the study tries several."""
+
+
+@dataclass
+class Task:
+    """One training run and all that is measured of it."""
+
+    run: str
+    """Name of the run folder; `base` for the model without an adapter."""
+    config: dict[str, Any]
+    of: dict[str, Any]
+    subject: str
+    group: str
+    images: str
+    """All photos of the subject, which the scores compare with."""
+    seed: int
+    """Of training; what a task without training draws has seeds of its own."""
+    needs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Record key -> {step, seed, sampling, of: what the key is a hash of}."""
+    studies: set[str] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    """Prompts of all tasks, identifiers filled in and taken out: encoded once in a process."""
+    batch_size: int = 1
+    threads: int | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps at which something is measured; empty where nothing is trained."""
+        return sorted({need["step"] for need in self.needs.values()} - {0})
+
+
+def texts_of(tasks: Sequence[Task]) -> list[str]:
+    """Every text that the tasks draw, each once."""
+    return list(dict.fromkeys(text for task in tasks for need in task.needs.values() for text in filled(task, need)))
+
+
+def filled(task: Task, need: dict[str, Any]) -> list[str]:
+    """The prompts of a need as they are drawn: with the identifier, or without it where nothing was trained."""
+    subject = task.config["subject"]
+    token = subject["token"] if need["step"] else ""
+    texts = [text.replace("[V]", token).replace("{class}", subject["class"]) for text in need["sampling"]["prompts"]]
+    return [" ".join(text.split()) for text in texts]
+
 
 SETTINGS = ("steps", "guidance", "negative", "scheduler", "noise", "strength_schedule")
 """What a record's sampling says of SampleSettings, by the same names."""
@@ -123,9 +188,7 @@ def seconds_at(folder: Path, step: int) -> float:
 def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple[records.Record, bytes]:
     from diffusekrona_train.common.device import pick_device, pick_dtype
     from diffusekrona_train.evaluation.measure import Judges, measure
-    from diffusekrona_train.evaluation.metrics import METRICS
     from diffusekrona_train.sampling.session import subjects_of
-    from scripts.studies.gallery import rank_in_gallery
 
     step, token = need["step"], task.config["subject"]["token"]
     wearing = subjects_of([(adapter_of(folder, step), 1.0)]) if step else []
@@ -136,8 +199,6 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
         judges = open_judges(Judges, task.config["model"] == "toybox")
         measured = measure(judges, open_photos(task.images), drawn, identifiers=(token,))
         ranked = rank_in_gallery(judges.dino, task.images, need["gallery"], drawn) if need["gallery"] else {}
-    import numpy as np
-
     scores = {
         name: round(float(METRICS[name].reduce(np.asarray(values))), 6) for name, values in measured.values.items()
     } | ranked
@@ -269,3 +330,26 @@ def open_photos(images: str) -> list[Image.Image]:
     from diffusekrona_train.evaluation.inputs import photos_of
 
     return photos_of(images)
+
+
+# ---- among look-alikes -----------------------------------------------------------------------------------------------
+
+
+def needs_gallery(metrics: Sequence[str]) -> bool:
+    return not {"gallery", "rank"}.isdisjoint(metrics)
+
+
+def rank_in_gallery(encoder: Any, own: str, others: Sequence[str], generated: Sequence[Generated]) -> dict[str, float]:
+    """Return `gallery` and `rank`, means over the generated images.
+
+    own and others: where the photos of the subject and of each look-alike are. encoder.images gives unit rows.
+    """
+    images = encoder.images([image.open() for image in generated])
+    nearest = [cosines(images, encoder.images(photos_of(each))).max(axis=1) for each in (own, *others)]
+    ranks = ranks_of(np.stack(nearest))
+    return {"gallery": round(float((ranks == 1).mean()), 6), "rank": round(float(ranks.mean()), 6)}
+
+
+def ranks_of(nearest: np.ndarray) -> np.ndarray:
+    """(1 + look-alikes, images) similarities, the subject's first -> (images,) its rank; a tie is not a win."""
+    return 1 + (nearest[1:] >= nearest[0]).sum(axis=0)

@@ -8,14 +8,7 @@ from typing import Any
 import torch
 
 from diffusekrona_train.models.source import quiet
-from tests.tiny import _byte_symbols
-
-TEMPLATE = (
-    "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}"
-    "{%- endif %}"
-)
+from tests.tiny.texts import qwen_tokenizer
 
 
 def make_zimage(folder: Path, seed: int = 0) -> Path:
@@ -25,10 +18,10 @@ def make_zimage(folder: Path, seed: int = 0) -> Path:
     quiet()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = _tokenizer()
+        tokenizer = qwen_tokenizer()
         pipe = ZImagePipeline(
             transformer=_transformer(),
-            vae=_vae(),
+            vae=kl_vae(scaling_factor=0.3611, shift_factor=0.1159),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             text_encoder=_encoder(len(tokenizer)),
             tokenizer=tokenizer,
@@ -60,7 +53,8 @@ def _transformer() -> Any:
     return model
 
 
-def _vae() -> Any:
+def kl_vae(**scales: float) -> Any:
+    """A VAE of 16 channels with its real factor of 8."""
     from diffusers import AutoencoderKL
 
     settings: dict[str, Any] = {
@@ -73,8 +67,7 @@ def _vae() -> Any:
         "sample_size": 64,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
+        **scales,
     }
     return AutoencoderKL(**settings)
 
@@ -93,16 +86,3 @@ def _encoder(words: int) -> Any:
         "max_position_embeddings": 2048,
     }
     return Qwen3Model(Qwen3Config(**settings))
-
-
-def _tokenizer() -> Any:
-    from transformers import Qwen2Tokenizer
-
-    end = "<|endoftext|>"
-    vocab = {symbol: i for i, symbol in enumerate([*_byte_symbols(), end])}
-    options: dict[str, Any] = {"model_max_length": 4096, "unk_token": None, "eos_token": end, "pad_token": end}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], **options)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer

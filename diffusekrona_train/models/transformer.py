@@ -1,0 +1,184 @@
+"""What the flow transformers share: a flow, latents with a shift, layers by block and stream, names in files.
+
+A family states its blocks, its feed-forwards and its fused linears as tables, and adds prompts, `predict` and `sample`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diffusekrona_train.models import layers as names
+from diffusekrona_train.models.contracts import Config, Layer, Linears, Loaded, Process, Request
+from diffusekrona_train.models.process import Flow
+from diffusekrona_train.models.sd import SD, decoded, optional
+
+
+class FlowTransformer(SD):
+    """What differs from the UNets, for all transformers that predict a velocity."""
+
+    side_multiple = 16
+    streams: Mapping[str, str] = {}
+    """Path of repeated blocks -> whose tokens they see: image, text or both; a text projection inside is text."""
+    feed_forward: Mapping[str, str] = {}
+    """Pattern of a feed-forward's linear inside a block -> its stream, "" for the block's own."""
+    fused: Mapping[str, str] = {}
+    """Path inside a block of a linear that holds several projections -> their letters."""
+    dead: Sequence[str] = ()
+    """Patterns of what leads nowhere inside the last block of the first kind: its gradient is always zero."""
+    pipeline_class = ""
+    version = ""
+    architecture = ""
+    """What other tools call the base: ss_base_model_version, and modelspec.architecture without /lora."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Return the paths of the repeated blocks, in the order in which they run."""
+        return tuple(self.streams)
+
+    def matches(self, denoiser_config: Config) -> bool:
+        """Return True for the family's own class of transformer."""
+        return denoiser_config.get("_class_name") == self.parts.denoiser.cls
+
+    def process(self, scheduler_config: Config, side: int) -> Process:
+        """Return a flow with the shift of the scheduler's config, for image tokens of 16 pixels a side."""
+        name = scheduler_config.get("_class_name")
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise ValueError(
+                f"its scheduler/scheduler_config.json names {name}, which is not a flow-matching scheduler; "
+                "name the model's own, FlowMatchEulerDiscreteScheduler"
+            )
+        return Flow.from_config(scheduler_config, (side // self.side_multiple) ** 2)
+
+    def default_resolution(self, denoiser_config: Config, vae_config: Config) -> int:
+        """Return the side that the VAE was trained on, in pixels: the transformers' configs have none."""
+        return int(vae_config.get("sample_size") or 1024)
+
+    # ---- images ----
+
+    def encode_image(self, vae: Loaded, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Encode pixels (B, 3, H, W) in [-1, 1] as latents (B, C, h, w), shifted and scaled; the posterior's mean
+        without a generator."""
+        return (posterior(vae, pixels, generator) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def decode(self, vae: Loaded, latents: Tensor) -> Tensor:
+        """Decode shifted and scaled latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1]."""
+        return decoded(vae, latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))
+
+    # ---- the denoiser ----
+
+    def describe(self, name: str, in_features: int, out_features: int) -> Layer | None:
+        """Describe a projection or feed-forward of the blocks; None for modulation, embedders and the last layer."""
+        match = self._in_block(name)
+        if match is None:
+            return None
+        block, rest, stream = match["block"], match["rest"], self.streams[match["kind"]]
+        for pattern, whose in self.feed_forward.items():
+            if re.fullmatch(pattern, rest):
+                return Layer(name, in_features, out_features, "ffn", "ffn", whose or stream, block, name)
+        if rest in self.fused:
+            return Layer(name, in_features, out_features, self.fused[rest], "self", stream, block, name)
+        found = names.describe(name, in_features, out_features)
+        if found is None or found.kind == "ffn":
+            return None
+        return replace(found, block=block, stream="text" if found.stream == "text" else stream)
+
+    def layers(self, linears: Linears) -> list[Layer]:
+        """Return every projection and feed-forward of the blocks that has a gradient, in the model's order."""
+        found = [layer for name, widths in linears.items() if (layer := self.describe(name, *widths))]
+        first = [layer.block for layer in found if layer.block.startswith(f"{self.blocks[0]}.")]
+        last = max(first, key=lambda block: int(block.rpartition(".")[2]), default="")
+        return [layer for layer in found if not (layer.block == last and self._is_dead(layer))]
+
+    def _is_dead(self, layer: Layer) -> bool:
+        return any(re.fullmatch(pattern, layer.name.removeprefix(f"{layer.block}.")) for pattern in self.dead)
+
+    def quantizes(self, name: str) -> bool:
+        """Return True in the blocks, their modulation included; embedders and the last layer stay."""
+        return self._in_block(name) is not None
+
+    def _in_block(self, name: str) -> re.Match[str] | None:
+        kinds = "|".join(map(re.escape, self.streams))
+        return re.fullmatch(rf"(?P<block>(?P<kind>{kinds})\.\d+)\.(?P<rest>.+)", name)
+
+    # ---- generating ----
+
+    def pipeline(self, parts: Mapping[str, Any]) -> Any:
+        """Build diffusers' pipeline from loaded parts; text encoders and tokenizers may be missing."""
+        import diffusers
+
+        encoders, tokenizers = optional(parts, len(self.parts.text_encoders))
+        texts = (*self.parts.text_encoders, *self.parts.tokenizers)
+        named = {part.folder: loaded for part, loaded in zip(texts, (*encoders, *tokenizers), strict=True)}
+        pipe = getattr(diffusers, self.pipeline_class)(
+            transformer=parts["denoiser"], vae=parts["vae"], scheduler=parts["scheduler"], **named
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    # ---- files ----
+
+    def file_name(self, layer: str, layers_per_block: int = 2) -> str:
+        """Return lycoris_ and the diffusers path, as LyCORIS writes it and ComfyUI reads it."""
+        return names.underscored("lycoris_", layer)
+
+    def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
+        """Return the diffusers path bare, below transformer. and diffusion_model., kohya's and LyCORIS's."""
+        return names.usual_names(layer, prefixes=["transformer", "diffusion_model"])
+
+    def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
+        """Return the base as other trainers name it."""
+        return {
+            "ss_base_model_version": self.version,
+            "modelspec.architecture": f"{self.architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": "flow",
+        }
+
+
+def posterior(vae: Loaded, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return what the encoder gives for pixels, as it comes: the mean without a generator, else a sample."""
+    found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return found.mean if generator is None else found.sample(generator)
+
+
+def hidden_states(encoder: Loaded, tokens: Mapping[str, Tensor], taken: Sequence[int]) -> Tensor:
+    """Return the hidden states behind the layers `taken` of a causal text encoder, (L, layers, D)."""
+    given = {name: value.to(encoder.device) for name, value in tokens.items()}
+    with torch.no_grad():
+        found = encoder(**given, output_hidden_states=True, use_cache=False)
+    return torch.stack([found.hidden_states[layer][0] for layer in taken], dim=1)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Make tokens of 2 x 2 latents: (B, C, h, w) -> (B, h w / 4, 4 C), channels in the order c, row, column."""
+    return functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Turn `pack` back: (B, h w / 4, 4 C) -> (B, C, h, w), for latents of `height` x `width`."""
+    return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def places(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return where an image's tokens are, (rows columns, 3): 0, row, column."""
+    ranges = [torch.arange(count, device=device) for count in (1, rows, columns)]
+    return torch.cartesian_prod(*ranges)
+
+
+def usual(request: Request) -> dict[str, Any]:
+    """Return what every pipeline's call takes of a request, beside its guidance."""
+    return {
+        "generator": request.generators,
+        "num_inference_steps": request.steps,
+        "height": request.height,
+        "width": request.width,
+        "output_type": "latent",
+        "return_dict": False,
+    }
