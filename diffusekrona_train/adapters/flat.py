@@ -106,6 +106,11 @@ class FlatFactors:
         """Return a number for each segment, (segments,), as one for each block of 256 numbers: (blocks, 1)."""
         return table[self._segment_of_block][:, None]
 
+    @torch.no_grad()
+    def scale(self, table: Tensor) -> None:
+        """Multiply each factor by its number in (segments,); `refresh` afterwards."""
+        self.master.view(-1, ALIGN).mul_(self.spread(table))
+
     def shadow(self, dtype: torch.dtype) -> Tensor:
         """Return all factors in `dtype`, as of the last `refresh`."""
         if dtype not in self._shadows:
