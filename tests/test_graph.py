@@ -266,7 +266,7 @@ def test_beyond_the_most_shapes_a_step_runs_as_it_is(monkeypatch):
     assert tape.captured == 1 and graphs.refused is None  # the optimiser's
 
 
-def test_what_waits_for_the_device_is_found_at_the_first_use(monkeypatch):
+def test_what_waits_for_the_device_is_found_before_it_is_captured(monkeypatch):
     run = contender()
     told: list[str] = []
     loss_of = run.objective.loss_of
