@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
 from diffusekrona_train.adapters.flat import FlatFactors
-from diffusekrona_train.adapters.grouped import flatten
+from diffusekrona_train.adapters.grouped import Chooser, flatten
 from diffusekrona_train.adapters.wrappers import AdaptedLinear, WholeModule, owners_of_parameters
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import find_layers, find_projections, select_layers
@@ -91,9 +91,9 @@ class Injection:
         """Yield ("layer|parameter", fp32 parameter) in a fixed order."""
         return [(f"{n}|{p}", value) for n, adapter in self.adapters.items() for p, value in adapter.named_parameters()]
 
-    def flatten(self, spare: int = 0) -> FlatFactors:
-        """Move parameters and gradients into flat buffers (see `flat`), for an optimiser."""
-        self.flat = flatten([self.adapters], spare)
+    def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
+        """Move parameters and gradients into flat buffers (see `grouped.flatten`), for an optimiser."""
+        self.flat = flatten([self.adapters], spare, by_operator)
         return self.flat
 
     def parameters(self) -> list[nn.Parameter]:

@@ -23,7 +23,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         lane = self.adapter.lane
-        if self.fused or self.adapter.strength == 0:
+        if self.fused or self.adapter.off:
             return self.base(x, *args, **kwargs)
         plain = not (args or kwargs or self.channels_first or torch.compiler.is_compiling())
         if lane is not None and plain and computes_in_own_type(x):

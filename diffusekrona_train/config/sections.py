@@ -92,6 +92,8 @@ class AdapterConfig(Strict):
     """Attention projections that are adapted; `all` (full only) trains the whole denoiser."""
     attention: Literal["both", "self", "cross"] = "both"
     """Adapt self-attention, cross-attention or both."""
+    streams: list[Literal["image", "text"]] | None = None
+    """Only layers that see tokens of the image or the text (default: both); one that sees both is always adapted."""
     blocks: list[str] | None = None
     """Only layers whose dotted name contains or matches (with * and ?) one of these patterns."""
     ffn: bool = False
@@ -124,6 +126,8 @@ class AdapterConfig(Strict):
             raise ValueError(f"targets: all is for type: full; {self.type} adapts a list such as [q, k, v, o]")
         if self.targets != "all" and (not self.targets or len(set(self.targets)) < len(self.targets)):
             raise ValueError(f"targets: {self.targets} should name at least one of q, k, v, o, each once")
+        if self.streams is not None and (not self.streams or len(set(self.streams)) < len(self.streams)):
+            raise ValueError(f"streams: {self.streams} should name at least one of image, text, each once")
         if self.blocks == []:
             raise ValueError("blocks is an empty list and would adapt nothing; take it out to adapt all blocks")
         return self

@@ -46,7 +46,7 @@ class ModelSource:
 
     @property
     def alias(self) -> str | None:
-        """Return the short name if the package knows the model: sdxl, sd15, sd14, sd21, toybox, toybox-flow."""
+        """Return the short name if the package knows the model: sdxl, toybox, z-image, …"""
         return self.place.alias
 
     @functools.cached_property
@@ -86,14 +86,14 @@ class ModelSource:
     def layers(self) -> list[Layer]:
         """Return all layers that can be adapted, without loading a weight."""
         if not self._layers:
-            known = self.alias if self.alias not in EMBEDDED else None
+            known = self.alias if self.alias in tables.TABLES and self.alias not in EMBEDDED else None
             linears = tables.linears_of_shapes(self._meta_shapes) if known is None else {}
             self._layers = tables.layer_table(known) if known else self.family.layers(linears)
         return list(self._layers)
 
     def base_parameters(self) -> int:
         """Count the parameters of the denoiser."""
-        if self.alias and self.alias not in EMBEDDED:
+        if self.alias in tables.TABLES and self.alias not in EMBEDDED:
             return tables.base_parameters(self.alias)
         return sum(shape.numel() for shape in self._meta_shapes.values())
 

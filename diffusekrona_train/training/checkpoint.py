@@ -45,6 +45,9 @@ MAY_CHANGE = (
 )
 """Fields that a resumed run may set anew: how long, what is watched, where things go. All others make another run."""
 
+YOUNGER = {"train.rate_unit": "factor", "train.rate_ratio": 1.0}
+"""Fields that states of older versions lack -> the value with which a run trains as it did before they were there."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -260,7 +263,8 @@ def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer
 
 def refuse_changes(state: State, config: dict, processes: int) -> None:
     """ValueError naming each field that differs from the run in `state` and may not."""
-    before, now = dict(_leaves(state.about["config"])), dict(_leaves(json.loads(json.dumps(config))))
+    trees = state.about["config"], json.loads(json.dumps(config))
+    before, now = ({**YOUNGER, **dict(_leaves(tree))} for tree in trees)
     changed = [
         f"{field} (was {before.get(field)!r}, now {now.get(field)!r})"
         for field in sorted(before.keys() | now.keys())

@@ -16,6 +16,7 @@ import torch.distributed
 from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.common.device import abilities
 from diffusekrona_train.config.training import TrainConfig
+from diffusekrona_train.training.rates import rates_of
 
 BAD_IN_A_ROW = 3
 """Non-finite steps in a row that end a run."""
@@ -45,6 +46,7 @@ class Descent:
         can = abilities(self.flat.device)
         self.waits = self.eight_bit or not can.fused
         self.optimizer = _optimizer([factors.master], train, fused=can.fused)
+        self.rates = rates_of(factors, train)
         self.meters = torch.zeros(6, dtype=can.widest, device=self.flat.device)
         self.wish = torch.zeros((), device=self.flat.device)
         # On the device, so that a step that is replayed reads each step's own. CUDA's kernel reads fp32.
@@ -72,7 +74,8 @@ class Descent:
         """Write what `apply` reads from the host to the device, and agree with the other processes."""
         self.rate.fill_(learning_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate if self.waits else self.rate
+            # With a rate for each segment the optimiser steps at rate 1, and `_move` shortens what it did.
+            group["lr"] = 1.0 if self.rates is not None else learning_rate if self.waits else self.rate
         if stop:
             self.flat[STOP] = 1.0
         if self.accelerator.num_processes > 1:
@@ -112,7 +115,12 @@ class Descent:
         else:
             # What GradScaler sets for a fused optimiser: its kernel moves nothing where found_inf is 1.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.rates is None:
+            self.optimizer.step()
+        else:
+            before, table = self.factors.master.detach().clone(), self.rates.table(self.rate)
+            self.optimizer.step()
+            self.rates.shorten(before, table)
         self.factors.refresh()
 
     def _count(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:

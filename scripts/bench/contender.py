@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffusekrona_train.adapters.grouped import Chooser
 from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import make_config
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
@@ -73,14 +74,17 @@ class Bench:
         tree = {"subject": {"images": "x", "class": "dog"}, "adapter": adapter or {}, "output": "x"}
         return make_config({**tree, "train": {"batch_size": self.batch}})
 
-    def contender(self, adapter: dict | None) -> Contender:
-        """The step with an adapter, which sits in the UNet until `leave`; the bare UNet's for None."""
+    def contender(self, adapter: dict | None, by_operator: Chooser | None = None) -> Contender:
+        """The step with an adapter, which sits in the UNet until `leave`; the bare UNet's for None.
+
+        `by_operator` as in `grouped.flatten`.
+        """
         if adapter is None:
             return Contender(self.objective(None))
         config = self.config(adapter)
         before = dict(self.unet.named_modules())
         injection = inject(self.unet, config.adapter)
-        descent = Descent(injection.flatten(SPARE), config.train, OneProcess)
+        descent = Descent(injection.flatten(SPARE, by_operator), config.train, OneProcess)
         swaps = {name: (before[name], self.unet.get_submodule(name)) for name in injection.adapters}
         return Contender(self.objective(injection), descent, swaps)
 
