@@ -138,7 +138,14 @@ WAYS = {
         "prior": {"kind": "teacher", "weight": 0.5},
     },
     "captions and noise": {
-        "train": {"steps": 4, "caption_dropout": 0.5, "noise_offset": 0.1, "weighting": "min_snr", "loss": "huber"},
+        "train": {
+            "steps": 4,
+            "caption_dropout": 0.5,
+            "noise_offset": 0.1,
+            "weighting": "min_snr",
+            "loss": "huber",
+            "rate_unit": "dw",
+        },
         "validation": {"every": 3, "loss": True, "steps": 1},
     },
 }

@@ -226,7 +226,7 @@ def test_a_step_of_sdxl_launches_few_kernels():
     """Version 0.1 by the same count: 11,020 with LoRA, 13,820 with KronA."""
     code = [sys.executable, "-m", "scripts.bench.kernels", "--json"]
     said = json.loads(subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert set(said) == {"sdxl", "sd15"}
+    assert set(said) == {"sdxl", "sd15", "z-image"}
     for row in said.values():
         assert row["bare"] < row["krona_operator"] <= row["lora"] <= row["krona"]
     sdxl = said["sdxl"]

@@ -84,11 +84,10 @@ class FlatFactors:
                 parameter.data = segment.of(self.master.data)
                 parameter.grad = segment.of(self.gradient)
 
-        blocks = torch.tensor([segment.step // ALIGN for segment in self.segments], device=self.master.device)
-        self._blocks, self._segment_of_block = (
-            blocks,
-            torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks),
-        )
+        device = self.master.device
+        self._blocks = torch.tensor([segment.step // ALIGN for segment in self.segments], device=device)
+        owners = torch.arange(len(self.segments), device=device)
+        self._segment_of_block = owners.repeat_interleave(self._blocks, output_size=start // ALIGN)
 
     def sums(self, buffer: Tensor) -> Tensor:
         """Return the sum of each segment of a buffer with this layout, (segments,); the same in every call."""
