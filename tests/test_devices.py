@@ -265,3 +265,17 @@ def test_the_cache_tells_tf32_apart_and_keeps_the_keys_of_a_cpu(tmp_path):
         return entry.path(tmp_path)
 
     assert key("cpu", True) == key("cpu", False) == key("cuda", False) != key("cuda", True)
+
+
+def test_cudnn_chooses_by_no_clock_and_the_caller_finds_its_own_choice_again():
+    from diffusekrona_train.common.process import as_found
+
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, True
+        with as_found():
+            setup.set_cuda(tf32=False)
+            assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before

@@ -324,6 +324,24 @@ def test_keep_best_lets_the_trained_model_go_first(world, tmp_path, monkeypatch)
     assert seen == [None]
 
 
+def test_text_encoders_are_gone_when_their_texts_are_there(world, monkeypatch):
+    from diffusekrona_train.sampling import session
+
+    source, kept = open_model(str(world / "model")), []
+    load = source._load_text_encoders
+
+    def noted(*given):
+        encoders = load(*given)
+        kept.extend(weakref.ref(encoder) for encoder in encoders)
+        return encoders
+
+    alive: list[bool] = []
+    monkeypatch.setattr(source, "_load_text_encoders", noted)
+    monkeypatch.setattr(session, "free", lambda: alive.append(any(reference() for reference in kept)))
+    session.encode_texts(source, ["a dog"], torch.device("cpu"))
+    assert len(kept) == 2 and alive == [False]  # dead already when the cached blocks are given back
+
+
 def test_one_process_goes_down_at_any_step(world, tmp_path, monkeypatch):
     batches, failed = Objective.batches, []
 

@@ -176,10 +176,16 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
             "without a GPU use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …"
         )
     if kind == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
-        torch.backends.cudnn.benchmark = False  # it picks algorithms by the clock: two equal runs would differ
+        set_cuda(config.train.tf32)
     return accelerator, dtype
+
+
+def set_cuda(tf32: bool) -> None:
+    """Set how CUDA's libraries compute; `as_found` puts it back. cuDNN does not choose its algorithms by the clock: two
+    equal runs on one card would no longer be equal."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False
 
 
 def refuse_unsupported(config: RunConfig, kind: str) -> None:
