@@ -134,8 +134,7 @@ if (drop) {
     for (const [id, html] of Object.entries(answer.html)) {
       if (id === "photos" ? !typing : id !== "models" || $("[data-unsure]")) put(id, html);
     }
-    const yaml = $("#yaml-now");
-    if (yaml) $("#yaml").textContent = yaml.content.textContent;
+    if (answer.yaml) $("#yaml").textContent = answer.yaml;
     $("#problem").textContent = answer.count ? answer.problem : "";
     drop.dataset.count = answer.count;
   };
