@@ -75,7 +75,7 @@ const grid = $("#grid") && {
   show(card) {
     const [step, strength] = this.place(card), row = this.data.prompts[card.number].images;
     const source = strength === 1 || step === 0 ? row[step] : strength === 0 ? row[0] : this.data.made[`${step}@${strength}`]?.[card.number];
-    card.stepOut.textContent = step === this.data.best ? `${step} ★` : step;
+    card.stepOut.textContent = step === this.data.best ? `${step} ★` : step || "base";
     card.step.setAttribute("aria-valuetext", `step ${step}${step === this.data.best ? ", the best checkpoint" : ""}`);
     card.strengthOut.textContent = strength;
     card.strength.setAttribute("aria-valuetext", `strength ${strength}`);
