@@ -72,6 +72,7 @@ class FlatFactors:
                 start = segments[-1].start + segments[-1].step
                 self.segments += segments
                 self.layout.append((slot, layers, segments))
+        self.subjects = list(subjects)
         self.slots, self.size = len(subjects), start
         assert start % self.slots == 0, "subjects of one run have equal adapters"
         parameters = [adapter_parameter(subjects, segment) for segment in self.segments]
@@ -90,6 +91,25 @@ class FlatFactors:
                 segment.of(self.master).copy_(parameter)
                 parameter.data = segment.of(self.master.data)
                 parameter.grad = segment.of(self.gradient)
+
+        device = self.master.device
+        self._blocks = torch.tensor([segment.step // ALIGN for segment in self.segments], device=device)
+        owners = torch.arange(len(self.segments), device=device)
+        self._segment_of_block = owners.repeat_interleave(self._blocks, output_size=start // ALIGN)
+
+    def sums(self, buffer: Tensor) -> Tensor:
+        """Return the sum of each segment of a buffer with this layout, (segments,); the same in every call."""
+        parts = buffer.view(-1, ALIGN).sum(1)
+        return torch.segment_reduce(parts, "sum", lengths=self._blocks, unsafe=True)
+
+    def spread(self, table: Tensor) -> Tensor:
+        """Return a number for each segment, (segments,), as one for each block of 256 numbers: (blocks, 1)."""
+        return table[self._segment_of_block][:, None]
+
+    @torch.no_grad()
+    def scale(self, table: Tensor) -> None:
+        """Multiply each factor by its number in (segments,); `refresh` afterwards."""
+        self.master.view(-1, ALIGN).mul_(self.spread(table))
 
     def shadow(self, dtype: torch.dtype) -> Tensor:
         """Return all factors in `dtype`, as of the last `refresh`."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
+from diffusekrona_train.adapters.bounds import sigma_of
 from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.adapters.grouped import Chooser, flatten
 from diffusekrona_train.adapters.wrappers import AdaptedLinear, WholeModule, owners_of_parameters
@@ -104,6 +105,11 @@ class Injection:
         """Move parameters and gradients into flat buffers (see `grouped.flatten`), for an optimiser."""
         self.flat = flatten([self.adapters], spare, by_operator)
         return self.flat
+
+    def base_sigmas(self) -> dict[str, float]:
+        """Return layer name -> largest singular value of its own weight (see `bounds.sigma_of`)."""
+        sites = {name: site for name, site in self._sites.items() if isinstance(site, AdaptedLinear)}
+        return {name: sigma_of(site.innermost(), site.in_features) for name, site in sites.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]

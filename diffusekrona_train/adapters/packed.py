@@ -14,7 +14,7 @@ of a subject is the one that it would have alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,9 @@ class Pack:
         self.active: dict[str, Factors] = {}
         self.strengths: Tensor | None = None
         self.disabled = False
+        self._stale = False
         self._place(first)
+        model.register_forward_pre_hook(lambda *_: self._renew() if self._stale else None)
 
     def _place(self, first: Injection) -> None:
         for name, adapter in first.adapters.items():
@@ -93,15 +95,25 @@ class Pack:
         """Let the samples of the next batches see these slots, each an equal share of the batch, in this order.
 
         A slot may come several times. `strengths` multiply what each of them adds. The factors are copied as they are
-        now: choose again after they have changed.
+        now, and once more before the model runs after their flat buffers were refreshed.
         """
         self._chosen = tuple(slots)
         count, device = len(slots), self.masters.device
-        factors, _ = self._space(count)
-        factors.copy_(self.masters.index_select(0, self._index()))
+        self._renew()
         self.active = self._leaves_of(count)
         ones = strengths is None or all(strength == 1 for strength in strengths)
         self.strengths = None if ones else torch.tensor(strengths, device=device, dtype=self.dtype).view(-1, 1, 1)
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Copy the chosen slots' factors."""
+        factors, _ = self._space(len(self._chosen))
+        factors.copy_(self.masters.index_select(0, self._index()))
+        self._stale = False
+
+    def stale(self) -> None:
+        """Note that factors have changed since they were copied."""
+        self._stale = bool(self._chosen)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the chosen slots, in the type of their factors.
@@ -192,7 +204,7 @@ class Seat(Injection):
     def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
         """Move parameters and gradients into the slot's rows."""
         assert spare == self.pack.spare
-        self.flat = FlatFactors([self.adapters], spare, home=self.pack.home(self.slot))
+        self.flat = Row(self.pack, self.slot, self.adapters)
         return self.flat
 
     def set_strength(self, strength: float) -> None:
@@ -204,6 +216,19 @@ class Seat(Injection):
         """Make the model the base model inside the block."""
         with self.pack.off():
             yield
+
+
+class Row(FlatFactors):
+    """The flat buffers of one subject, in its pack's."""
+
+    def __init__(self, pack: Pack, slot: int, adapters: Mapping[str, nn.Module]):
+        super().__init__([adapters], pack.spare, home=pack.home(slot))
+        self.pack = pack
+
+    def refresh(self) -> None:
+        """Have the copies made anew too: the run's average is shown in the factors' place."""
+        super().refresh()
+        self.pack.stale()
 
 
 class PackedAdapter(nn.Module):

@@ -17,7 +17,7 @@ from diffusekrona_train.common.progress import Fields
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diffusekrona_train.fleet import Call
+    from diffusekrona_train.fleet.call import Call
     from diffusekrona_train.fleet.service import Done
 
 
@@ -40,7 +40,7 @@ def many(
 ) -> None:
     """Train many subjects at once on one frozen model: krona-train many jobs.jsonl --model sdxl --pack 8"""
     from diffusekrona_train.config import read_yaml
-    from diffusekrona_train.fleet import Call
+    from diffusekrona_train.fleet.call import Call
     from diffusekrona_train.fleet.jobs import common_tree
 
     common = common_tree(model, read_yaml(config) if config else None, set_ or [])
@@ -57,7 +57,8 @@ def many(
 
 
 def _ends(call: Call, jobs: str, board: Terminal) -> Iterator[Done]:
-    from diffusekrona_train.fleet import lines_of, train_all
+    from diffusekrona_train.fleet import train_all
+    from diffusekrona_train.fleet.jobs import lines_of
     from diffusekrona_train.fleet.service import Rows, check
     from diffusekrona_train.fleet.stream import Stream
 

@@ -12,8 +12,9 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from diffusekrona_train.common.nearest import did_you_mean
@@ -162,6 +163,28 @@ def read_line(text: str, number: int) -> Tree:
     if not isinstance(found, dict):
         raise JobError(f"line {number}", f'line {number} should be an object such as {{"id": "dog", "images": …}}')
     return found
+
+
+def lines_of(path: Path) -> Iterator[Tree | JobError]:
+    """Return the rows of a JSONL file; what is wrong with a line stands for it. ValueError where there is no file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a file with one JSON object a line, or - for a stream")
+    return rows_of(path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+
+
+def rows_of(lines: Iterable[str]) -> Iterator[Tree | JobError]:
+    """Return the object of each line that is not empty and no comment."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield row_of(line, number)
+
+
+def row_of(line: str, number: int) -> Tree | JobError:
+    """Return the object of a line, or what is wrong with it."""
+    try:
+        return read_line(line, number)
+    except JobError as error:
+        return error
 
 
 def make_job(row: Mapping[str, Any], common: Tree, number: int = 0) -> Job:

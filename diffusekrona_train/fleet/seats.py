@@ -22,6 +22,7 @@ from diffusekrona_train.fleet.step import NoRoom, PackedStep
 from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.training import loop, run, setup
+from diffusekrona_train.training.base import Base, choose_level, compile_blocks, load_denoiser
 from diffusekrona_train.training.optimizer import SPARE
 
 KEPT = ("vae", "text_encoders", "tokenizers")
@@ -117,7 +118,7 @@ class Seats:
     def __init__(self, count: int, progress: Progress):
         self.count, self.progress = count, progress
         self.riders: list[Rider] = []
-        self.base: setup.Base | None = None
+        self.base: Base | None = None
         self.packed: PackedStep | None = None
         self.source: Kept | None = None
 
@@ -152,20 +153,20 @@ class Seats:
         self.riders.append(rider)
         return rider
 
-    def _loaded(self, start: setup.Start) -> setup.Base:
+    def _loaded(self, start: setup.Start) -> Base:
         if self.base is None:
             config, source = start.config, self.model(start.config)
             batch = config.train.batch_size * self.count
             wide = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": batch})})
             setup.check_start(config, source)
-            level, why, room = setup.choose_level(wide, source, start.accelerator, start.dtype)
-            denoiser = setup.load_denoiser(config, source, level, start.dtype, start.accelerator.device)
+            level, why, room = choose_level(wide, source, start.accelerator, start.dtype)
+            denoiser = load_denoiser(config, source, level, start.dtype, start.accelerator.device)
             pack = Pack(denoiser, config.adapter, self.count, dtype=start.dtype, spare=SPARE)
             if config.train.compile:
-                setup.compile_blocks(denoiser)
+                compile_blocks(denoiser)
             self.packed = PackedStep(pack)
             gc.freeze()  # what is there now stays: to look through it after every job would take longer than a step
-            self.base = setup.Base(source, level, f"{why}, {self.count} slots", room, denoiser, _nobody, pack.off)
+            self.base = Base(source, level, f"{why}, {self.count} slots", room, denoiser, _nobody, pack.off)
         return self.base
 
     def _seated(self, slot: int, config: RunConfig) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from diffusekrona_train.adapters import plan
 from diffusekrona_train.common import run_folder
@@ -16,6 +16,7 @@ from diffusekrona_train.common.progress import Progress, Stopped
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data import collect, collect_prior
 from diffusekrona_train.fleet import folder as place
+from diffusekrona_train.fleet.call import Call
 from diffusekrona_train.fleet.jobs import Job, JobError, Tree, job_hash, make_job
 from diffusekrona_train.fleet.outlet import Outlet
 from diffusekrona_train.fleet.photos import fetch, is_elsewhere
@@ -23,9 +24,6 @@ from diffusekrona_train.fleet.seats import Rider, Seats
 from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.layers import select_layers
 from diffusekrona_train.training import run
-
-if TYPE_CHECKING:
-    from diffusekrona_train.fleet import Call
 
 BUSY_SECONDS = 0.5
 """How long to wait before a job is asked for again that another process holds."""

@@ -6,8 +6,7 @@ import queue
 import threading
 from collections.abc import Iterable
 
-from diffusekrona_train.fleet import row_of
-from diffusekrona_train.fleet.jobs import JobError, Tree
+from diffusekrona_train.fleet.jobs import JobError, Tree, row_of
 
 POLL_SECONDS = 0.2
 """How often somebody who waits for a line can be stopped."""

@@ -15,6 +15,7 @@ from diffusekrona_train.common.device import free, ran_out
 from diffusekrona_train.common.progress import EventLog, Progress, Stopped, TrainResult
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.training import checkpoint, memory, setup
+from diffusekrona_train.training.base import Base
 from diffusekrona_train.training.loop import loop, refresh_report
 from diffusekrona_train.training.setup import Run, Start
 
@@ -46,7 +47,7 @@ def train(
     return result
 
 
-def set_up(start: Start, resume: bool, resume_from: Path | None, base: setup.Base | None = None) -> Run:
+def set_up(start: Start, resume: bool, resume_from: Path | None, base: Base | None = None) -> Run:
     """Assemble the run at its first step, or at the step of the state that it resumes from; on a `base` that is loaded
     already, or one of its own."""
     faults.reach("setup")
@@ -104,7 +105,9 @@ def finish(run: Run) -> Path:
         return path
     faults.reach("end", config.train.steps)
     try:
-        formats.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+        with run.descent.shown():
+            about = setup.adapter_info(config, run.source, config.train.steps)
+            formats.save_adapter(path, run.objective.injection, about)
         formats.write_sidecar(path)
     except OSError as error:
         raise RuntimeError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import os
@@ -21,7 +20,8 @@ from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
-from diffusekrona_train.adapters.inject import Injection, inject
+from diffusekrona_train.adapters.bounds import NormCap
+from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
 from diffusekrona_train.common.progress import EventLog
@@ -31,10 +31,10 @@ from diffusekrona_train.config.training import Tracker
 from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model
-from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.training import checkpoint, graph, memory
+from diffusekrona_train.training.base import Base, load_base
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
@@ -43,8 +43,6 @@ from diffusekrona_train.training.preview import Gallery
 TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
 TRACKERS["tensorboard"] = ("tensorboard", "tensorboardX")
 """Tracker -> its module, or several of which one is enough."""
-COMPILER = "inductor"
-"""torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
 """How long a process waits for another that still makes latents or class images."""
 
@@ -85,29 +83,6 @@ class Start:
     events: EventLog
 
 
-@dataclass(frozen=True)
-class Base:
-    """A frozen model on the device, and how a run's factors come into it. Runs that are packed share one."""
-
-    source: ModelSource
-    level: memory.Level
-    why: str
-    """Why this level."""
-    room: float | None
-    """GiB that it leaves free; None where that is not known."""
-    denoiser: Denoiser
-    inject: Callable[[RunConfig], Injection]
-    bare: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    """A context in which the denoiser has no adapter."""
-
-
-def load_base(start: Start, source: ModelSource) -> Base:
-    """Load the model of one run."""
-    level, why, room = choose_level(start.config, source, start.accelerator, start.dtype)
-    denoiser = load_denoiser(start.config, source, level, start.dtype, start.accelerator.device)
-    return Base(source, level, why, room, denoiser, lambda config: inject_factors(config, denoiser))
-
-
 def assemble(start: Start, state: checkpoint.State | None, base: Base | None = None) -> Run:
     """Return everything that the loop needs, at the step where `state` left off, on `base` or one of its own."""
     config, accelerator, dtype, tell = start.config, start.accelerator, start.dtype, start.events.message
@@ -120,9 +95,9 @@ def assemble(start: Start, state: checkpoint.State | None, base: Base | None = N
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    base = base or load_base(start, source)
+    base = base or load_base(config, source, accelerator, dtype)
     injection = base.inject(config)
-    descent = Descent(injection.flatten(SPARE), config.train, accelerator)
+    descent = make_descent(config, injection, accelerator)
     process = source.process(config.data.resolution)
     objective = Objective(
         config, source.family, base.denoiser, injection, data, process, dtype, device,
@@ -171,6 +146,8 @@ def take_up(state: checkpoint.State, injection: Injection, descent: Descent, acc
     """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
+    if descent.average is not None:
+        descent.average.load(state.part("extra/average"))
     if accelerator.scaler is not None and "scaler" in state.about:
         accelerator.scaler.load_state_dict(state.about["scaler"])
     injection.assert_fp32()
@@ -197,9 +174,16 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
             "without a GPU use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …"
         )
     if kind == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
+        set_cuda(config.train.tf32)
     return accelerator, dtype
+
+
+def set_cuda(tf32: bool) -> None:
+    """Set how CUDA's libraries compute; `as_found` puts it back. cuDNN does not choose its algorithms by the clock: two
+    equal runs on one card would no longer be equal."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False
 
 
 def refuse_unsupported(config: RunConfig, kind: str) -> None:
@@ -211,66 +195,11 @@ def refuse_unsupported(config: RunConfig, kind: str) -> None:
             raise ValueError(f"train.{name}: {value} does not work on {device_name(kind)}; leave it out")
 
 
-def choose_level(
-    config: RunConfig, source: ModelSource, accelerator: Accelerator, dtype: torch.dtype
-) -> tuple[memory.Level, str, float | None]:
-    """The memory level of all processes, why, and how many GiB it leaves free: as the main one finds room."""
-    samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
-    base = source.base_parameters()
-    trained = memory.trained_parameters(config, source.layers(), base)
-    figures, device = source.family.memory, accelerator.device
-    level, why = memory.choose(config, base, samples, dtype, device, figures, trained)
-    room = memory.room(level, config, base, samples, dtype, device, figures, trained)
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        level, why, room = broadcast_object_list([level, why, room])
-    return level, why, room
-
-
-def load_denoiser(
-    config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
-) -> Denoiser:
-    """The frozen denoiser on the device, at a memory level."""
-    train = config.train
-    denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
-    if level.checkpointing:
-        enable_checkpointing(denoiser)
-    if train.channels_last:
-        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
-    return denoiser
-
-
-def enable_checkpointing(denoiser: Denoiser) -> None:
-    """Compute blocks again in the backward pass. No layer is random: to set a generator's state back, a hundred times a
-    step, would cost time and forbid to capture the step as a graph."""
-    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-    denoiser.enable_gradient_checkpointing(again)
-
-
-def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
-    """The adapter of the config in the denoiser, from the seed or from `init_from`. The same on every process."""
-    if config.train.init_from is None:
-        injection = inject(denoiser, config.adapter, seed=config.train.seed)
-    else:
-        injection = formats.inject_file(denoiser, formats.read_adapter(Path(config.train.init_from).expanduser()))
-        injection.spec = config.adapter
-    injection.assert_fp32()
-    if config.train.compile:
-        compile_blocks(denoiser)
-    return injection
-
-
-def compile_blocks(denoiser: Denoiser) -> None:
-    """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
-
-    The whole denoiser as one graph would be compiled for many minutes to be hardly faster. Shapes are static: a graph
-    for each width of the model and size of the photos, and where a teacher is asked, one more without the adapter.
-    """
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # beyond it: silently eager
-    denoiser.compile_repeated_blocks(backend=COMPILER, dynamic=False)
+def make_descent(config: RunConfig, injection: Injection, accelerator: Accelerator) -> Descent:
+    """The optimiser of an injection's factors, which become views of flat buffers."""
+    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
+    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
+    return Descent(factors, config.train, accelerator, cap)
 
 
 def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
@@ -323,7 +252,8 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
             f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
-    starts = ("init_a", "init_b")  # how factors begin says nothing about factors that have been trained
+    # how factors begin and how far they may go says nothing about factors that have been trained
+    starts = ("init_a", "init_b", "norm_cap")
     other = [
         f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
     ]
