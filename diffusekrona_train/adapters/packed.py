@@ -53,9 +53,12 @@ class Pack:
         masters: torch.dtype = torch.float32,
     ):
         first = Injection(model, spec, 0, options, placed=False)
-        if unknown := [adapter for adapter in first.adapters.values() if type(adapter) not in PRODUCTS]:
-            kinds = ", ".join(sorted(kind.__name__ for kind in PRODUCTS))
-            raise ValueError(f"adapters of type {type(unknown[0]).__name__} cannot be packed; these can: {kinds}")
+        for adapter in first.adapters.values():
+            if type(adapter) not in PRODUCTS:
+                kinds = ", ".join(sorted(kind.__name__ for kind in PRODUCTS))
+                raise ValueError(f"adapters of type {type(adapter).__name__} cannot be packed; these can: {kinds}")
+            if getattr(adapter, "row_permutation", False):
+                raise ValueError("adapters of the paper's authors cannot be packed; convert them with krona-convert")
         self.model, self.spec, self.options, self.dtype, self.slots = model, spec, first.options, dtype, slots
         layout = FlatFactors([first.adapters])
         self.size, self.segments, self.spare = layout.size, layout.segments, spare
@@ -98,11 +101,14 @@ class Pack:
         now, and once more before the model runs after their flat buffers were refreshed.
         """
         self._chosen = tuple(slots)
-        count, device = len(slots), self.masters.device
         self._renew()
-        self.active = self._leaves_of(count)
-        ones = strengths is None or all(strength == 1 for strength in strengths)
-        self.strengths = None if ones else torch.tensor(strengths, device=device, dtype=self.dtype).view(-1, 1, 1)
+        self.active = self._leaves_of(len(slots))
+        self._strengthen(strengths or [])
+
+    def _strengthen(self, strengths: Sequence[float]) -> None:
+        ones = all(strength == 1 for strength in strengths)
+        values = torch.tensor(strengths, device=self.masters.device, dtype=self.dtype)
+        self.strengths = None if ones else values.view(-1, 1, 1)
 
     @torch.no_grad()
     def _renew(self) -> None:
@@ -140,11 +146,18 @@ class Pack:
             self.disabled = before
 
     @contextmanager
-    def by_prompt(self, slots: Sequence[int], strengths: Sequence[float]) -> Generator[None]:
+    def by_prompt(self, slots: Sequence[int], strengths: Sequence[float]) -> Generator[Callable[[float], None]]:
         """Within, image i of a batch that is generated sees `slots[i]`, in both its rows where there is guidance.
 
-        Pipelines put the unconditional rows of all images before the others, or call the model twice.
+        Pipelines put the unconditional rows of all images before the others, or call the model twice. What is yielded
+        multiplies all strengths from now on.
         """
+        factor = 1.0
+
+        def strengthen(by: float) -> None:
+            nonlocal factor
+            factor = by
+            self._strengthen([strength * factor for strength in strengths] * (len(self._chosen) // len(slots)))
 
         def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             sample = given[0] if given else next(iter(named.values()))
@@ -152,12 +165,12 @@ class Pack:
             if rows * len(slots) != len(sample):
                 raise RuntimeError(f"the model was given {len(sample)} rows for {len(slots)} images")
             if self._chosen != tuple(slots) * rows:
-                self.choose(tuple(slots) * rows, tuple(strengths) * rows)
+                self.choose(tuple(slots) * rows, [strength * factor for strength in strengths] * rows)
 
         self._chosen = ()
         handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
         try:
-            yield
+            yield strengthen
         finally:
             handle.remove()
 

@@ -3,9 +3,9 @@
     python -m scripts.bench.many                  # twelve subjects, 100 steps of batch 1, one thread; minutes
     python -m scripts.bench.many --kernels        # dispatcher counts of packed SDXL steps, without a GPU
 
-Both ways train the same jobs on toybox, start-up included, in turns on the same machine: `krona-train --config` once a
-subject, and `krona-train many --pack 8`. The ratio of the steps alone comes from the runs' own times. Kernels are counted
-as in `scripts.bench.kernels`, on tensors with shapes and no content.
+Both ways train the same jobs on toybox, start-up included, one after the other: `krona-train --config` once a subject,
+and `krona-train many --pack 8`. The ratio of the steps alone comes from the runs' own times. Kernels are counted as in
+`scripts.bench.kernels`, on tensors with shapes and no content.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from scripts.bench.rows import SIDES
 
 from diffusekrona_train.adapters.packed import Pack
 from diffusekrona_train.data import toybox_subjects
@@ -30,6 +29,7 @@ from diffusekrona_train.fleet.step import PackedStep, Share
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.bench.contender import Bench, OneProcess
 from scripts.bench.kernels import Kernels, as_on_a_card, kernels
+from scripts.bench.trace import SIDES
 from tests.tiny import real_part
 
 BAR = 1.8
@@ -122,7 +122,7 @@ def packed_kernels(kind: str, adapter: dict[str, Any], slots: int) -> Counter[st
             unet = real_part(kind, "unet").requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    with as_on_a_card(False):
+    with as_on_a_card():
         bench = Bench(unet, SIDES[kind], 1)
         config = bench.config(adapter)
         pack = Pack(unet, config.adapter, slots, dtype=torch.bfloat16, spare=SPARE)
