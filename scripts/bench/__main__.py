@@ -34,7 +34,7 @@ TITLES = {
     1: "Adapter layer, forward and backward",
     2: "Training step",
     3: "Peak memory (GiB allocated / reserved)",
-    4: "Whole run of 500 steps, from start to file (seconds)",
+    4: "Whole runs, from start to file (seconds)",
     5: "Sampling",
     6: "Precision: losses of the same steps as fp32's",
     7: "Peers: diffusers' train_dreambooth_lora_sdxl.py",
