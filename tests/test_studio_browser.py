@@ -20,7 +20,13 @@ from tests import studio
 from tests.studio import DESKTOP, PHONE, POODLES, Server, browsing, drop, overflow, running, violations
 
 pytestmark = pytest.mark.skipif(studio.CHROMIUM is None, reason="Chromium is not installed; scripts/test.sh says so")
-STATES = ("light", "dark")
+full = pytest.mark.full
+LOOKS = [
+    (DESKTOP, "light"),
+    (PHONE, "dark"),
+    pytest.param(DESKTOP, "dark", marks=full),
+    pytest.param(PHONE, "light", marks=full),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +38,7 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.mark.parametrize("scheme", STATES)
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(("size", "scheme"), LOOKS, ids=["desktop-light", "phone-dark", "desktop-dark", "phone-light"])
 def test_every_page_is_accessible_and_fits_its_window(server, size, scheme):
     with browsing(**size, color_scheme=scheme) as page:
         for path in ("/", "/new", "/runs/owl", "/runs/owl/use", "/compare", "/runs/none"):

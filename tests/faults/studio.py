@@ -68,7 +68,7 @@ def run(box: Sandbox) -> None:
     for step in (0, 2):
         box.path(f"runs/dog/samples/step-{step:06d}/x").parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64)).save(box.folder / f"runs/dog/samples/step-{step:06d}/00-0.png")
-    (box.folder / box.config({"validation.every": 2}, name="runs/dog/config.yaml"))
+    box.config({"validation.every": 2}, name="runs/dog/config.yaml")
     box.photos()
 
 
