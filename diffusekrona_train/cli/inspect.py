@@ -17,7 +17,9 @@ app = typer.Typer(
     help="Count parameters, print the paper's Table 2, and plot what an adapter learnt.",
 )
 
-Model = Annotated[str, typer.Option(help="sdxl, sd15, sd14, sd21, toybox (no weights needed), or a pipeline folder.")]
+Model = Annotated[
+    str, typer.Option(help="An alias (see krona-inspect models; no weights needed) or a pipeline folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Ffn = Annotated[bool, typer.Option("--ffn", help="The feed-forward layers too.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -47,6 +49,9 @@ def params(
     ffn: Ffn = False,
     targets: Annotated[str, typer.Option(help="Projections, as letters.")] = "qkvo",
     attention: Annotated[str, typer.Option(help="both, self or cross.")] = "both",
+    streams: Annotated[
+        list[str] | None, typer.Option(help="image, text: only layers that see these tokens; repeat it for both.")
+    ] = None,
     blocks: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches.")] = None,
     budget: Annotated[
         str | None, typer.Option("--params", help="krona: a budget such as 4M instead of a1, a2.")
@@ -62,6 +67,7 @@ def params(
         "a2": a2,
         "rank": rank,
         "factor": factor,
+        "streams": streams or None,
         "blocks": blocks or None,
         "params": budget,
         "match_lora_rank": match_lora_rank,
@@ -96,6 +102,28 @@ def params(
     _print_table(rows, total, base)
     for note in plan_notes(spec, layers, options):
         print(note)
+
+
+@app.command()
+@guarded
+def models(json_: Json = False, debug: Debug = False) -> None:
+    """List the models that have a short name: hub name, licence, download."""
+    from dataclasses import asdict
+
+    from diffusekrona_train.config import EMBEDDED, MODEL_ALIASES
+    from diffusekrona_train.config.known import known_models
+
+    known = known_models()
+    if json_:
+        told = {alias: asdict(known[alias]) if alias in known else {"hub": hub} for alias, hub in MODEL_ALIASES.items()}
+        print(json.dumps(told))
+        return
+    for alias, hub in MODEL_ALIASES.items():
+        about = "in the package" if alias in EMBEDDED else ""
+        if alias in known:
+            gated = ", gated" if known[alias].gated else ""
+            about = f"{known[alias].licence}{gated}, {known[alias].download_gb:g} GB"
+        print(f"{alias:<16} {hub:<44} {about}".rstrip())
 
 
 @app.command()
@@ -168,7 +196,7 @@ def _spec(model: str, values: dict[str, Any]):
 
 
 def _layers(model: str) -> tuple[list, int]:
-    """All layers that can be adapted and the denoiser's parameters; a known alias needs no weights and no diffusers."""
+    """All layers that can be adapted and the denoiser's parameters; a known alias needs no weights."""
     from diffusekrona_train.models import layers as tables
     from diffusekrona_train.models import open_model
 
@@ -191,6 +219,7 @@ def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
         if key not in rows:
             fields = ("projection", "in", "out", "factors")
             rows[key] = {**dict(zip(fields, key, strict=True)), **dict.fromkeys(SUMS, 0)}
+            rows[key]["lora_rank"] = _lora_rank(spec.type, shapes)
             single[key] = _size(shapes), macs(spec, layer, options[layer.name])
         count, cost = single[key]
         values = (1, count, cost, layer.in_features * layer.out_features)
@@ -202,6 +231,18 @@ def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
 SUMS = ("layers", "trainable", "macs_per_token", "base_macs_per_token")
 
 
+def _lora_rank(kind: str, shapes: dict) -> int | None:
+    """Return the rank of the LoRA that is exactly this layer's change, None where there is none but a dense one."""
+    import torch
+
+    from diffusekrona_train.adapters.formats.exports import exact_rank
+
+    if kind not in ("krona", "lora", "lokr"):
+        return None
+    factors = {suffix: torch.empty(shape, device="meta") for suffix, shape in shapes.items() if suffix != "alpha"}
+    return exact_rank(factors | {"alpha": torch.ones(())})
+
+
 def _size(shapes: dict) -> int:
     import math
 
@@ -210,12 +251,17 @@ def _size(shapes: dict) -> int:
 
 def _print_table(rows: list[dict], total: dict, base: int) -> None:
     sums = f"{'layers':>6}  {'trainable':>12}  {'of base':>8}  {'MAC/token':>12}  {'of layer':>8}"
-    print(f"{'proj':<5}{'in -> out':>14}  {sums}  factors")
+    print(f"{'proj':<5}{'in -> out':>14}  {sums}  {'LoRA':>5}  factors")
     for row in rows:
         widths = f"{row['in']} -> {row['out']}"
-        print(f"{row['projection']:<5}{widths:>14}  {_numbers(row, base)}  {row['factors']}")
+        print(
+            f"{row['projection']:<5}{widths:>14}  {_numbers(row, base)}  {row['lora_rank'] or '-':>5}  {row['factors']}"
+        )
     print(f"{'all':<5}{'':>14}  {_numbers(total, base)}")
-    print(f"base: {base:,} parameters; MAC/token: multiplications a token adds, summed over the layers")
+    print(
+        f"base: {base:,} parameters; MAC/token: multiplications a token adds, summed over the layers; "
+        "LoRA: rank of the exact LoRA"
+    )
 
 
 def _numbers(row: dict, base: int) -> str:

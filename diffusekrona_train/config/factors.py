@@ -116,7 +116,7 @@ def check_factors(config: RunConfig) -> None:
     spec = config.adapter
     alias = next((alias for alias, name in MODEL_ALIASES.items() if config.model in (alias, name)), None)
     fixed = spec.params is None and spec.match_lora_rank is None and spec.on_indivisible == "error"
-    if alias in (None, "toybox-flow") or spec.type != "krona" or not fixed or spec.blocks is not None:
+    if alias is None or spec.type != "krona" or not fixed or spec.blocks is not None:
         return
     kinds = {"both": ("attn1", "attn2"), "self": ("attn1",), "cross": ("attn2",)}[spec.attention]
     for kind, projection, width_in, width_out in _widths("sd15" if alias == "sd14" else alias):

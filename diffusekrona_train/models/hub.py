@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusekrona_train.models.local import ASSETS, config_name, load_whole
+from diffusekrona_train.config.known import config_file
+from diffusekrona_train.models.local import config_name, load_whole
 
 
 @dataclass
@@ -31,15 +32,21 @@ class HubModel:
 
     def config(self, part: str) -> dict[str, Any]:
         if self.alias and not self.revision:
-            packaged = ASSETS / "configs" / {"sd14": "sd15"}.get(self.alias, self.alias)
-            file = packaged / ("model_index.json" if part == "model_index" else f"{part}/{config_name(part)}")
-            return json.loads(file.read_text())
+            return json.loads(self._packaged(part).read_text())
         from huggingface_hub import hf_hub_download
 
         with self._hub_errors(part):
             name = "model_index.json" if part == "model_index" else f"{part}/{config_name(part)}"
             file = hf_hub_download(self.name, name, revision=self.revision, local_files_only=hub_is_unreachable())
             return json.loads(Path(file).read_text())
+
+    def _packaged(self, part: str) -> Path:
+        """Return the package's own config of a part; ValueError where this model has no such part."""
+        alias = {"sd14": "sd15"}.get(str(self.alias), str(self.alias))
+        file = config_file(alias, "model_index.json" if part == "model_index" else f"{part}/{config_name(part)}")
+        if not file.is_file():
+            raise ValueError(f"model {self.name!r} has no {part}/")
+        return file
 
     def load_part(self, part: str, cls: type, **options: Any) -> Any:
         if "torch_dtype" in options or "dtype" in options:

@@ -261,8 +261,9 @@ def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
     chosen = [layer for layer in layers if _has_role(layer, spec)]
     if not chosen:
         kinds = sorted({layer.kind for layer in layers})
+        streams = f" and streams: {spec.streams}" if spec.streams else ""
         raise ValueError(
-            f"adapter: targets {spec.targets} with attention: {spec.attention} match no layer; "
+            f"adapter: targets {spec.targets} with attention: {spec.attention}{streams} match no layer; "
             f"the model has layers of these kinds: {', '.join(kinds) or 'none'}"
         )
     if spec.blocks is None:
@@ -274,6 +275,8 @@ def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
 
 
 def _has_role(layer: Layer, spec: AdapterConfig) -> bool:
+    if spec.streams is not None and layer.stream not in ("both", *spec.streams):
+        return False
     if layer.kind == "ffn":
         return spec.ffn
     return not set(layer.projection).isdisjoint(spec.targets) and spec.attention in ("both", layer.kind)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusekrona_train.common.device import ran_out
 from diffusekrona_train.common.files import ASSETS, sha256
 from diffusekrona_train.models.checkpointfile import SCALES, listed, read_header
 from diffusekrona_train.models.contracts import DENOISERS
@@ -22,7 +23,8 @@ CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_co
 
 def config_name(part: str) -> str:
     """Return the file name of a part's config inside its subfolder."""
-    return CONFIG_NAMES.get(part.removesuffix("_2"), "config.json")
+    kind = part.removesuffix("_2").removesuffix("_3").rpartition("_")[2]  # of text_encoder_3: encoder
+    return CONFIG_NAMES.get(kind, "config.json")
 
 
 @functools.cache
@@ -137,9 +139,11 @@ def load_whole(cls: Any, name: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def one_line_errors(what: str):
-    """Turn a broken folder's OSError or shape error into one line."""
+    """Turn a broken folder's OSError or shape error into one line; that memory has ended is no fault of the folder."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
+        if ran_out(error):
+            raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what} cannot be loaded: {first[:200]}") from None

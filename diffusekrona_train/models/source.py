@@ -46,7 +46,7 @@ class ModelSource:
 
     @property
     def alias(self) -> str | None:
-        """Return the short name if the package knows the model: sdxl, sd15, sd14, sd21, toybox, toybox-flow."""
+        """Return the short name if the package knows the model: sdxl, toybox, z-image, …"""
         return self.place.alias
 
     @functools.cached_property
@@ -86,14 +86,14 @@ class ModelSource:
     def layers(self) -> list[Layer]:
         """Return all layers that can be adapted, without loading a weight."""
         if not self._layers:
-            known = self.alias if self.alias not in EMBEDDED else None
+            known = self.alias if self.alias in tables.TABLES and self.alias not in EMBEDDED else None
             linears = tables.linears_of_shapes(self._meta_shapes) if known is None else {}
             self._layers = tables.layer_table(known) if known else self.family.layers(linears)
         return list(self._layers)
 
     def base_parameters(self) -> int:
         """Count the parameters of the denoiser."""
-        if self.alias and self.alias not in EMBEDDED:
+        if self.alias in tables.TABLES and self.alias not in EMBEDDED:
             return tables.base_parameters(self.alias)
         return sum(shape.numel() for shape in self._meta_shapes.values())
 
@@ -125,11 +125,13 @@ class ModelSource:
             check(part.folder, self.family.name, lambda: self._meta_model(part).state_dict())
         self._whole.add(part.folder)
 
-    def _part(self, part: Part, dtype: torch.dtype) -> Any:
-        """Load a part in `dtype`; it is complete and has finite numbers."""
+    def _part(self, part: Part, dtype: torch.dtype, device: Device = "cpu") -> Any:
+        """Load a part in `dtype`; it is complete and has finite numbers. A place that can reads it onto the device at
+        once, tensor by tensor, so that no process holds a second copy in host memory."""
         self.check_part(part)
         key = {"transformers": "dtype", "diffusers": "torch_dtype"}[part.library]
-        model = self.place.load_part(part.folder, class_of(part), **{key: dtype})
+        where = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+        model = self.place.load_part(part.folder, class_of(part), **{key: dtype}, **where)
         check_numbers(f"model {self.model!r}, part {part.folder}", model)
         return model
 
@@ -156,7 +158,8 @@ class ModelSource:
         """Load the denoiser, frozen; quantize 'nf4' or 'int8' keeps the linears that its family names in 4 or 8
         bits."""
         quiet()
-        model: Denoiser = self._part(self.family.parts.denoiser, dtype or torch.float32)
+        home = device if quantize == "none" else "cpu"  # quantised layers round their numbers when they move
+        model: Denoiser = self._part(self.family.parts.denoiser, dtype or torch.float32, home)
         if quantize != "none":
             from diffusekrona_train.models.quantize import quantize_linears
 

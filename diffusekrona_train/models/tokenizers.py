@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffusekrona_train.config.known import known_models
 from diffusekrona_train.models.contracts import Loadable, Loaded
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.local import ASSETS
@@ -34,6 +35,6 @@ def _hub_tokenizer(place: HubModel, part: str, cls: type[Loadable]) -> Loaded:
     names = (f"{part}/tokenizer.json", f"{part}/vocab.json")
     if any(isinstance(try_to_load_from_cache(place.name, name, revision=place.revision), str) for name in names):
         return cls.from_pretrained(place.name, subfolder=part, revision=place.revision, local_files_only=True)
-    if not place.alias:
+    if not place.alias or place.alias in known_models():
         raise ValueError(f"{place.name} has no tokenizer in the local hub cache")
     return load_tokenizer(ASSETS / "configs" / str({"sd14": "sd15"}.get(place.alias, place.alias)) / part, cls)

@@ -16,6 +16,11 @@ GIB = 2**30
 RESERVE = 1.0
 """GiB for the context and fragmentation."""
 
+DECODING = 3.5
+"""GiB that decoding one image of a megapixel takes in fp32, VAE included (counted by scripts/bench/trace.py: 3.3)."""
+MOST_AT_ONCE = 8
+"""Images that validation generates in one batch at most: between two batches it looks whether it should stop."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -54,11 +59,40 @@ def choose(
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = available / GIB
     ladder = [level for level in ladder if abilities(device).quantized or level.quantize == "none"]
+    needs = [(level, need(level, config, base_parameters, samples, dtype, figures, trained)) for level in ladder]
+    level, least = next((pair for pair in needs if pair[1] <= free), needs[-1])
+    return level, f"memory: {level.name} (about {least:.1f} GiB needed, {free:.1f} GiB free)"
+
+
+def need(
+    level: Level,
+    config: RunConfig,
+    base_parameters: int,
+    samples: int,
+    dtype: torch.dtype,
+    figures: MemoryFigures,
+    trained: int,
+) -> float:
+    """GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
     megapixels = samples * (config.data.resolution / 1024) ** 2
-    extra = trained * trained_bytes(config) / GIB
-    needs = [(level, estimate(level, base_parameters, megapixels, dtype, figures) + extra) for level in ladder]
-    level, need = next((pair for pair in needs if pair[1] <= free), needs[-1])
-    return level, f"memory: {level.name} (about {need:.1f} GiB needed, {free:.1f} GiB free)"
+    step = estimate(level, base_parameters, megapixels, dtype, figures)
+    return step + trained * trained_bytes(config) / GIB
+
+
+def room(
+    level: Level,
+    config: RunConfig,
+    base_parameters: int,
+    samples: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    figures: MemoryFigures,
+    trained: int,
+) -> float | None:
+    """GiB that `level` leaves free on the device, before the model is loaded; None where the device does not say."""
+    if (available := free_bytes(device)) is None:
+        return None
+    return available / GIB - need(level, config, base_parameters, samples, dtype, figures, trained)
 
 
 BYTES = {"int8": 1.04, "nf4": 0.56}
@@ -78,6 +112,26 @@ def estimate(
     return base_parameters * bytes_each / GIB + activations * width / 2 * megapixels + RESERVE
 
 
+def decoding(config: RunConfig) -> float:
+    """GiB that decoding one image of the run's size takes, beside what training holds."""
+    width = 4 if config.data.vae_precision == "fp32" else 2
+    return DECODING * width / 4 * (config.data.resolution / 1024) ** 2
+
+
+def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, figures: MemoryFigures) -> int:
+    """How many images validation generates in a batch: what fits into the memory that is free now, decoding included.
+
+    Without gradients a row needs less than a checkpointed step does; guidance makes two rows of an image. 1 on a CPU,
+    which gains nothing, and where the device does not say.
+    """
+    available = None if device.type == "cpu" else free_bytes(device)
+    if available is None:
+        return 1
+    width = torch.finfo(dtype).bits / 8
+    each = 2 * figures.checkpointing * width / 2 * (config.data.resolution / 1024) ** 2
+    return max(1, min(MOST_AT_ONCE, int((available / GIB - RESERVE - decoding(config)) / each)))
+
+
 def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:
     """How many numbers a config trains, from the model's layers and size."""
     spec = config.adapter
@@ -87,8 +141,8 @@ def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: 
 
 
 def trained_bytes(config: RunConfig) -> int:
-    """Bytes a trained number: its fp32 master and gradient, and two moments."""
-    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8)
+    """Bytes a trained number: its fp32 master and gradient, two moments, and its running average if there is one."""
+    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8) + (0 if config.train.average is None else 4)
 
 
 def below(level: Level, config: RunConfig, device: torch.device) -> Level | None:

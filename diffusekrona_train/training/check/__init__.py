@@ -5,6 +5,7 @@ Loads no weights. Every section is a function that gives lines; `check_config` g
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.known import known_model
 from diffusekrona_train.config.prompts import prompt_warnings, unread
 from diffusekrona_train.data import (
     Collection,
@@ -175,9 +177,30 @@ def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
             f"data.resolution: {config.data.resolution}, and the model was made for {source.default_resolution}; "
             "its images are worse at other sizes"
         )
+    known = known_model(source.identity)
+    if known is not None and known.train_instead is not None:
+        lines.append(f"it is distilled to few steps and learns badly: train {known.train_instead}, generate with this")
+    if known is not None:
+        lines.append(f"licence: {known.licence}{GATED if known.gated else ''}")
     if isinstance(source.place, HubModel) and not _is_cached(source.place):
-        lines.append(f"its weights are not on this machine: about {parameters * 2.6 / 1e9:.1f} GB are fetched first")
+        size = known.download_gb if known is not None else parameters * 2.6 / 1e9
+        lines.append(f"its weights are not on this machine: about {size:.1f} GB are downloaded first{_room(size)}")
     return lines
+
+
+GATED = "; gated: accept it on the model's hub page, then run `hf auth login`"
+
+
+def _room(gigabytes: float) -> str:
+    """Return what the disk of the hub's cache says to a download, '' where it cannot be asked."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    there = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    if there is None:
+        return ""
+    free = shutil.disk_usage(there).free / 1e9
+    return f"; {free:.1f} GB are free there" + ("" if free > gigabytes else ", which is too little")
 
 
 def _is_cached(place: HubModel) -> bool:
