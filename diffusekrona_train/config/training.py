@@ -27,6 +27,8 @@ class TrainConfig(Strict):
     """Instance images a process takes at once; class images come on top."""
     gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     """Micro-batches summed before an optimiser step."""
+    average: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Save and show a running average of the factors, of this weight for the past (0.95); null: the factors."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw, or bitsandbytes' 8-bit AdamW (factors under 4096 elements stay 32-bit: it saves little here)."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
