@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from diffusekrona_train.models.layers import Layer
 
 Options = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+Partners = dict[str, tuple[str | None, float]]
+"""Factor -> (partner, weight); see `Adapter.partners`."""
 
 
 class Fp32Module(nn.Module):
@@ -44,6 +46,8 @@ class Adapter(Fp32Module):
 
     lane: Lane | None = None
     """Where it is computed together with others while it trains."""
+    grown: ClassVar[tuple[str, ...]] = ()
+    """Factors that start at zero, or that alone are ΔW: how far they may move does not depend on their own size."""
 
     multiplier: float
     """What the product is multiplied by: scale, strength, and alpha / rank; follows `strength`."""
@@ -99,6 +103,18 @@ class Adapter(Fp32Module):
 
     def product(self) -> Tensor:
         """Return the dense difference (out, in) in fp32 before any scale."""
+        raise NotImplementedError
+
+    def partners(self) -> Partners | None:
+        """Return factor -> (partner, weight) where g² = weight * ‖partner‖² (weight alone for partner None), else None.
+
+        g is the rms that the product changes by, before any scale, when the factor changes by independent numbers of
+        rms 1: g² = ‖∂product/∂factor‖² / (out * in).
+        """
+        return None
+
+    def squared_gains(self) -> dict[str, Tensor]:
+        """Return factor -> g² as in `partners`, for types whose g² is not that simple; 0-dim fp32."""
         raise NotImplementedError
 
     def file_alpha(self) -> float | None:

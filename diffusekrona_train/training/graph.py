@@ -164,6 +164,11 @@ class StepGraphs:
         self._replays: dict[Hashable, Work] = {}
         self._warm: set[Hashable] = set()
 
+    def gradients(self, step: int) -> None:
+        """Add up the gradients of this process's share of the global batch."""
+        for micro in range(self.objective.config.train.gradient_accumulation):
+            self.passes(self.objective.batches(step, micro))
+
     def passes(self, batches: Sequence[Batch]) -> None:
         """Forward and backward pass of one micro-batch."""
         key = signature(batches)

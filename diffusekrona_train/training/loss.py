@@ -152,7 +152,10 @@ class Objective:
         return replace(batch, conditioning=self._told(batch, slice(None)), taught=taught)
 
     def _told(self, batch: Batch, part: slice) -> Conditioning:
-        rows = [moved(self.captions[i], self.device, self.dtype) for i in batch.caption[part]]
+        rows = [
+            {name: self._sent(value, self.device) for name, value in self.captions[i].items()}
+            for i in batch.caption[part]
+        ]
         return {**self.family.collate(rows), **{name: value[part] for name, value in batch.extras.items()}}
 
     # ---- how it is judged ----

@@ -116,8 +116,8 @@ def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: 
 
 
 def trained_bytes(config: RunConfig) -> int:
-    """Bytes a trained number: its fp32 master and gradient, and two moments."""
-    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8)
+    """Bytes a trained number: its fp32 master and gradient, two moments, and its running average if there is one."""
+    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8) + (0 if config.train.average is None else 4)
 
 
 def below(level: Level, config: RunConfig, device: torch.device) -> Level | None:

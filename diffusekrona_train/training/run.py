@@ -103,7 +103,9 @@ def finish(run: Run) -> Path:
         return path
     faults.reach("end", config.train.steps)
     try:
-        formats.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+        with run.descent.shown():
+            about = setup.adapter_info(config, run.source, config.train.steps)
+            formats.save_adapter(path, run.objective.injection, about)
         formats.write_sidecar(path)
     except OSError as error:
         raise RuntimeError(

@@ -21,6 +21,7 @@ from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
+from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
@@ -100,7 +101,7 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     level, why, room = choose_level(config, source, accelerator, dtype)
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
-    descent = Descent(injection.flatten(SPARE), config.train, accelerator)
+    descent = make_descent(config, injection, accelerator)
     process = source.process(config.data.resolution)
     objective = Objective(
         config, source.family, denoiser, injection, data, process, dtype, device,
@@ -149,6 +150,8 @@ def take_up(state: checkpoint.State, injection: Injection, descent: Descent, acc
     """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
+    if descent.average is not None:
+        descent.average.load(state.part("extra/average"))
     if accelerator.scaler is not None and "scaler" in state.about:
         accelerator.scaler.load_state_dict(state.about["scaler"])
     injection.assert_fp32()
@@ -239,6 +242,13 @@ def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
     return injection
 
 
+def make_descent(config: RunConfig, injection: Injection, accelerator: Accelerator) -> Descent:
+    """The optimiser of an injection's factors, which become views of flat buffers."""
+    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
+    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
+    return Descent(factors, config.train, accelerator, cap)
+
+
 def compile_blocks(denoiser: Denoiser) -> None:
     """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
 
@@ -301,7 +311,8 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
             f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
-    starts = ("init_a", "init_b")  # how factors begin says nothing about factors that have been trained
+    # how factors begin and how far they may go says nothing about factors that have been trained
+    starts = ("init_a", "init_b", "norm_cap")
     other = [
         f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
     ]

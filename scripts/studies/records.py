@@ -33,7 +33,11 @@ SINCE: dict[str, Any] = {
     "subject.image_column": None,
     "subject.caption_column": None,
     "subject.split": None,
+    "adapter.norm_cap": None,
+    "train.average": None,
     "adapter.streams": None,
+    "train.rate_unit": "factor",
+    "train.rate_ratio": 1.0,
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 

@@ -50,11 +50,12 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
     )
     if config.prior.kind != "none":
         lines.append(f"prior: one class sample beside each ({config.prior.kind}), so each step does twice the work")
-    if config.adapter.type == "krona" and train.learning_rate >= 1e-3:
+    as_the_paper = config.adapter.type == "krona" and train.rate_unit == "factor" and config.adapter.norm_cap is None
+    if as_the_paper and train.learning_rate >= 1e-3:
         lines.append(
             f"learning rate {train.learning_rate:g}: from 1e-3 on the paper saw it overfit and drop the prompt"
         )
-    if config.adapter.type == "krona" and train.learning_rate < 1e-4:
+    if as_the_paper and train.learning_rate < 1e-4:
         lines.append(f"learning rate {train.learning_rate:g}: below 1e-4 the paper saw it ignore the photos")
     return lines
 
