@@ -34,6 +34,7 @@ SINCE: dict[str, Any] = {
     "subject.caption_column": None,
     "subject.split": None,
     "adapter.streams": None,
+    "data.text_precision": "auto",
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 

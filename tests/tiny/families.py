@@ -96,7 +96,9 @@ def flux2_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor], guidan
     return pipe._unpack_latents_with_ids(tokens, pipe._prepare_latent_ids(x_t))
 
 
-def flux2_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float, **more: Any) -> Tensor:
+def flux2_call(
+    pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float, **more: Any
+) -> Tensor:
     return pipe(
         prompt=prompt,
         height=HEIGHT,

@@ -10,6 +10,7 @@ import torch
 from diffusekrona_train.models.source import quiet
 from tests.tiny.texts import qwen_tokenizer
 
+
 def make_zimage(folder: Path, seed: int = 0) -> Path:
     """Writes the pipeline to `folder` in fp32 and returns it: 16 latent channels, two blocks and two refiners."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
