@@ -195,10 +195,10 @@ def test_one_decoded_photo_is_held_at_a_time(photos, monkeypatch):
     most = []
     decode = images._decode
 
-    def counted(content, shown):
+    def counted(content):
         gc.collect()
         most.append(sum(image() is not None for image in held))
-        opened, nothing_left = decode(content, shown)
+        opened, nothing_left = decode(content)
         held.append(weakref.ref(opened.image))
         return opened, nothing_left
 

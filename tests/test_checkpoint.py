@@ -14,6 +14,7 @@ from diffusekrona_train.adapters import formats as weights
 from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.training import checkpoint
+from scripts.studies.records import SINCE
 from tests.runs import newest_state
 from tests.tiny import make_unet
 
@@ -191,3 +192,19 @@ def test_changes_are_refused_by_field_and_allowed_ones_pass(tmp_path):
         checkpoint.refuse_changes(state, changed, 1)
     with pytest.raises(ValueError, match="processes .was 1, now 2"):
         checkpoint.refuse_changes(state, CONFIG, 2)
+
+
+def test_a_state_of_before_a_field_resumes_where_the_field_changes_nothing(tmp_path):
+    """Fields younger than the first records are young for resume states too, with the same neutral values."""
+    assert {name: value for name, value in SINCE.items() if value is not None} == checkpoint.YOUNGER
+    injection, descent = make()
+    write(tmp_path, 1, injection, descent)
+    state = checkpoint.read(tmp_path / "resume" / "step-000001")
+    new: dict = {section: dict(CONFIG.get(section, {})) for section in ("train", "adapter")}
+    for name, value in checkpoint.YOUNGER.items():
+        section, _, key = name.partition(".")
+        new[section][key] = value
+    checkpoint.refuse_changes(state, {**CONFIG, **new}, 1)
+    new["train"]["rate_unit"] = "dw"
+    with pytest.raises(ValueError, match=r"train\.rate_unit \(was 'factor', now 'dw'\)"):
+        checkpoint.refuse_changes(state, {**CONFIG, **new}, 1)

@@ -1,4 +1,4 @@
-"""flat.py, grouped.py and products.py: adapters that train, against explicit dense weights and against autograd."""
+"""Adapters that train together (flat, grouped, products), against explicit dense weights and against autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from diffusekrona_train.adapters import operator
 from diffusekrona_train.adapters.flat import ALIGN
 from diffusekrona_train.adapters.grouped import Group
 from diffusekrona_train.adapters.inject import Injection
@@ -47,7 +46,7 @@ def dense_gradients(net: Model, injection: Injection, x, context) -> tuple[torch
         else:
             product = torch.kron(*own.values())
         base = net.get_submodule(layer).weight.detach()
-        weights[f"{layer}.weight"] = base + adapter.multiplier() * product
+        weights[f"{layer}.weight"] = base + adapter.multiplier * product
     x = x.detach().clone().requires_grad_()
     y = torch.func.functional_call(plain, weights, (x, context))
     grads = torch.autograd.grad(y.square().sum(), [x, *factors.values()])
@@ -113,14 +112,13 @@ def test_a_member_that_is_not_called_has_no_gradient():
     assert all((grads[f"blocks.0.mix.{layer}|B"] > 0) == (layer != "to_k") for layer in ("to_q", "to_k", "to_v"))
 
 
-def test_the_operator_gives_the_same(monkeypatch):
+def test_the_operator_gives_the_same():
     for spec in (SPECS["B first"], SPECS["A first"], SPECS["scaled"]):
         found = {}
         for chosen in (False, True):
-            monkeypatch.setattr(operator, "use_operator", lambda *_, chosen=chosen: chosen)
             net = model(torch.float32)
             injection = injected(net, **spec)
-            flat = injection.flatten()
+            flat = injection.flatten(by_operator=lambda *_, chosen=chosen: chosen)
             x, context = inputs()
             x.requires_grad_()
             y = net(x, context)
@@ -299,7 +297,7 @@ def test_a_flat_step_is_that_of_each_factor_alone(tmp_path, optimizer):
 
 def test_products_into_what_is_there():
     """Left and Right against einsum, with what the target holds counted or not."""
-    from diffusekrona_train.adapters.products import Left, Right
+    from diffusekrona_train.adapters.kron import Left, Right
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 12, generator=generator, dtype=torch.float64)

@@ -340,8 +340,11 @@ def test_a_judged_study_from_yaml_to_verdict(tmp_path, monkeypatch, capsys):
 # ---- the studies that wait to be run ---------------------------------------------------------------------------------
 
 
+MORE = (("module-rates", 5 * 36), ("rate-unit", 8 * 60), ("rate-unit-modules", 5 * 36), ("average", 5 * 60), ("norm-cap", 4 * 60))
+
+
 def test_the_studies_beyond_the_paper_expand_and_share_runs(tmp_path):
-    for name, runs in (("stage-1", 9 * 20), ("stage-2", 2 * 252), ("factor-rates", 5 * 36), ("module-rates", 5 * 36)):
+    for name, runs in (("stage-1", 9 * 20), ("stage-2", 2 * 252), ("factor-rates", 5 * 36), *MORE):
         planner = Planner("toybox", load_base("toybox"), tmp_path, seeds=1 if name == "stage-1" else 3)
         planner.expand(name, load_studies([name])[name], "toybox")
         assert len(planner.tasks) == runs, name

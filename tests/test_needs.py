@@ -57,7 +57,8 @@ def test_memory_falls_from_plain_to_nf4_and_says_how(tmp_path):
         float(part.split()[0]) for part in lines[0].removeprefix("about ").split(", ")
     )
     assert plain > checkpointing > nf4 > 3 and nf4 > offload > 1
-    assert "train.memory: nf4" in lines[-1] and "offload keeps 1.0 GiB" in "".join(lines)  # 1.9 B numbers of 4.5 bits
+    assert "train.memory: nf4" in lines[-1]
+    assert "offload keeps 1.0 GiB" in "".join(lines)  # 1.9 B numbers of 4.5 bits
     assert "train.batch_size: 1" in needs.memory_lines(run(tmp_path, train={"batch_size": 4}), open_model("sdxl"))[-1]
 
 

@@ -15,8 +15,8 @@ import torch
 from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, train
 from scripts.bench.__main__ import chosen
-from scripts.bench.rows import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
 from scripts.bench.run import WATCHED, Watch, watching
+from scripts.bench.setting import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
 from tests.runs import make_run
 from tests.tiny import real_part, write_pipeline
 from tests.tiny.photos import draw_photos
@@ -185,11 +185,12 @@ def test_a_watch_gives_each_phase_its_own_time():
 
 
 def test_every_carried_wheel_has_a_tested_version():
-    pinned = {
-        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    }
-    wheels = [line for line in (ROOT / "scripts" / "gpu" / "wheels.txt").read_text().splitlines() if line[0] != "#"]
-    assert wheels and {name.lower() for name in wheels} <= pinned
+    command = ["bash", "scripts/gpu/carry.sh", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**environment(), "WITHOUT": ""})
+    assert done.returncode == 0, done.stderr
+    listed = done.stdout.split()
+    assert {"diffusers", "bitsandbytes", "transformers"} <= {line.split("==")[0] for line in listed}
+    assert set(listed) <= set((ROOT / "constraints.txt").read_text().split())
 
 
 # ---- memory counted without a GPU ----------------------------------------------------------------------------------

@@ -82,10 +82,10 @@ def test_subjects_have_five_pictures_and_a_known_noun():
 
 @pytest.fixture
 def recipe(monkeypatch):
-    """The recipe's rooms sprites, scenes and world, and three drawn sprites, one of them held out."""
+    """The recipe's modules sprites and world, and three drawn sprites, one of them held out."""
     monkeypatch.syspath_prepend(str(RECIPE))
-    names = ("scenes", "sprites", "world")
-    scenes, sprites, world = (importlib.import_module(name) for name in names)
+    names = ("sprites", "world")
+    sprites, world = (importlib.import_module(name) for name in names)
 
     def sprite(name, held_out, fill):
         image = Image.new("RGBA", (112, 112))
@@ -93,30 +93,30 @@ def recipe(monkeypatch):
         return sprites.Sprite(name, name, "dog", "f", image, held_out)
 
     rows = [sprite("a", False, "brown"), sprite("b", False, "gray"), sprite("poodle", True, "pink")]
-    yield scenes, sprites, world, rows
+    yield sprites, world, rows
     for name in names:
         sys.modules.pop(name, None)
 
 
 def test_the_world_is_a_function_of_its_seed(recipe):
-    _, _, world, rows = recipe
+    _, world, rows = recipe
     first, again, other = (world.draw_world(rows[:2], world.WIDE, 6, seed) for seed in (1, 1, 2))
     assert np.array_equal(first[0], again[0]) and first[1:] == again[1:] and first[1] != other[1]
     assert first[0].shape == (6, 64, 64, 3) and first[0].dtype == np.uint8
 
 
 def test_held_out_sprites_are_never_drawn(recipe):
-    _, sprites, world, rows = recipe
+    sprites, world, rows = recipe
     with pytest.raises(AssertionError):
         world.draw_world(rows, world.SMALL, 1, 0)
     assert len(sprites.HELD_OUT) == len(NOUNS)
-    for class_noun, names in sprites.read_table("small_world.txt").items():
+    for class_noun, names in sprites.read_table("small").items():
         assert not any("f" in sprites.HELD_OUT.get(name, "") for name in names), class_noun
 
 
 def test_every_background_is_a_picture_of_its_own(recipe):
-    scenes, _, _, _ = recipe
-    pictures = {words: scenes.paint(words, np.random.default_rng(0)) for words in scenes.BACKGROUNDS}
+    _, world, _ = recipe
+    pictures = {words: world.paint(words, np.random.default_rng(0)) for words in world.BACKGROUNDS}
     assert len(pictures) == 23
     assert all(p.shape == (64, 64, 3) and p.min() >= 0 and p.max() <= 255 for p in pictures.values())
     flat = np.stack([p.ravel() for p in pictures.values()])
@@ -126,7 +126,7 @@ def test_every_background_is_a_picture_of_its_own(recipe):
 def test_a_stopped_unet_stage_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     """Six steps straight through, and six steps killed within the fifth and started again."""
     monkeypatch.syspath_prepend(str(RECIPE))
-    for name in (before := set(sys.modules)) & {"clip", "stage", "world"}:
+    for name in (before := set(sys.modules)) & {"judges", "stage", "world"}:
         monkeypatch.delitem(sys.modules, name)
     unet = importlib.import_module("unet")
     monkeypatch.setattr(unet, "BATCH", 2)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from diffusekrona_train.adapters.products import Sides
+from diffusekrona_train.adapters.kron import Sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
 
 Options = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+Partners = dict[str, tuple[str | None, float]]
+"""Factor -> (partner, weight); see `Adapter.partners`."""
 
 
 class Fp32Module(nn.Module):
@@ -44,6 +46,22 @@ class Adapter(Fp32Module):
 
     lane: Lane | None = None
     """Where it is computed together with others while it trains."""
+    grown: ClassVar[tuple[str, ...]] = ()
+    """Factors that start at zero, or that alone are ΔW: how far they may move does not depend on their own size."""
+
+    multiplier: float
+    """What the product is multiplied by: scale, strength, and alpha / rank; follows `strength`."""
+    off: bool
+    """Whether the strength is 0."""
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self._strength, self.off = strength, strength == 0
+        self.multiplier = self.scale * strength * self.alpha_scale()
 
     @property
     def sides(self) -> Sides | None:
@@ -52,9 +70,10 @@ class Adapter(Fp32Module):
 
     def __init__(self, layer: Layer, options: Options, spec: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.layer, self.options, self.scale, self.strength = layer, dict(options), float(spec.scale), 1.0
+        self.layer, self.options, self.scale = layer, dict(options), float(spec.scale)
         shapes = self.shapes(layer, options, spec)
         self.suffixes = [suffix for suffix in shapes if suffix != "alpha"]
+        self.strength = 1.0
         for suffix in self.suffixes:
             self.register_parameter(self.parameter_name(suffix), nn.Parameter(torch.zeros(shapes[suffix])))
         with torch.no_grad():
@@ -86,6 +105,18 @@ class Adapter(Fp32Module):
         """Return the dense difference (out, in) in fp32 before any scale."""
         raise NotImplementedError
 
+    def partners(self) -> Partners | None:
+        """Return factor -> (partner, weight) where g² = weight * ‖partner‖² (weight alone for partner None), else None.
+
+        g is the rms that the product changes by, before any scale, when the factor changes by independent numbers of
+        rms 1: g² = ‖∂product/∂factor‖² / (out * in).
+        """
+        return None
+
+    def squared_gains(self) -> dict[str, Tensor]:
+        """Return factor -> g² as in `partners`, for types whose g² is not that simple; 0-dim fp32."""
+        raise NotImplementedError
+
     def file_alpha(self) -> float | None:
         """Return the `.alpha` that is written; None where files of this type have no such tensor."""
         return None
@@ -98,14 +129,10 @@ class Adapter(Fp32Module):
         alpha = self.options["alpha"] if alpha is None else alpha
         return alpha / self.options["rank"] if alpha else 1.0
 
-    def multiplier(self) -> float:
-        """Return what the product is multiplied by: scale, strength, and alpha / rank."""
-        return self.scale * self.strength * self.alpha_scale()
-
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return the dense difference ΔW (out, in), fp32, all scales included."""
-        return self.product() * self.multiplier()
+        return self.product() * self.multiplier
 
     @torch.no_grad()
     def file_tensors(self) -> dict[str, Tensor]:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusekrona_train.adapters.base import Adapter, Options, Shapes, kaiming, scaled
-from diffusekrona_train.adapters.kron import kron_delta, kron_linear
-from diffusekrona_train.adapters.products import Right, Sides, kron_sides
+from diffusekrona_train.adapters.base import Adapter, Options, Partners, Shapes, kaiming, scaled
+from diffusekrona_train.adapters.kron import Right, Sides, kron_delta, kron_linear, kron_sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.config.factors import factorization, pair_cost
 from diffusekrona_train.models.layers import Layer
@@ -19,6 +18,7 @@ class LoRA(Adapter):
 
     lora_up: nn.Parameter
     lora_down: nn.Parameter
+    grown = ("lora_up",)
 
     @classmethod
     def shapes(cls, layer: Layer, options: Options, spec: AdapterConfig) -> Shapes:
@@ -38,11 +38,17 @@ class LoRA(Adapter):
         return (Right, "lora_down"), (Right, "lora_up")
 
     def forward(self, x: Tensor) -> Tensor:
-        up = scaled(self.lora_up, self.multiplier())
+        up = scaled(self.lora_up, self.multiplier)
         return F.linear(F.linear(x, self.lora_down.to(x.dtype)), up.to(x.dtype))
 
     def product(self) -> Tensor:
         return self.lora_up @ self.lora_down
+
+    def partners(self) -> Partners:
+        return {
+            "lora_up": ("lora_down", 1 / self.layer.in_features),
+            "lora_down": ("lora_up", 1 / self.layer.out_features),
+        }
 
     def file_alpha(self) -> float:
         return float(self.options["alpha"])
@@ -54,6 +60,8 @@ class LoKr(Adapter):
     w2 is w2_a @ w2_b of the given rank where rank < max(its shape) / 2, w1 too with `decompose_both`, neither with
     `full_matrix`. alpha / rank counts unless both are whole. Init as in LyCORIS: kaiming uniform, zero for w2 or w2_b.
     """
+
+    grown = ("lokr_w2", "lokr_w2_b")
 
     @classmethod
     def shapes(cls, layer: Layer, options: Options, spec: AdapterConfig) -> Shapes:
@@ -91,10 +99,29 @@ class LoKr(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         w1, w2 = self.factors()
-        return kron_linear(x, scaled(w1, self.multiplier()), w2)
+        return kron_linear(x, scaled(w1, self.multiplier), w2)
 
     def product(self) -> Tensor:
         return kron_delta(*self.factors())
+
+    def partners(self) -> Partners | None:
+        if self.sides is None:
+            return None
+        pair = "lokr_w1", "lokr_w2"
+        return {own: (other, 1 / self.parameter(other).numel()) for own, other in (pair, pair[::-1])}
+
+    @torch.no_grad()
+    def squared_gains(self) -> dict[str, Tensor]:
+        wholes, gains = self.factors(), {}
+        for suffix, own, other in zip(("lokr_w1", "lokr_w2"), wholes, wholes[::-1], strict=True):
+            around = other.square().mean()
+            if suffix in self.suffixes:
+                gains[suffix] = around
+            else:  # as a LoRA's up and down, inside the Kronecker product
+                up, down = self.parameter(f"{suffix}_a"), self.parameter(f"{suffix}_b")
+                gains[f"{suffix}_a"] = around * down.square().sum() / own.shape[1]
+                gains[f"{suffix}_b"] = around * up.square().sum() / own.shape[0]
+        return gains
 
     def file_alpha(self) -> float:
         return float(self.options["rank"])  # LyCORIS squares alpha / rank, other readers do not: at 1 all agree
@@ -125,6 +152,7 @@ class LoHa(Adapter):
     hada_w1_b: nn.Parameter
     hada_w2_a: nn.Parameter
     hada_w2_b: nn.Parameter
+    grown = ("hada_w2_a",)
 
     @classmethod
     def shapes(cls, layer: Layer, options: Options, spec: AdapterConfig) -> Shapes:
@@ -143,13 +171,25 @@ class LoHa(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.macs(self.layer, self.options) == self.layer.in_features * self.layer.out_features:
-            return F.linear(x, scaled(self.product(), self.multiplier()).to(x.dtype))
+            return F.linear(x, scaled(self.product(), self.multiplier).to(x.dtype))
         up = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None, :]).flatten(1)  # (out, rank²)
         down = (self.hada_w1_b[:, None, :] * self.hada_w2_b[None, :, :]).flatten(0, 1)  # (rank², in)
-        return F.linear(F.linear(x, down.to(x.dtype)), scaled(up, self.multiplier()).to(x.dtype))
+        return F.linear(F.linear(x, down.to(x.dtype)), scaled(up, self.multiplier).to(x.dtype))
 
     def product(self) -> Tensor:
         return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b)
+
+    @torch.no_grad()
+    def squared_gains(self) -> dict[str, Tensor]:
+        left, right = (self.hada_w1_a, self.hada_w1_b), (self.hada_w2_a, self.hada_w2_b)
+        count, gains = self.layer.in_features * self.layer.out_features, {}
+        for name, (up, down), (other_up, other_down) in (("w1", left, right), ("w2", right, left)):
+            # Σ over rows, and over columns, of the other matrix's squares, without building it
+            of_columns = (other_down * ((other_up.mT @ other_up) @ other_down)).sum(0)
+            of_rows = (other_up * (other_up @ (other_down @ other_down.mT))).sum(1)
+            gains[f"hada_{name}_a"] = (down.square().sum(0) * of_columns).sum() / count
+            gains[f"hada_{name}_b"] = (up.square().sum(1) * of_rows).sum() / count
+        return gains
 
     def file_alpha(self) -> float:
         return float(self.options["rank"])  # as for LoKr
@@ -159,6 +199,7 @@ class Full(Adapter):
     """ΔW itself (out, in), from zero: full fine-tuning of the chosen projections, an fp32 difference over any base."""
 
     diff: nn.Parameter
+    grown = ("diff",)
 
     @classmethod
     def shapes(cls, layer: Layer, options: Options, spec: AdapterConfig) -> Shapes:
@@ -169,7 +210,10 @@ class Full(Adapter):
         return layer.in_features * layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, scaled(self.diff, self.multiplier()).to(x.dtype))
+        return F.linear(x, scaled(self.diff, self.multiplier).to(x.dtype))
 
     def product(self) -> Tensor:
         return self.diff.clone()
+
+    def partners(self) -> Partners:
+        return {"diff": (None, 1.0)}

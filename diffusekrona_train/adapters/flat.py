@@ -53,10 +53,16 @@ class FlatFactors:
 
     `subjects` maps layer names to adapters for each slot, of equal shapes. `spare` numbers at the end of `buffer`
     travel with the gradients. Adapters that know how (see `grouped`) are made to write their gradients into `stage`
-    buffers of the type that they compute in; `flush` adds those to `gradient`, once a backward pass.
+    buffers of the type that they compute in; `flush` adds those to `gradient`, once a backward pass. `home`: tensors to
+    live in as `master` and `buffer`, of the same sizes; their numbers are overwritten.
     """
 
-    def __init__(self, subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0):
+    def __init__(
+        self,
+        subjects: Sequence[Mapping[str, nn.Module]],
+        spare: int = 0,
+        home: tuple[Tensor, Tensor] | None = None,
+    ):
         self.segments: list[Segment] = []
         self.layout: list[tuple[int, list[str], list[Segment]]] = []
         start = 0
@@ -66,15 +72,18 @@ class FlatFactors:
                 start = segments[-1].start + segments[-1].step
                 self.segments += segments
                 self.layout.append((slot, layers, segments))
+        self.subjects = list(subjects)
         self.slots, self.size = len(subjects), start
         assert start % self.slots == 0, "subjects of one run have equal adapters"
         parameters = [adapter_parameter(subjects, segment) for segment in self.segments]
         assert all(parameter.dtype == torch.float32 for parameter in parameters), "trained parameters are fp32 masters"
-        self.master = nn.Parameter(torch.zeros(start, device=parameters[0].device))
-        self.buffer = torch.zeros(start + spare, device=self.master.device)
+        device = parameters[0].device
+        master, self.buffer = home or (torch.zeros(start, device=device), torch.zeros(start + spare, device=device))
+        self.master = nn.Parameter(master.zero_())
+        self.buffer.zero_()
         self.gradient = self.buffer[:start]
         self.master.grad = self.gradient
-        self._shadows: dict[torch.dtype, Tensor] = {torch.float32: self.master.detach()}
+        self._shadows: dict[torch.dtype, Tensor] = {self.master.dtype: self.master.detach()}
         self._stages: dict[torch.dtype, Tensor] = {}
         self.round = 0
         with torch.no_grad():
@@ -82,6 +91,25 @@ class FlatFactors:
                 segment.of(self.master).copy_(parameter)
                 parameter.data = segment.of(self.master.data)
                 parameter.grad = segment.of(self.gradient)
+
+        counts, device = [segment.step // ALIGN for segment in self.segments], self.master.device
+        self._blocks = torch.tensor(counts, device=device)
+        owners = [number for number, count in enumerate(counts) for _ in range(count)]
+        self._segment_of_block = torch.tensor(owners, device=device)
+
+    def sums(self, buffer: Tensor) -> Tensor:
+        """Return the sum of each segment of a buffer with this layout, (segments,); the same in every call."""
+        parts = buffer.view(-1, ALIGN).sum(1)
+        return torch.segment_reduce(parts, "sum", lengths=self._blocks, unsafe=True)
+
+    def spread(self, table: Tensor) -> Tensor:
+        """Return a number for each segment, (segments,), as one for each block of 256 numbers: (blocks, 1)."""
+        return table[self._segment_of_block][:, None]
+
+    @torch.no_grad()
+    def scale(self, table: Tensor) -> None:
+        """Multiply each factor by its number in (segments,); `refresh` afterwards."""
+        self.master.view(-1, ALIGN).mul_(self.spread(table))
 
     def shadow(self, dtype: torch.dtype) -> Tensor:
         """Return all factors in `dtype`, as of the last `refresh`."""
@@ -95,11 +123,15 @@ class FlatFactors:
             self._stages[dtype] = torch.zeros(self.size, dtype=dtype, device=self.master.device)
         return self._stages[dtype]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the buffers of factors and gradients, in every type that is there."""
+        return [self.buffer, *self._shadows.values(), *self._stages.values()]
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast the factors anew, after they have changed."""
         for dtype, shadow in self._shadows.items():
-            if dtype != torch.float32:
+            if dtype != self.master.dtype:
                 shadow.copy_(self.master)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ nodes only hand their gradients to `_Enter`, whose backward comes after all of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,25 @@ from torch.nn import functional as F
 from diffusekrona_train.adapters import operator
 from diffusekrona_train.adapters.base import Adapter
 from diffusekrona_train.adapters.flat import FlatFactors, Segment
-from diffusekrona_train.adapters.products import Left
+from diffusekrona_train.adapters.kron import Left
+
+Chooser = Callable[[Tensor, Tensor, Tensor], bool]
+"""(x, A, B) -> whether one operator should compute both products."""
 
 
-def flatten(subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0) -> FlatFactors:
-    """Move the subjects' parameters into flat buffers, and have those that can be computed together computed so."""
+def flatten(
+    subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0, by_operator: Chooser | None = None
+) -> FlatFactors:
+    """Move the subjects' parameters into flat buffers, and have those that can be computed together computed so.
+
+    `by_operator` says which products the operator computes; default: `operator.use_operator` on a GPU, else none.
+    """
     flat = FlatFactors(subjects, spare)
     for slot, layers, segments in flat.layout:
         adapters = [adapter for layer in layers if isinstance(adapter := subjects[slot][layer], Adapter)]
         if adapters and adapters[0].sides is not None:
-            group = Group(flat, adapters, {segment.factor: segment for segment in reversed(segments)})
+            starts = {segment.factor: segment for segment in reversed(segments)}
+            group = Group(flat, adapters, starts, by_operator)
             for index, adapter in enumerate(adapters):
                 adapter.lane = GroupLane(group, index)
     return flat
@@ -37,7 +46,9 @@ def flatten(subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0) -> Flat
 class Group:
     """Members with equal factors side by side in the flat buffers."""
 
-    def __init__(self, flat: FlatFactors, adapters: list[Adapter], starts: Mapping[str, Segment]):
+    def __init__(
+        self, flat: FlatFactors, adapters: list[Adapter], starts: Mapping[str, Segment], by_operator: Chooser | None
+    ):
         sides = adapters[0].sides
         assert sides is not None
         (self.inner, inner), (self.outer, outer) = sides
@@ -49,7 +60,11 @@ class Group:
         self._shared: _Shared | None = None
         self.anchor = adapters[0].get_parameter(inner)
         self._gradients = self._of(flat.gradient)
-        self._kron = Left in (self.inner, self.outer)
+        if Left not in (self.inner, self.outer):
+            by_operator = None
+        elif by_operator is None and flat.master.is_cuda:
+            by_operator = operator.use_operator
+        self._by_operator = by_operator
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return all members' inner and outer factors (s, o, i) in `dtype`."""
@@ -85,10 +100,10 @@ class Group:
 
     def by_operator(self, x: Tensor) -> bool:
         """Return whether one operator computes both products."""
-        if not self._kron:
+        if self._by_operator is None:
             return False
         A, B = self.kron(self.factors(x.dtype))
-        return operator.use_operator(x, A[0], B[0])
+        return self._by_operator(x, A[0], B[0])
 
     def enter(self, x: Tensor) -> Tensor:
         """Compute z (s, n, *) of all members for x (n, in); empty where the operator is used, which needs none."""
@@ -97,7 +112,7 @@ class Group:
     def add(self, index: int, y: Tensor, x: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
         """Add to y (n, out) what a member adds for x (n, in), in place unless `fresh`."""
         inner, outer = self.factors(x.dtype)
-        scale = self.adapters[index].multiplier()
+        scale = self.adapters[index].multiplier
         if z.numel():
             return self.outer.add(y, outer[index], z[index], scale, fresh=fresh)
         A, B = self.kron((inner[index], outer[index]))
@@ -107,7 +122,7 @@ class Group:
         return y
 
     def scales(self) -> list[float]:
-        return [adapter.multiplier() for adapter in self.adapters]
+        return [adapter.multiplier for adapter in self.adapters]
 
     def shared(self, index: int, x: Tensor, plain: bool) -> _Shared:
         """Return what the members share for this x; made for the first that asks, dropped after the last."""
@@ -137,7 +152,7 @@ class Group:
                 self.inner.add(total, M.mT, grad_z[index], 1.0)
             else:
                 A, B = self.kron((M, outer))
-                operator.kron_add_(total, grads[index], A.mT, B.mT, self.adapters[index].multiplier())
+                operator.kron_add_(total, grads[index], A.mT, B.mT, self.adapters[index].multiplier)
         return total
 
     def _factor_gradients(self, x: Tensor, z: Tensor, grads: list[Tensor]) -> Tensor:

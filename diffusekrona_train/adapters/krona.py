@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusekrona_train.adapters.base import Adapter, Options, Shapes, kaiming, scaled
-from diffusekrona_train.adapters.kron import kron_delta, kron_linear
-from diffusekrona_train.adapters.products import Sides, kron_sides
+from diffusekrona_train.adapters.base import Adapter, Options, Partners, Shapes, kaiming, scaled
+from diffusekrona_train.adapters.kron import Sides, kron_delta, kron_linear, kron_sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.config.factors import pair_cost
 from diffusekrona_train.models.layers import Layer
@@ -30,6 +29,7 @@ class KronA(Adapter):
 
     A: nn.Parameter
     B: nn.Parameter
+    grown = ("B",)
 
     @classmethod
     def shapes(cls, layer: Layer, options: Options, spec: AdapterConfig) -> Shapes:
@@ -63,7 +63,7 @@ class KronA(Adapter):
         return kron_sides(self.A, self.B, "A", "B")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = kron_linear(x, scaled(self.A, self.multiplier()), self.B)
+        y = kron_linear(x, scaled(self.A, self.multiplier), self.B)
         if not self.row_permutation:
             return y
         return y.reshape(*y.shape[:-1], len(self.A), len(self.B)).mT.reshape(y.shape)
@@ -73,6 +73,9 @@ class KronA(Adapter):
         if not self.row_permutation:
             return dense
         return dense.reshape(len(self.A), len(self.B), -1).transpose(0, 1).reshape(dense.shape)
+
+    def partners(self) -> Partners:
+        return {"A": ("B", 1 / self.B.numel()), "B": ("A", 1 / self.A.numel())}
 
     def file_alpha(self) -> float:
         return 1.0  # readers ignore it beside two full matrices, yet LyCORIS wants it and a ComfyUI path divides by it

@@ -86,6 +86,8 @@ class AdapterConfig(Strict):
     """lokr: keep both factors as full matrices."""
     decompose_both: bool = False
     """lokr: give the smaller factor low rank too."""
+    norm_cap: Annotated[float, Field(gt=0)] | None = None
+    """krona: after each step, keep the spectral norm of A x B at most this share of the layer's own (such as 0.3)."""
     scale: float = 1.0
     """Multiplies what the adapter adds, in training and afterwards."""
     targets: list[Literal["q", "k", "v", "o"]] | Literal["all"] = list(PROJECTIONS)  # type: ignore[assignment]
@@ -114,7 +116,7 @@ class AdapterConfig(Strict):
         budget = [name for name in ("params", "match_lora_rank") if getattr(self, name) is not None]
         if len(budget) == 2:
             raise ValueError("params and match_lora_rank are both given; keep one budget")
-        for name in (*budget, "factors", "factors_by_width"):
+        for name in (*budget, "factors", "factors_by_width", "norm_cap"):
             if getattr(self, name) and self.type != "krona":
                 raise ValueError(f"{name} is for type: krona, and type is {self.type}; take it out")
         for name in ("full_matrix", "decompose_both"):

@@ -18,11 +18,17 @@ class TrainConfig(Strict):
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Optimiser steps: 500 for simple subjects and prompts, 1000 for complex ones."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
-    """Learning rate of the factors."""
+    """Learning rate of the factors, in the unit of `rate_unit`."""
+    rate_unit: Literal["factor", "dw"] = "factor"
+    """factor: a step moves each factor by about the rate; dw: it moves ΔW by rms rate, whatever the type and shape."""
+    rate_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Rate of the factor that starts at zero (krona's B, LoRA's up) over the others' (LoRA+: 16)."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
     """Instance images a process takes at once; class images come on top."""
     gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     """Micro-batches summed before an optimiser step."""
+    average: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Save and show a running average of the factors, of this weight for the past (0.95); null: the factors."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw, or bitsandbytes' 8-bit AdamW (factors under 4096 elements stay 32-bit: it saves little here)."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
@@ -47,6 +53,9 @@ class TrainConfig(Strict):
     """auto picks by the free GPU memory: plain, checkpointing, nf4 with it, or offload (nf4 or fp8 in host memory)."""
     compile: bool = False
     """torch.compile the transformer blocks; needs a C++ compiler, and minutes for the first step."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Replay the step as a CUDA graph: auto where memory allows it, true always tries; it runs without where it
+    cannot."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs that have them."""
     channels_last: bool = False

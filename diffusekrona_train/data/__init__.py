@@ -17,12 +17,22 @@ from pathlib import Path
 from diffusekrona_train.common.files import ASSETS
 from diffusekrona_train.common.nearest import did_you_mean, nearest
 from diffusekrona_train.config import RunConfig, SubjectConfig
-from diffusekrona_train.data.crops import Crop, bucket_sizes, crop_pixels, plan_crops
 from diffusekrona_train.data.datasets import HUB_NAME, is_dataset, read_dataset, read_hub
 from diffusekrona_train.data.folders import is_image, read_file, read_files, read_folder
 from diffusekrona_train.data.images import open_image
 from diffusekrona_train.data.names import existing, printable
-from diffusekrona_train.data.pictures import Candidate, Collection, Found, Picture, Wanted, open_all
+from diffusekrona_train.data.pictures import (
+    Candidate,
+    Collection,
+    Crop,
+    Found,
+    Picture,
+    Wanted,
+    bucket_sizes,
+    crop_pixels,
+    open_all,
+    plan_crops,
+)
 
 __all__ = [
     "Collection",

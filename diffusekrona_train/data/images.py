@@ -1,6 +1,9 @@
-"""Opening a photo as everybody sees it: orientation applied, any mode as 8-bit sRGB, transparency over white.
+"""Open a photo as viewers show it: orientation applied, any mode as 8-bit sRGB, transparency over white.
 
-Whatever is wrong with a file (truncated, no image at all, too large to be one) is a ValueError of one line.
+A photo from a phone (Display P3), a camera (Adobe RGB) or a press (CMYK) has other numbers for the same colours. Read
+as sRGB they would be learnt paler, brighter or greener than every viewer shows them.
+
+Whatever is wrong with a file (truncated, not an image, too large to be one) is a ValueError of one line.
 """
 
 from __future__ import annotations
@@ -12,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-from diffusekrona_train.data import colour
 from diffusekrona_train.data.names import printable
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
@@ -22,7 +24,15 @@ HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 MIN_SIDE = 16
 """Pixels; below this there is nothing to learn from."""
 NOTHING_LEFT = 254
-"""Level of 255 from which a pixel over white cannot be told from the white."""
+"""Level of 255 from which a pixel over white cannot be distinguished from the white."""
+COLOUR_VERSION = "sRGB 1"
+"""Part of the cache key of photos whose pixels were converted; raised where the same profile gives other pixels."""
+SAME_COLOUR = 2
+"""Levels of 255: profiles that change no colour by more are sRGB under one of its many names."""
+
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+"""Colour space of a profile, by ICC -> the mode of the pixels that it describes."""
+_DAMAGED = "its colour profile is damaged; its colours are taken as sRGB"
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our one line says what is wrong with a file
 
@@ -54,21 +64,23 @@ def open_image(content: bytes | Path, name: str) -> Image.Image:
 
 def inspect_image(content: bytes | Path, name: str) -> Opened:
     """Decode an image to RGB, with remarks on what was done (first frame, transparency, colours); errors as above."""
-    shown = printable(name)
-    if Path(name).suffix.lower() in HEIC_SUFFIXES:
-        _register_heic(shown)
-    if (len(content) if isinstance(content, bytes) else content.stat().st_size) == 0:
-        raise ValueError(f"{shown}: the file is empty (0 bytes)")
-    opened, nothing_left = _decode(content, shown)
-    if nothing_left:
-        raise ValueError(f"{shown}: is transparent and nothing of it is left over white; save it on a background")
-    if min(opened.image.size) < MIN_SIDE:
-        width, height = opened.image.size
-        raise ValueError(f"{shown}: {width} x {height} pixels are too few; {MIN_SIDE} a side is the least")
+    try:
+        if Path(name).suffix.lower() in HEIC_SUFFIXES:
+            _register_heic()
+        if (len(content) if isinstance(content, bytes) else content.stat().st_size) == 0:
+            raise ValueError("the file is empty (0 bytes)")
+        opened, nothing_left = _decode(content)
+        if nothing_left:
+            raise ValueError("is transparent and nothing of it is left over white; save it on a background")
+        if min(opened.image.size) < MIN_SIDE:
+            width, height = opened.image.size
+            raise ValueError(f"{width} x {height} pixels are too few; {MIN_SIDE} a side is the least")
+    except ValueError as error:
+        raise ValueError(f"{printable(name)}: {error}") from None
     return opened
 
 
-def _decode(content: bytes | Path, shown: str) -> tuple[Opened, bool]:
+def _decode(content: bytes | Path) -> tuple[Opened, bool]:
     """The upright image, and whether it is transparent and white all over."""
     remarks: list[str] = []
     try:
@@ -79,20 +91,20 @@ def _decode(content: bytes | Path, shown: str) -> tuple[Opened, bool]:
                 orientation = _orientation(file, remarks)
                 file.seek(0)
                 file.load()
-                image, converted = colour.to_srgb(_eight_bits(file), file.info.get("icc_profile"), remarks)
-                alpha = image.convert("RGBA").getchannel("A") if colour.has_alpha(image) else None
+                image, converted = to_srgb(_eight_bits(file), file.info.get("icc_profile"), remarks)
+                alpha = image.convert("RGBA").getchannel("A") if has_alpha(image) else None
                 see_through = alpha is not None and any(alpha.histogram()[:255])
                 image = to_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(f"{shown}: is not an image that can be read, whatever its suffix is") from None
+        raise ValueError("is not an image that can be read, whatever its suffix is") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{shown}: has too many pixels for a photo; scale it down below 170 megapixels") from None
+        raise ValueError("has too many pixels for a photo; scale it down below 170 megapixels") from None
     except PermissionError:
-        raise ValueError(f"{shown}: no permission to read it") from None
+        raise ValueError("no permission to read it") from None
     except Exception as error:
         # decoders raise what they like: OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError
         what = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{shown}: is damaged or truncated ({what[:120]})") from None
+        raise ValueError(f"is damaged or truncated ({what[:120]})") from None
     if see_through:
         remarks.append("transparent, laid over white")
     seen = sum(count for level, count in enumerate(image.histogram()) if level % 256 < NOTHING_LEFT)
@@ -122,7 +134,7 @@ def _orientation(file: Image.Image, remarks: list[str]) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return any mode as RGB: transparency over white, 16-bit and float greyscale brought to 8 bits."""
     image = _eight_bits(image)
-    if colour.has_alpha(image):
+    if has_alpha(image):
         colours = image.convert("RGBA")
         white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, colours).convert("RGB")
@@ -148,11 +160,77 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255.0 / (top or values.max()))).astype(np.uint8))
 
 
-def _register_heic(shown: str) -> None:
+def _register_heic() -> None:
     try:
         import pillow_heif  # type: ignore[import-not-found]
     except ImportError:
         raise ValueError(
-            f"{shown}: reading HEIC needs an extra: pip install 'diffusekrona-train[heic]' (or save it as JPEG)"
+            "reading HEIC needs an extra: pip install 'diffusekrona-train[heic]' (or save it as JPEG)"
         ) from None
     pillow_heif.register_heif_opener()
+
+
+# ---- colours ----
+
+
+def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> tuple[Image.Image, bool]:
+    """Return the image in sRGB, and whether its colours were converted. Alpha stays; a remark says what was done.
+
+    `image` has 8 bits a channel. A profile that cannot be read, or that is for other pixels than these, is a remark.
+    """
+    if image.mode == "LAB":  # these numbers are colours by themselves
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), _srgb(), outputMode="RGB"), True  # type: ignore[return-value]
+    if not profile:
+        return image, False
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        colours = _described(image, space)
+        if colours is None:
+            remarks.append(f"its colour profile is for {printable(space)} and not for its pixels; taken as sRGB")
+            return image, False
+        transform = ImageCms.buildTransform(source, _srgb(), colours.mode, "RGB")
+        if _changes_nothing(transform, colours.mode):
+            return image, False
+        converted = ImageCms.applyTransform(colours, transform)
+        name = " ".join(printable(ImageCms.getProfileDescription(source).strip(), limit=40).split()) or space
+    except (OSError, ImageCms.PyCMSError, ValueError, TypeError):
+        remarks.append(_DAMAGED)
+        return image, False
+    assert converted is not None  # it is None only where the transform works in place
+    if has_alpha(image):
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    remarks.append(f"its colours are converted from {name} to sRGB")
+    return converted, True
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether the image has an alpha channel or a transparent colour."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
+
+
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.createProfile("sRGB")  # type: ignore[return-value]
+
+
+def _described(image: Image.Image, space: str) -> Image.Image | None:
+    """Return the pixels that a profile for `space` describes, without alpha; None if the image has no such pixels."""
+    mode = _MODES.get(space)
+    if mode == "RGB" and image.mode != "CMYK":
+        return (image.convert("RGBA") if image.mode in ("PA", "RGBa") else image).convert("RGB")
+    if mode == "L" and image.mode in ("L", "LA", "1"):
+        return image.convert("L")
+    return image if mode == "CMYK" and image.mode == "CMYK" else None
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether the transform leaves a lattice of colours as it is, within SAME_COLOUR levels."""
+    if mode == "CMYK":
+        return False
+    steps = np.linspace(0, 255, 256 if mode == "L" else 9).round().astype(np.uint8)
+    axes = [steps] if mode == "L" else [steps] * 3
+    lattice = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, len(axes))
+    before = Image.fromarray(lattice[..., 0] if mode == "L" else lattice)
+    after = ImageCms.applyTransform(before, transform)
+    gap = np.asarray(after).astype(int) - np.asarray(before.convert("RGB"))
+    return int(np.abs(gap).max()) <= SAME_COLOUR

@@ -22,7 +22,8 @@ CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_co
 
 def config_name(part: str) -> str:
     """Return the file name of a part's config inside its subfolder."""
-    return CONFIG_NAMES.get(part.removesuffix("_2"), "config.json")
+    kind = part.removesuffix("_2").removesuffix("_3").rpartition("_")[2]  # of text_encoder_3: encoder
+    return CONFIG_NAMES.get(kind, "config.json")
 
 
 @functools.cache

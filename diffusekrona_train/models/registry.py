@@ -12,6 +12,12 @@ FAMILIES: dict[str, str] = {
     "zimage": "diffusekrona_train.models.zimage:FAMILY",
     "flux2-klein": "diffusekrona_train.models.flux2:KLEIN",
     "flux2": "diffusekrona_train.models.flux2:DEV",
+    "qwenimage": "diffusekrona_train.models.qwenimage:FAMILY",
+    "krea2": "diffusekrona_train.models.krea2:FAMILY",
+    "flux1": "diffusekrona_train.models.flux1:FLUX1",
+    "chroma": "diffusekrona_train.models.flux1:CHROMA",
+    "sd3": "diffusekrona_train.models.sd3:FAMILY",
+    "anima": "diffusekrona_train.models.anima:FAMILY",
 }
 """Family name -> module and the object in it."""
 

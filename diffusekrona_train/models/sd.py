@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -223,7 +223,7 @@ def optional(parts: Mapping[str, Any], count: int) -> tuple[list[Any], list[Any]
     return parts.get("text_encoders") or [None] * count, parts.get("tokenizers") or [None] * count
 
 
-def decoded(vae: Loaded, unscaled: Tensor) -> Tensor:
+def decoded(vae: Loaded, unscaled: Tensor, in_tiles: Callable[[Loaded, Tensor], Tensor] | None = None) -> Tensor:
     """Decode a VAE's own latents (B, C, h, w) to images (B, 3, H, W) fp32 in [0, 1].
 
     Where memory ends, or the VAE's tiling is on, in overlapping tiles of half the side: nearly the same image
@@ -237,7 +237,7 @@ def decoded(vae: Loaded, unscaled: Tensor) -> Tensor:
         if not ran_out(error):
             raise
     if pixels is None:  # not in the handler: its traceback keeps what the decoder had made so far
-        pixels = decode_in_tiles(vae, unscaled)
+        pixels = (in_tiles or decode_in_tiles)(vae, unscaled)
     return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 

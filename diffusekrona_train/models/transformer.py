@@ -30,6 +30,8 @@ class FlowTransformer(SD):
     """Pattern of a feed-forward's linear inside a block -> its stream, "" for the block's own."""
     fused: Mapping[str, str] = {}
     """Path inside a block of a linear that holds several projections -> their letters."""
+    dead: Sequence[str] = ()
+    """Patterns of what leads nowhere inside the last block of the first kind: its gradient is always zero."""
     pipeline_class = ""
     version = ""
     architecture = ""
@@ -88,8 +90,14 @@ class FlowTransformer(SD):
         return replace(found, block=block, stream="text" if found.stream == "text" else stream)
 
     def layers(self, linears: Linears) -> list[Layer]:
-        """Return every projection and feed-forward of the blocks, in the model's order."""
-        return [layer for name, widths in linears.items() if (layer := self.describe(name, *widths))]
+        """Return every projection and feed-forward of the blocks that has a gradient, in the model's order."""
+        found = [layer for name, widths in linears.items() if (layer := self.describe(name, *widths))]
+        first = [layer.block for layer in found if layer.block.startswith(f"{self.blocks[0]}.")]
+        last = max(first, key=lambda block: int(block.rpartition(".")[2]), default="")
+        return [layer for layer in found if not (layer.block == last and self._is_dead(layer))]
+
+    def _is_dead(self, layer: Layer) -> bool:
+        return any(re.fullmatch(pattern, layer.name.removeprefix(f"{layer.block}.")) for pattern in self.dead)
 
     def quantizes(self, name: str) -> bool:
         """Return True in the blocks, their modulation included; embedders and the last layer stay."""
@@ -142,9 +150,9 @@ def posterior(vae: Loaded, pixels: Tensor, generator: torch.Generator | None) ->
 
 def hidden_states(encoder: Loaded, tokens: Mapping[str, Tensor], taken: Sequence[int]) -> Tensor:
     """Return the hidden states behind the layers `taken` of a causal text encoder, (L, layers, D)."""
-    ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
+    given = {name: value.to(encoder.device) for name, value in tokens.items()}
     with torch.no_grad():
-        found = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        found = encoder(**given, output_hidden_states=True, use_cache=False)
     return torch.stack([found.hidden_states[layer][0] for layer in taken], dim=1)
 
 
@@ -156,6 +164,12 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Turn `pack` back: (B, h w / 4, 4 C) -> (B, C, h, w), for latents of `height` x `width`."""
     return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def places(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return where an image's tokens are, (rows columns, 3): 0, row, column."""
+    ranges = [torch.arange(count, device=device) for count in (1, rows, columns)]
+    return torch.cartesian_prod(*ranges)
 
 
 def usual(request: Request) -> dict[str, Any]:

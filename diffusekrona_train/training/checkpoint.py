@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,12 @@ MAY_CHANGE = (
     "train.keep_best",
     "train.log_every",
     "train.trackers",
+    "train.cuda_graph",  # it replays the same kernels
 )
 """Fields that a resumed run may set anew: how long, what is watched, where things go. All others make another run."""
+
+YOUNGER = {"train.rate_unit": "factor", "train.rate_ratio": 1.0}
+"""Fields that states of older versions lack -> the value with which a run trains as it did before they were there."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,17 @@ def save(
     about: dict,
     extra: dict[str, torch.Tensor],
     keep: int,
+    shown: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Path:
     """Writes the checkpoint of `step` under the run folder; returns the adapter file.
 
-    The adapter comes first, then the resume state, then states beyond `keep` and those of later steps go.
-    OSError (a full disk) leaves what stood before as it was.
+    The adapter comes first, made of the factors as they are within `shown`; then the resume state, then states beyond
+    `keep` and those of later steps go. OSError (a full disk) leaves what stood before as it was.
     """
     faults.reach("adapter", step)
     adapter = adapter_file(folder, step)
-    formats.save_adapter(adapter, injection, info)
+    with shown():
+        formats.save_adapter(adapter, injection, info)
     assert injection.flat is not None, "a run trains factors in flat buffers"
     moments, numbers = moments_by_name(injection.flat, optimizer)
     tensors = {f"factors/{name}": value for name, value in injection.state_dict().items()}
@@ -259,7 +266,8 @@ def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer
 
 def refuse_changes(state: State, config: dict, processes: int) -> None:
     """ValueError naming each field that differs from the run in `state` and may not."""
-    before, now = dict(_leaves(state.about["config"])), dict(_leaves(json.loads(json.dumps(config))))
+    trees = state.about["config"], json.loads(json.dumps(config))
+    before, now = ({**YOUNGER, **dict(_leaves(tree))} for tree in trees)
     changed = [
         f"{field} (was {before.get(field)!r}, now {now.get(field)!r})"
         for field in sorted(before.keys() | now.keys())

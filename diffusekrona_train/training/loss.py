@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,7 +11,7 @@ from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common.device import ABILITIES, abilities, moved
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
-from diffusekrona_train.models.contracts import Denoiser, Family, Process, Tensors
+from diffusekrona_train.models.contracts import Conditioning, Denoiser, Family, Process, Tensors
 from diffusekrona_train.training.draw import Draw, Shelf, draw, generator_of
 
 ON_DEVICE_LIMIT = 2 * 2**30
@@ -34,6 +34,10 @@ class Batch:
     share: torch.Tensor
     """(B,): 1 for an instance, the prior weight for a class sample."""
     teacher: int = 0
+    conditioning: Conditioning = field(default_factory=dict)
+    """What the denoiser is given beside x_t and t: the captions, collated, and the extras."""
+    taught: Conditioning = field(default_factory=dict)
+    """The same for the last `teacher` samples."""
 
     def __len__(self) -> int:
         return len(self.t)
@@ -77,7 +81,13 @@ class Objective:
         return self.config.train.batch_size * self.config.train.gradient_accumulation * self.processes
 
     def batches(self, step: int, micro: int) -> list[Batch]:
-        """This process's samples of micro-batch `micro`, one batch for each latent shape (mostly one)."""
+        """This process's samples of micro-batch `micro`, one batch for each latent shape (mostly one).
+
+        All that is random, on the host or of another step is in here; `loss_of` only computes.
+        """
+        return [self.conditioned(batch) for batch in self._samples(step, micro)]
+
+    def _samples(self, step: int, micro: int) -> list[Batch]:
         size = self.config.train.batch_size
         first = (micro * self.processes + self.rank) * size
         instances = self._drawn(self.data.instances, step, range(first, first + size), "instance")
@@ -136,11 +146,27 @@ class Objective:
         count = len(instances)
         return Batch(instances.x_0, instances.eps, instances.t, caption, instances.extras, share, teacher=count)
 
+    def conditioned(self, batch: Batch) -> Batch:
+        """The batch with its captions and extras as the denoiser takes them."""
+        taught = self._told(batch, slice(-batch.teacher, None)) if batch.teacher else {}
+        return replace(batch, conditioning=self._told(batch, slice(None)), taught=taught)
+
+    def _told(self, batch: Batch, part: slice) -> Conditioning:
+        rows = [
+            {name: self._sent(value, self.device) for name, value in self.captions[i].items()}
+            for i in batch.caption[part]
+        ]
+        return {**self.family.collate(rows), **{name: value[part] for name, value in batch.extras.items()}}
+
     # ---- how it is judged ----
 
     def loss(self, step: int, micro: int) -> torch.Tensor:
+        """The loss of micro-batch `micro`."""
+        return self.loss_of(self.batches(step, micro))
+
+    def loss_of(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Loss of each sample times its weight, summed, divided by the number of instance images."""
-        total = sum(self.per_sample(batch).sum() for batch in self.batches(step, micro))
+        total = sum(self.per_sample(batch).sum() for batch in batches)
         return torch.as_tensor(total) / self.config.train.batch_size
 
     def per_sample(self, batch: Batch, *, weighted: bool = True) -> torch.Tensor:
@@ -150,18 +176,16 @@ class Objective:
         wanted = self.process.target(batch.x_0, batch.eps, batch.t)
         if batch.teacher:
             with torch.no_grad(), self.injection.disabled():
-                answer = self._predicted(x_t, batch, slice(-batch.teacher, None))
+                part = slice(-batch.teacher, None)
+                answer = self._predicted(x_t[part], batch.t[part], batch.taught)
             wanted = torch.cat([wanted[: -batch.teacher], answer])
-        loss = LOSSES[train.loss](self._predicted(x_t, batch), wanted)
+        loss = LOSSES[train.loss](self._predicted(x_t, batch.t, batch.conditioning), wanted)
         if not weighted:
             return loss
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share
 
-    def _predicted(self, x_t: torch.Tensor, batch: Batch, part: slice = slice(None)) -> torch.Tensor:
-        rows = [moved(self.captions[i], self.device, self.dtype) for i in batch.caption[part]]
-        extras = {name: value[part] for name, value in batch.extras.items()}
-        conditioning = {**self.family.collate(rows), **extras}
-        return self.family.predict(self.denoiser, x_t[part].to(self.dtype), batch.t[part], conditioning).float()
+    def _predicted(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self.family.predict(self.denoiser, x_t.to(self.dtype), t, conditioning).float()
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
@@ -183,7 +207,7 @@ class Objective:
                 t = torch.stack([self.process.quantile(quantile) for _, quantile in part])
                 none = torch.zeros_like(picture)
                 drawn = Draw(number, picture, none, t, torch.stack(noises), torch.ones(len(part)))
-                yield self._gathered(bucket, drawn, 1.0, 0.0)
+                yield self.conditioned(self._gathered(bucket, drawn, 1.0, 0.0))
 
 
 def shelf_of(bucket: Bucket) -> Shelf:

@@ -62,12 +62,45 @@ def choose(
     if (available := free_bytes(device)) is None:
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = available / GIB
+<<<<<<< HEAD
     ladder = [level for level in ladder if level.works_on(device)]
+=======
+    ladder = [level for level in ladder if abilities(device).quantized or level.quantize == "none"]
+    needs = [(level, need(level, config, base_parameters, samples, dtype, figures, trained)) for level in ladder]
+    level, least = next((pair for pair in needs if pair[1] <= free), needs[-1])
+    return level, f"memory: {level.name} (about {least:.1f} GiB needed, {free:.1f} GiB free)"
+
+
+def need(
+    level: Level,
+    config: RunConfig,
+    base_parameters: int,
+    samples: int,
+    dtype: torch.dtype,
+    figures: MemoryFigures,
+    trained: int,
+) -> float:
+    """GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
+>>>>>>> main
     megapixels = samples * (config.data.resolution / 1024) ** 2
-    extra = trained * trained_bytes(config) / GIB
-    needs = [(level, estimate(level, base_parameters, megapixels, dtype, figures) + extra) for level in ladder]
-    level, need = next((pair for pair in needs if pair[1] <= free), needs[-1])
-    return level, f"memory: {level.name} (about {need:.1f} GiB needed, {free:.1f} GiB free)"
+    step = estimate(level, base_parameters, megapixels, dtype, figures)
+    return step + trained * trained_bytes(config) / GIB
+
+
+def room(
+    level: Level,
+    config: RunConfig,
+    base_parameters: int,
+    samples: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    figures: MemoryFigures,
+    trained: int,
+) -> float | None:
+    """GiB that `level` leaves free on the device, before the model is loaded; None where the device does not say."""
+    if (available := free_bytes(device)) is None:
+        return None
+    return available / GIB - need(level, config, base_parameters, samples, dtype, figures, trained)
 
 
 BLOCKS_HELD = 2
@@ -99,8 +132,8 @@ def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: 
 
 
 def trained_bytes(config: RunConfig) -> int:
-    """Bytes a trained number: its fp32 master and gradient, and two moments."""
-    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8)
+    """Bytes a trained number: its fp32 master and gradient, two moments, and its running average if there is one."""
+    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8) + (0 if config.train.average is None else 4)
 
 
 def below(level: Level, config: RunConfig, device: torch.device) -> Level | None:

@@ -7,15 +7,19 @@ that processes have to agree on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.distributed
 
+from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.common.device import abilities
 from diffusekrona_train.config.training import TrainConfig
+from diffusekrona_train.training.average import Average
+from diffusekrona_train.training.rates import rates_of
 
 BAD_IN_A_ROW = 3
 """Non-finite steps in a row that end a run."""
@@ -33,7 +37,13 @@ class Descent:
     in a row now and at most, the last gradient norm.
     """
 
-    def __init__(self, factors: FlatFactors | list[torch.nn.Parameter], train: TrainConfig, accelerator: Any):
+    def __init__(
+        self,
+        factors: FlatFactors | list[torch.nn.Parameter],
+        train: TrainConfig,
+        accelerator: Any,
+        cap: NormCap | None = None,
+    ):
         if isinstance(factors, list):  # parameters of another library, or of a test
             factors = FlatFactors([{"": torch.nn.ParameterList(factors)}], SPARE)
         assert factors.slots == 1, "a run of several subjects has an optimiser for each slot"
@@ -45,26 +55,46 @@ class Descent:
         can = abilities(self.flat.device)
         self.waits = self.eight_bit or not can.fused
         self.optimizer = _optimizer([factors.master], train, fused=can.fused)
+        self.rates, self.cap = rates_of(factors, train), cap
+        self.average = None if train.average is None else Average(factors, train.average)
         self.meters = torch.zeros(6, dtype=can.widest, device=self.flat.device)
+        self.wish = torch.zeros((), device=self.flat.device)
+        # On the device, so that a step that is replayed reads each step's own. CUDA's kernel reads fp32.
+        exact = torch.float64 if self.flat.device.type == "cpu" else torch.float32
+        self.rate = torch.zeros((), dtype=exact, device=self.flat.device)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds one micro-batch to the gradients of this step."""
+        """Add one micro-batch to the gradients of this step."""
         loss = loss / self.train.gradient_accumulation
         self.accelerator.backward(loss)
         self.factors.flush()
         self.flat[LOSS] += loss.detach()
 
     def step(self, learning_rate: float, stop: bool = False) -> torch.Tensor:
-        """Applies the gradients; returns a copy of the buffer's stop place (above 0 where any process wants to stop).
+        """Apply the gradients; return the mean of all processes' wish to stop, on the device until the next step.
 
         A step whose loss or gradient is not finite leaves factors and optimiser state as they were. That is decided on
         the device; only 8-bit AdamW and Apple GPUs, which know no such switch, wait for the answer.
         """
+        self.prepare(learning_rate, stop)
+        self.apply()
+        return self.wish
+
+    def prepare(self, learning_rate: float, stop: bool) -> None:
+        """Write what `apply` reads from the host to the device, and agree with the other processes."""
+        self.rate.fill_(learning_rate)
+        for group in self.optimizer.param_groups:
+            # With a rate for each segment the optimiser steps at rate 1, and `_move` shortens what it did.
+            group["lr"] = 1.0 if self.rates is not None else learning_rate if self.waits else self.rate
         if stop:
             self.flat[STOP] = 1.0
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(self.flat)
             self.flat.div_(self.accelerator.num_processes)
+
+    def apply(self) -> None:
+        """Clip, step, count, and clear the gradients. Reads and writes tensors that stay where they are, so it can be
+        captured (unless it `waits`)."""
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
@@ -74,25 +104,43 @@ class Descent:
         bad = ~(norm.isfinite() & loss.isfinite())
         if self.train.max_grad_norm is not None:
             gradients.mul_((self.train.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        self._apply(learning_rate, bad)
+        self._move(bad)
         if scaler is not None:
             scaler.update()
         self._count(loss, norm, bad)
-        wish = self.flat[STOP].clone()
+        self.wish.copy_(self.flat[STOP])
         self.flat.zero_()
-        return wish
 
-    def _apply(self, learning_rate: float, bad: torch.Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def state(self) -> list[torch.Tensor]:
+        """Return every tensor that `apply` changes; those of the optimiser are there after its first step."""
+        moments = [value for value in self.optimizer.state[self.factors.master].values() if torch.is_tensor(value)]
+        scaler = self.accelerator.scaler
+        scale = [] if scaler is None else [scaler._scale, scaler._growth_tracker]
+        average = [] if self.average is None else [self.average.values, self.average.steps]
+        return [*self.factors.tensors(), self.meters, self.wish, *average, *moments, *scale]
+
+    def _move(self, bad: torch.Tensor) -> None:
         if self.waits:
-            if bad:
+            if bad:  # nothing has moved: neither the cap nor the average has anything to do
                 return
         else:
             # What GradScaler sets for a fused optimiser: its kernel moves nothing where found_inf is 1.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.rates is None:
+            self.optimizer.step()
+        else:
+            before, table = self.factors.master.detach().clone(), self.rates.table(self.rate)
+            self.optimizer.step()
+            self.rates.shorten(before, table)
+        if self.cap is not None:
+            self.cap.apply()
+        if self.average is not None:
+            self.average.update(bad)
         self.factors.refresh()
+
+    def shown(self) -> contextlib.AbstractContextManager[object]:
+        """Within, the factors are those that are saved and shown: their running average, if there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
 
     def _count(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:
         weight = torch.ones_like(loss)
@@ -109,7 +157,7 @@ class Descent:
             torch.maximum(worst, streak),
             norm,
         ]
-        self.meters = torch.stack([value.to(self.meters.dtype) for value in new])
+        self.meters.copy_(torch.stack([value.to(self.meters.dtype) for value in new]))
 
     def read(self) -> dict[str, float | None]:
         """What was counted, read from the device; the mean loss starts anew."""
@@ -136,7 +184,10 @@ def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig, *, fuse
         except ImportError:
             raise ValueError("train.optimizer: adamw8bit needs bitsandbytes; install it or use adamw") from None
         return AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=fused, **settings)
+    capturable = fused and parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, fused=fused, capturable=capturable, **settings)
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # it runs both ways
+    return optimizer
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int) -> float:

@@ -104,7 +104,9 @@ def finish(run: Run) -> Path:
         return path
     faults.reach("end", config.train.steps)
     try:
-        formats.save_adapter(path, run.objective.injection, setup.adapter_info(config, run.source, config.train.steps))
+        with run.descent.shown():
+            about = setup.adapter_info(config, run.source, config.train.steps)
+            formats.save_adapter(path, run.objective.injection, about)
         formats.write_sidecar(path)
     except OSError as error:
         raise RuntimeError(
@@ -132,6 +134,7 @@ def name_the_best(run: Run) -> None:
     progress = run.journal.progress
     progress.report("phase", name="evaluate")
     # the evaluation loads the base itself, and the factors are saved; the injection holds the denoiser too
+    run.graphs.forget()
     run.objective.denoiser = run.objective.injection = None
     free()
     try:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
+from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
@@ -34,8 +35,12 @@ from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
+<<<<<<< HEAD
 from diffusekrona_train.sampling.session import encode_texts
 from diffusekrona_train.training import checkpoint, memory
+=======
+from diffusekrona_train.training import checkpoint, graph, memory
+>>>>>>> main
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
@@ -61,6 +66,7 @@ class Run:
     level: memory.Level
     objective: Objective
     descent: Descent
+    graphs: graph.StepGraphs
     gallery: Gallery
     journal: Journal
     stop: Stop
@@ -98,9 +104,13 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
+<<<<<<< HEAD
+=======
+    level, why, room = choose_level(config, source, accelerator, dtype)
+>>>>>>> main
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
-    descent = Descent(injection.flatten(SPARE), config.train, accelerator)
+    descent = make_descent(config, injection, accelerator)
     process = source.process(config.data.resolution)
     objective = Objective(
         config, source.family, denoiser, injection, data, process, dtype, device,
@@ -126,11 +136,13 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {first} that the run has reached")
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
         start.events.warning(line)
+    graphs = graph.step_graphs(config, objective, descent, level, room, tell)
     gallery = Gallery(config, source, objective, start.folder, start.events)
     journal = open_folder(start, state, first, about["config"])
     return Run(
-        config, start.folder, source, accelerator, level, objective, descent, gallery, journal, stop, first, about
-    )
+        config, start.folder, source, accelerator, level, objective, descent, graphs, gallery, journal, stop, first,
+        about,
+    )  # fmt: skip
 
 
 def open_folder(start: Start, state: checkpoint.State | None, first: int, config: dict[str, Any]) -> Journal:
@@ -147,6 +159,8 @@ def take_up(state: checkpoint.State, injection: Injection, descent: Descent, acc
     """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
+    if descent.average is not None:
+        descent.average.load(state.part("extra/average"))
     if accelerator.scaler is not None and "scaler" in state.about:
         accelerator.scaler.load_state_dict(state.about["scaler"])
     injection.assert_fp32()
@@ -193,17 +207,19 @@ def refuse_unsupported(config: RunConfig, kind: str) -> None:
 
 def choose_level(
     config: RunConfig, source: ModelSource, accelerator: Accelerator, dtype: torch.dtype
-) -> tuple[memory.Level, str]:
-    """The memory level of all processes: what the main one finds room for."""
+) -> tuple[memory.Level, str, float | None]:
+    """The memory level of all processes, why, and how many GiB it leaves free: as the main one finds room."""
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
     base = source.base_parameters()
     trained = memory.trained_parameters(config, source.layers(), base)
-    level, why = memory.choose(config, base, samples, dtype, accelerator.device, source.family.memory, trained)
+    figures, device = source.family.memory, accelerator.device
+    level, why = memory.choose(config, base, samples, dtype, device, figures, trained)
+    room = memory.room(level, config, base, samples, dtype, device, figures, trained)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
-        level, why = broadcast_object_list([level, why])
-    return level, why
+        level, why, room = broadcast_object_list([level, why, room])
+    return level, why, room
 
 
 def load_denoiser(
@@ -237,6 +253,13 @@ def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
     if config.train.compile:
         compile_blocks(denoiser)
     return injection
+
+
+def make_descent(config: RunConfig, injection: Injection, accelerator: Accelerator) -> Descent:
+    """The optimiser of an injection's factors, which become views of flat buffers."""
+    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
+    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
+    return Descent(factors, config.train, accelerator, cap)
 
 
 def compile_blocks(denoiser: Denoiser) -> None:
@@ -303,7 +326,8 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
             f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
-    starts = ("init_a", "init_b")  # how factors begin says nothing about factors that have been trained
+    # how factors begin and how far they may go says nothing about factors that have been trained
+    starts = ("init_a", "init_b", "norm_cap")
     other = [
         f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
     ]

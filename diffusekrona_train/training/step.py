@@ -8,8 +8,8 @@ import torch
 
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import free, ran_out
-from diffusekrona_train.training import memory, setup
-from diffusekrona_train.training.optimizer import SPARE, Descent, learning_rate_factor
+from diffusekrona_train.training import graph, memory, setup
+from diffusekrona_train.training.optimizer import learning_rate_factor
 from diffusekrona_train.training.setup import Run
 
 FIRST_STEPS = 3
@@ -18,9 +18,8 @@ would have to ask each other in every step. One process may drop a level at any 
 
 
 def gradients(run: Run, step: int) -> None:
-    """Forward and backward of this process's share of the global batch."""
-    for micro in range(run.config.train.gradient_accumulation):
-        run.descent.backward(run.objective.loss(step, micro))
+    """Run forward and backward for this process's share of the global batch."""
+    run.graphs.gradients(step)
     faults.reach("step", step)
 
 
@@ -46,6 +45,7 @@ def fit_gradients(run: Run, step: int) -> None:
 
 def go_down(run: Run) -> None:
     """Takes the next memory level; RuntimeError at the lowest."""
+    run.graphs.forget()
     run.descent.clear()
     lower = memory.below(run.level, run.config, run.accelerator.device)
     if lower is None:
@@ -62,24 +62,29 @@ def go_down(run: Run) -> None:
         denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
         run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
-        meters = run.descent.meters
-        run.descent = Descent(run.objective.injection.flatten(SPARE), run.config.train, run.accelerator)
+        meters, average = run.descent.meters, run.descent.average
+        run.descent = setup.make_descent(run.config, run.objective.injection, run.accelerator)
         run.descent.optimizer.load_state_dict(moments)
         run.descent.meters = meters
+        if average is not None and run.descent.average is not None:
+            run.descent.average.load(average.tensors())
     run.level = lower
+    run.graphs = graph.step_graphs(run.config, run.objective, run.descent, lower, 0.0, run.journal.say)
     free()
 
 
 def training_step(run: Run, step: int) -> torch.Tensor:
     """Gradients of the global batch, then one optimiser step; nothing here waits for the device.
 
-    Returns the processes' averaged wish to stop, on the device.
+    Returns the processes' averaged wish to stop, on the device until the next step.
     """
     if step < run.start + FIRST_STEPS or run.accelerator.num_processes == 1:
         fit_gradients(run, step)
     else:
         gradients(run, step)
-    return run.descent.step(learning_rate(run, step), run.stop.wanted())
+    run.descent.prepare(learning_rate(run, step), run.stop.wanted())
+    run.graphs.apply()
+    return run.descent.wish
 
 
 def learning_rate(run: Run, step: int) -> float:

@@ -1,20 +1,31 @@
-"""All points of the measurements, each in a process of its own; `scripts/gpu/measure.sh` starts it."""
+"""All benchmarks at real size on a GPU in one table, each in a process of its own; scripts/gpu/measure.sh starts it.
+
+Each file here is a benchmark that also runs by itself, on a CPU too: `python -m scripts.bench.layer --help`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
-from scripts.bench.rows import Rows, TimeIsUp, reason, table, write_markdown
-from scripts.bench.setting import ROOT, Setting
+from scripts.bench.setting import ROOT, Rows, Setting, TimeIsUp, reason, table, write_markdown
 
-POINTS = {1: "layer", 2: "step", 3: "peaks", 4: "run", 5: "sample", 6: "precision", 7: "peers"}
+POINTS = {
+    1: "layer:measure",
+    2: "step:measure",
+    3: "run:measure_peaks",
+    4: "run:measure",
+    5: "sample:measure",
+    6: "run:measure_precision",
+    7: "peers:measure",
+}
+"""Number -> the function that measures the point."""
 TITLES = {
     1: "Adapter layer, forward and backward",
     2: "Training step",
@@ -103,7 +114,7 @@ def measure_one(given: argparse.Namespace) -> None:
     rows = Rows(given.out / "results.json", given.until, judging=given.size != "small")
     setting = Setting(given.size, given.out, rows, given.diffusers_script)
     try:
-        importlib.import_module(f"scripts.bench.{POINTS[given.point]}").measure(setting)
+        pkgutil.resolve_name(f"scripts.bench.{POINTS[given.point]}")(setting)
     except TimeIsUp:
         sys.exit(OUT_OF_TIME)
     except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffusekrona_train.adapters.grouped import Chooser
 from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import make_config
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
@@ -18,6 +19,10 @@ from diffusekrona_train.training.loss import Batch, Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.bench.setting import Setting
 from tests.tiny import make_unet, real_part
+
+TENSOR_RATE = torch.library.Library("aten", "IMPL", "Meta")
+"""PyTorch has the optimiser's kernel for tensors without content, but not with the learning rate as a tensor."""
+TENSOR_RATE.impl("_fused_adamw_.tensor_lr", lambda *given, **named: None)
 
 OneProcess = SimpleNamespace(num_processes=1, scaler=None, backward=lambda loss: loss.backward())
 
@@ -69,14 +74,17 @@ class Bench:
         tree = {"subject": {"images": "x", "class": "dog"}, "adapter": adapter or {}, "output": "x"}
         return make_config({**tree, "train": {"batch_size": self.batch}})
 
-    def contender(self, adapter: dict | None) -> Contender:
-        """The step with an adapter, which sits in the UNet until `leave`; the bare UNet's for None."""
+    def contender(self, adapter: dict | None, by_operator: Chooser | None = None) -> Contender:
+        """The step with an adapter, which sits in the UNet until `leave`; the bare UNet's for None.
+
+        `by_operator` as in `grouped.flatten`.
+        """
         if adapter is None:
             return Contender(self.objective(None))
         config = self.config(adapter)
         before = dict(self.unet.named_modules())
         injection = inject(self.unet, config.adapter)
-        descent = Descent(injection.flatten(SPARE), config.train, OneProcess)
+        descent = Descent(injection.flatten(SPARE, by_operator), config.train, OneProcess)
         swaps = {name: (before[name], self.unet.get_submodule(name)) for name in injection.adapters}
         return Contender(self.objective(injection), descent, swaps)
 
@@ -113,7 +121,7 @@ class Contender:
 
     def passes(self, batch: Batch) -> None:
         if self.descent is None:
-            self.objective._predicted(batch.x_0, batch).square().mean().backward()
+            self.objective._predicted(batch.x_0, batch.t, batch.conditioning).square().mean().backward()
         else:
             self.descent.backward(self.objective.per_sample(batch).sum() / len(batch))
 

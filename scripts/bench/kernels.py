@@ -50,13 +50,10 @@ class Kernels(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_a_card(operator: bool) -> Iterator[None]:
-    """Attention as one fused kernel; and with `operator` the operator taken, as where Triton runs."""
+def as_on_a_card() -> Iterator[None]:
+    """Attention as one fused kernel."""
     functional = torch.nn.functional
-    with (
-        mock.patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attention(q, k, v)),
-        mock.patch("diffusekrona_train.adapters.operator.use_operator", lambda *_: operator),
-    ):
+    with mock.patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attention(q, k, v)):
         yield
 
 
@@ -72,8 +69,9 @@ def kernels(kind: str, name: str) -> Counter[str]:
             unet = real_part(kind, "unet").requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    with as_on_a_card(name == "krona_operator"):
-        contender = Bench(unet, SIDES[kind], 1).contender(ADAPTERS[name])
+    with as_on_a_card():
+        # the operator as where Triton runs
+        contender = Bench(unet, SIDES[kind], 1).contender(ADAPTERS[name], lambda *_: name == "krona_operator")
         with Kernels() as counted:
             (batch,) = contender.objective.batches(0, 0)
             contender.passes(batch)

@@ -34,8 +34,7 @@ from diffusekrona_train.adapters.kron import kron_delta
 from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
-from scripts.bench.rows import Values, reason
-from scripts.bench.setting import Setting, free
+from scripts.bench.setting import Setting, Values, free, reason
 
 GOALS = {
     "KronA (4, 64) / frozen layer": (("KronA (4, 64)", "frozen layer"), 1.15),

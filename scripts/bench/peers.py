@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.rows import Rows, Values
 from scripts.bench.run import settings
-from scripts.bench.setting import ROOT, Setting, run_json
+from scripts.bench.setting import ROOT, Rows, Setting, Values, run_json
 
 STEPS = 25
 OURS, THEIRS, AGAIN = "krona-train", "diffusers' script", "krona-train, cache filled"

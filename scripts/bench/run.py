@@ -1,10 +1,12 @@
-"""One training run, watched: where its seconds go and how much memory each phase needs at most (point 4).
+"""Whole training runs, watched: where the seconds go, how much memory each phase needs at most, losses by precision.
 
     python -m scripts.bench.run --config dog.yaml [--set train.steps=6] [--json FILE] [--cap 8]
 
 `--cap` is a card of so many GiB: the allocator gives 0.8 GiB less, which the driver and the desktop take, and what is
 free is reported accordingly. `--blind` leaves the latter as it is, so that a run has to notice by itself that it does
-not fit. On a machine without a GPU only the seconds are there.
+not fit. On a machine without a GPU only the seconds are there. `scripts/gpu/measure.sh` has three points of it: the
+peaks of every config and what `memory: auto` does on small cards (3), 500 steps (4), and the losses of 50 steps in fp16
+with gradient scaling, bf16, NF4 and int8 beside fp32's (6).
 """
 
 from __future__ import annotations
@@ -25,13 +27,11 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 
-from scripts.bench.rows import Values  # noqa: E402
-from scripts.bench.setting import Setting, run_json  # noqa: E402
+from diffusekrona_train.config import load_config  # noqa: E402
+from scripts.bench.setting import GIB, ROOT, Goal, Setting, Values, run, run_json  # noqa: E402
 
-GIB = 2**30
 TAKEN = 0.8
 """GiB of a card that the CUDA context and a desktop hold."""
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Watch:
@@ -177,8 +177,6 @@ def watched(setting: Setting, path: Path, changes: dict[str, Any], name: str, *f
 
 def settings(setting: Setting, path: Path, changes: dict[str, Any], name: str) -> dict[str, Any]:
     """What a run of a config changes to use the random model and photos, by dotted key."""
-    from diffusekrona_train.config import load_config
-
     config = load_config(path)
     kind = {"sd14": "sd15"}.get(config.model, config.model)
     return {
@@ -189,6 +187,160 @@ def settings(setting: Setting, path: Path, changes: dict[str, Any], name: str) -
         "output": setting.out / "runs" / name,
         **changes,
     }
+
+
+# ---- point 3: peaks --------------------------------------------------------------------------------------------------
+
+FEW_STEPS = 6
+ALWAYS = {
+    "train.steps": FEW_STEPS,
+    "train.checkpoint_every": FEW_STEPS // 2,
+    "train.log_every": 1,
+    "validation.every": FEW_STEPS // 2,
+    "validation.steps": 2,
+    "data.variants": 1,
+}
+"""What makes a run short and leaves its memory as it is."""
+GOALS = {"sdxl-8gb": 8.0, "sdxl-12gb": 10.0}
+"""GiB reserved at most, decode included, of configs that promise a card: 8 GB, and bf16 with checkpointing in 10 GB."""
+NF4_GOAL = 6.0
+"""GiB reserved at most while NF4 with checkpointing trains, decode apart."""
+CARDS = (24, 16, 12, 8, 6)
+"""GiB of the cards that are played."""
+SMALL_CONFIGS = ("sdxl", "sdxl-8gb", "sd15", "prior-images")
+
+
+def measure_peaks(setting: Setting) -> None:
+    configs = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.endswith(".accelerate.yaml"))
+    for path in configs:
+        if path.stem == "toybox" or (setting.small and path.stem not in SMALL_CONFIGS):
+            continue
+        setting.rows.attempt(3, f"configs/{path.name}", lambda path=path: peaks(setting, path), goal_of(path.stem))
+    if setting.device == "cuda":
+        auto_on_small_cards(setting)
+
+
+def auto_on_small_cards(setting: Setting) -> None:
+    for card in CARDS:
+        for blind in (False, True):
+            what = f"sdxl.yaml, memory: auto, a card of {card} GiB" + (", estimates off" if blind else "")
+            flags = ["--cap", str(card), *(["--blind"] if blind else [])]
+            take = lambda flags=flags: peaks(setting, ROOT / "configs" / "sdxl.yaml", *flags)  # noqa: E731
+            setting.rows.attempt(3, what, take, ("chooses what fits", lambda values: values["steps done"] == FEW_STEPS))
+
+
+def goal_of(name: str) -> Goal | None:
+    if name not in GOALS:
+        return None
+    limit = GOALS[name]
+
+    def holds(values: Values) -> bool:
+        most = values.get("_reserved", {})
+        trained = max((most.get(phase, 0.0) for phase in ("first step", "steps")), default=0.0)
+        return bool(most) and max(most.values()) < limit and (name != "sdxl-8gb" or trained < NF4_GOAL)
+
+    apart = f", {NF4_GOAL:g} while training" if name == "sdxl-8gb" else ""
+    return f"under {limit:g} GiB{apart}", holds
+
+
+def peaks(setting: Setting, path: Path, *flags: str) -> Values:
+    """A short run of the config with the random model of its kind; peaks by phase."""
+    found = watched(setting, path, ALWAYS | class_images(path), f"peaks-{path.stem}", *flags)
+    allocated = {phase: both[0] for phase, both in found["memory"].items()}
+    reserved = {phase: both[1] for phase, both in found["memory"].items()}
+    values: Values = {"level": found["level"], "steps done": found["calls"].get("steps", 0) and found["steps"]}
+    for name, phases in GROUPS.items():
+        if known := [phase for phase in phases if phase in reserved]:
+            values[name] = f"{max(allocated[p] for p in known):.2f} / {max(reserved[p] for p in known):.2f}"
+    if reserved:
+        training = max(reserved.get("first step", 0.0), reserved.get("steps", 0.0))
+        others = max((value for phase, value in reserved.items() if phase in ("validation", "save", "end")), default=0)
+        values["nothing above training but the decode"] = "yes" if others <= training + 0.05 else "NO"
+    return {**values, "_allocated": allocated, "_reserved": reserved}
+
+
+GROUPS = {
+    "cache": ("cache",),
+    "training": ("first step", "steps"),
+    "validation": ("validation",),
+    "decode": ("decode",),
+    "save": ("save",),
+    "end": ("end",),
+}
+
+
+def class_images(path: Path) -> dict[str, Any]:
+    return {"prior.count": 1} if load_config(path).prior.kind == "images" else {}
+
+
+# ---- point 6: precision ----------------------------------------------------------------------------------------------
+
+WAYS: dict[str, tuple[dict[str, Any], float]] = {
+    "fp16 with gradient scaling": ({"train.mixed_precision": "fp16"}, 0.01),
+    "bf16": ({"train.mixed_precision": "bf16"}, 0.02),
+    "NF4, bf16": ({"train.mixed_precision": "bf16", "train.quantize": "nf4"}, 0.1),
+    "int8, bf16": ({"train.mixed_precision": "bf16", "train.quantize": "int8"}, 0.05),
+}
+"""Way -> (what the config says, how far the mean loss may lie off fp32's, as a share; each step's three times)."""
+FP32 = {"train.mixed_precision": "no", "train.tf32": "false"}
+
+
+def measure_precision(setting: Setting) -> None:
+    for kind in ("sd15",) if setting.small else ("sd15", "sdxl"):
+        steps = 4 if setting.small else 50
+        title = f"{kind} {setting.side(kind)}, {steps} steps"
+        exact = setting.rows.attempt(6, f"{title}: fp32", lambda kind=kind, n=steps: losses(setting, kind, n, FP32))
+        if exact is None:
+            continue
+        for name, (changes, tolerance) in WAYS.items():
+            if setting.device != "cuda" and "fp16" in name:
+                continue
+
+            def compared(kind: str = kind, n: int = steps, changes: dict = changes, exact: Values = exact) -> Values:
+                return compare(losses(setting, kind, n, changes), exact)
+
+            goal = (f"within {tolerance:.0%}, no NaN", lambda found, limit=tolerance: within(found, limit))
+            setting.rows.attempt(6, f"{title}: {name}", compared, goal)
+
+
+def within(found: Values, limit: float) -> bool:
+    """The mean loss within `limit`, that of each step within three times as much."""
+    close = found["% off at the mean"] <= 100 * limit and found["% off at most"] <= 300 * limit
+    return close and found["not finite"] == 0
+
+
+def losses(setting: Setting, kind: str, steps: int, changes: dict[str, Any]) -> Values:
+    """The losses and gradient norms that a run with these settings logged."""
+    output = setting.out / "runs" / "precision"
+    config = ROOT / "configs" / f"{kind}.yaml"
+    sets = {
+        "train.steps": steps,
+        "train.log_every": 1,
+        "train.memory": "nf4" if changes.get("train.quantize") == "nf4" else "checkpointing",
+        "validation.every": 0,
+        **changes,
+    }
+    whole = settings(setting, config, sets, output.name).items()
+    words = [word for key, value in whole for word in ("--set", f"{key}={value}")]
+    run([sys.executable, "-m", "diffusekrona_train", "--config", str(config), *words, "--overwrite"])
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "lr" in line]
+    taken = [line["loss"] for line in lines]
+    known = [value for value in taken if value is not None]
+    return {
+        "mean loss": sum(known) / len(known),
+        "not finite": len(taken) - len(known),
+        "_losses": taken,
+        "_norms": [line["grad_norm"] for line in lines],
+    }
+
+
+def compare(found: Values, exact: Values) -> Values:
+    """`found` with its distance from the losses in fp32, in percent."""
+    pairs = [(a, b) for a, b in zip(found["_losses"], exact["_losses"], strict=True) if a is not None and b is not None]
+    most = max(abs(a - b) / b for a, b in pairs)
+    mean = abs(sum(a for a, _ in pairs) - sum(b for _, b in pairs)) / sum(b for _, b in pairs)
+    return {**found, "% off at the mean": 100 * mean, "% off at most": 100 * most}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -203,7 +355,6 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true")
     given = parser.parse_args()
 
-    from diffusekrona_train.config import load_config
     from diffusekrona_train.training import train
 
     config = load_config(given.config, given.set)

@@ -21,8 +21,7 @@ from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models import open_model
 from diffusekrona_train.sampling.render import SampleSettings, render
 from diffusekrona_train.sampling.session import encode_texts
-from scripts.bench.rows import Values
-from scripts.bench.setting import Setting
+from scripts.bench.setting import Setting, Values
 
 PROMPT = "a dog on the grass"
 BASE, FUSED, APART = "bare base", "fused adapter", "adapter apart"

@@ -1,19 +1,24 @@
-"""What every point of the measurements shares: sizes, folders, the random pipelines and photos, one process a piece."""
+"""What every benchmark shares: its rows in one table, sizes, folders, random pipelines and photos, one process a piece.
+
+Rows are kept in JSON after each measurement, taken up again by a later call, and shown as text or Markdown.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from scripts.bench.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -112,3 +117,153 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "bitsandbytes", "peft", "lycoris_lora")
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+Values = dict[str, Any]
+"""What was measured, by unit or by name; underscored names are for later reading and not shown."""
+Goal = tuple[str, Callable[[Values], bool]]
+"""What is hoped for in words, and whether values fulfil it."""
+
+
+class TimeIsUp(Exception):
+    """No further row is begun; the same command goes on where this one left off."""
+
+
+class Rows:
+    """Rows in `path`, written anew after each. After `until` (seconds since the epoch) none is begun.
+
+    Without `judging`, goals are left out: a small model cannot meet or miss them.
+    """
+
+    def __init__(self, path: Path, until: float = float("inf"), judging: bool = True):
+        self.path, self.until, self.judging = path, until, judging
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+
+    def find(self, point: int, what: str) -> Values | None:
+        """The values of a row that was measured, in this run or an earlier one."""
+        row = next((row for row in self.rows if (row["point"], row["what"]) == (point, what)), None)
+        return row["values"] if row and "error" not in row else None
+
+    def put(self, point: int, what: str, **fields: Any) -> None:
+        """Takes the place of an earlier row of that name."""
+        new = {"point": point, "what": what, "values": {}, "taken": now(), **fields}
+        self.rows = [row for row in self.rows if (row["point"], row["what"]) != (point, what)] + [new]
+        self.rows.sort(key=lambda row: row["point"])
+        about = {"date": now(), **machine()}
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps({**about, "rows": self.rows}, indent=1))
+        temporary.replace(self.path)
+        print(line(new), flush=True)
+
+    def attempt(self, point: int, what: str, measure: Callable[[], Values], goal: Goal | None = None) -> Values | None:
+        """Measures a row that is not there yet; what goes wrong becomes its reason. TimeIsUp past `until`."""
+        if (known := self.find(point, what)) is not None:
+            return known
+        self.check_time()
+        began = time.time()
+        try:
+            values = measure()
+        except Exception as error:
+            self.put(point, what, error=reason(error))
+            return None
+        self.conclude(point, what, values, goal, took_s=round(time.time() - began, 1))
+        return values
+
+    def conclude(self, point: int, what: str, values: Values, goal: Goal | None = None, **fields: Any) -> None:
+        """Puts a row that follows from others, or was measured together with others."""
+        judged = {"goal": goal[0], "met": bool(goal[1](values))} if goal and self.judging else {}
+        self.put(point, what, values=values, **judged, **fields)
+
+    def check_time(self) -> None:
+        if time.time() > self.until:
+            raise TimeIsUp
+
+
+def reason(error: BaseException) -> str:
+    """An error as one short line."""
+    first = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    if first and isinstance(error, ValueError | RuntimeError):  # messages that speak for themselves
+        return first[:200]
+    return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def machine() -> dict[str, Any]:
+    """The card (or the processor), what drives it, and the versions that ran."""
+    import torch
+
+    about: dict[str, Any] = {"card": f"no GPU ({platform.machine()}, {os.cpu_count()} cores)"}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        about["card"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {**about, "versions": versions}
+
+
+def shown(row: dict[str, Any]) -> str:
+    """'0.21 ms, 1.30 x frozen', or why there is nothing."""
+    if "error" in row:
+        return f"not measured: {row['error']}"
+    return ", ".join(
+        f"{figure(value)} {name}" if not isinstance(value, str) else f"{name}: {value}"
+        for name, value in row["values"].items()
+        if not name.startswith("_") and value is not None
+    )
+
+
+def figure(value: float) -> str:
+    """Three digits that count, whole numbers whole."""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def verdict(row: dict[str, Any]) -> str:
+    return f"{row['goal']}: {'yes' if row['met'] else 'NO'}" if "goal" in row else ""
+
+
+def line(row: dict[str, Any]) -> str:
+    ending = f"   [{verdict(row)}]" if verdict(row) else ""
+    return f"{row['point']}  {row['what']:58} {shown(row)}{ending}"
+
+
+def table(rows: Iterable[dict[str, Any]], titles: dict[int, str]) -> str:
+    """The whole as text, a heading for each point."""
+    lines, last = [], None
+    for row in rows:
+        if row["point"] != last:
+            last = row["point"]
+            lines += ["", f"{last}. {titles[last]}"]
+        lines.append(line(row))
+    return "\n".join(lines[1:])
+
+
+def write_markdown(page: Path, data: dict[str, Any], titles: dict[int, str]) -> None:
+    """Puts the table between the two marks of `page`; ValueError where it has none."""
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{page} has no lines {BEGIN} and {END} to write between")
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    lines = [f"Measured on {data['card']}; {data['date']}; {versions}.", ""]
+    last = None
+    for row in data["rows"]:
+        if row["point"] != last:
+            last = row["point"]
+            lines += ["", f"### {last}. {titles[last]}", "", "| what | measured | goal |", "|---|---|---|"]
+        lines.append(f"| {cell(row['what'])} | {cell(shown(row))} | {cell(verdict(row))} |")
+    before, rest = text.split(BEGIN, 1)
+    page.write_text(before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + rest.split(END, 1)[1], encoding="utf-8")
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")

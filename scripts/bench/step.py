@@ -20,8 +20,7 @@ import torch
 
 from diffusekrona_train.training.setup import compile_blocks
 from scripts.bench.contender import Bench, Contender, load
-from scripts.bench.rows import Values
-from scripts.bench.setting import Setting, free
+from scripts.bench.setting import Setting, Values, free
 from tests.tiny import make_unet
 
 CASES = (("sdxl", 1), ("sdxl", 4), ("sd15", 1), ("sd15", 8))

@@ -102,7 +102,7 @@ def step_peak(kind: str, side: int, batch: int, checkpointing: bool) -> tuple[fl
                 extras = {name: torch.empty(batch, *value.shape[2:]) for name, value in told.items()}
                 noise, count = torch.empty(batch, 4, side // 8, side // 8), torch.zeros(batch, dtype=torch.long)
                 sample = Batch(noise, noise.clone(), count, [0] * batch, extras, torch.ones(batch))
-                contender.passes(sample)
+                contender.passes(contender.objective.conditioned(sample))
                 contender.finish()
     return base / GIB, peak.most / GIB
 

@@ -3,25 +3,38 @@
 #   scripts/gpu/carry.sh                   for Python 3.12 on x86-64 Linux, with bitsandbytes' library for CUDA 13.0
 #   PYTHON_VERSION=3.13 CUDA=128 PLATFORM=aarch64 scripts/gpu/carry.sh
 #   WITHOUT="" scripts/gpu/carry.sh        for a machine that has torch alone: 16 MiB more
-# Packages: scripts/gpu/wheels.txt, versions: constraints.txt. WITHOUT names those that the machine has (by default what comes
-# with an installation of transformers). Checkout and wheels together may weigh LIMIT (64) MiB: more is an error.
+#   scripts/gpu/carry.sh --list            only print the packages and versions
+# Versions: constraints.txt. WITHOUT names packages that the machine has (by default what comes with an installation of
+# transformers). Checkout and wheels together may weigh LIMIT (64) MiB: more is an error.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 version=${PYTHON_VERSION:-3.12} cuda=${CUDA:-130} machine=${PLATFORM:-x86_64}
 
+# What krona-train and the measurements import, and a machine with torch, numpy, pillow and matplotlib may lack. Not here:
+# datasets and pyarrow, imported only where photos come from a data set, and hf-xet, which speeds up downloads from the hub.
+packages="
+    accelerate annotated-doc annotated-types anyio bitsandbytes certifi charset-normalizer click diffusers
+    einops filelock h11 httpcore2 httpx2 huggingface_hub idna importlib_metadata lazy-importer lycoris_lora
+    markdown-it-py mdurl peft psutil pydantic pydantic_core Pygments PyYAML regex requests rich safetensors
+    shellingham tokenizers toml tqdm transformers truststore typer typing-inspection urllib3 zipp
+"
 # transformers and huggingface_hub stay or go together: their versions belong to each other
 without=${WITHOUT-transformers tokenizers huggingface_hub accelerate safetensors peft psutil einops regex}
 pinned=()
-while read -r name; do
+for name in $packages; do
     case " $without " in *" $name "*) continue ;; esac
     line=$(grep -i "^${name//[-_]/[-_]}==" constraints.txt) || {
         echo "carry.sh: constraints.txt has no version of $name" >&2
         exit 1
     }
     pinned+=("$line")
-done < <(grep -v '^#' scripts/gpu/wheels.txt)
+done
+if [ "${1:-}" = --list ]; then
+    printf '%s\n' "${pinned[@]}"
+    exit
+fi
 
 platforms=()
 for libc in 2_28 2_27 2_26 2_24 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${libc}_$machine"); done

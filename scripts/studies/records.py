@@ -25,7 +25,7 @@ from diffusekrona_train.config import RunConfig
 
 ASSETS = Path(__file__).resolve().parents[2] / "diffusekrona_train" / "assets"
 METRICS = ("clip_i", "clip_t", "dino")
-WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log_every", "trackers")
+WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log_every", "trackers", "cuda_graph")
 """Fields of `train` that do not change the factors."""
 SINCE: dict[str, Any] = {
     "prediction_type": None,
@@ -33,8 +33,15 @@ SINCE: dict[str, Any] = {
     "subject.image_column": None,
     "subject.caption_column": None,
     "subject.split": None,
+    "adapter.norm_cap": None,
+    "train.average": None,
     "adapter.streams": None,
+<<<<<<< HEAD
     "data.text_precision": "auto",
+=======
+    "train.rate_unit": "factor",
+    "train.rate_ratio": 1.0,
+>>>>>>> main
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 

@@ -14,24 +14,49 @@ from __future__ import annotations
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false, reportAssignmentType=false
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
-import clip
-import identity
+import judges
 import numpy as np
-import subjects
 import torch
 import unet
 import vae
 from diffusers import AutoencoderKL
-from scenes import COLOURS, PLAIN, SCENES
-from sprites import Sprite, fetch, load_sprites, small_world
-from world import SMALL, WIDE, draw_world
+from PIL import Image
+from sprites import NAMES, Sprite, fetch, load_sprites, small_world
+from stage import finish
+from world import COLOURS, PLAIN, SCENES, SMALL, WIDE, compose, draw_world, paint
 
 STEPS = {"subjects": 1, "vae": 5819, "clip": 716, "identity": 2400, "wide": 4480, "small": 3339, "grow": 2400}
 PICTURES = {"wide": 40_000, "small": 16_000}
+
+
+PLACES = (
+    ("on a wooden floor", 50),
+    ("on the grass", 44),
+    ("on a blue background", 52),
+    ("in a kitchen", 46),
+    ("in the city", 48),
+)
+"""(background, size in pixels) of the five pictures."""
+
+
+def make_subjects(build: Path, sprites: list[Sprite], seed: int = 11) -> None:
+    """Write five images of each of the twelve held-out sprites, with their class nouns."""
+    held_out = {sprite.short_name: sprite for sprite in sprites if sprite.held_out and sprite.style == "f"}
+    table, sheet = {}, []
+    for name, short_name in NAMES.items():
+        sprite, r, folder = held_out[short_name], np.random.default_rng(seed), build / "subjects" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.append([compose(sprite.image, paint(place, r), r, size=size) for place, size in PLACES])
+        for i, picture in enumerate(sheet[-1]):
+            Image.fromarray(picture).save(folder / f"{i:02d}.png")
+        table[name] = {"class": sprite.class_noun, "files": [f"{i:02d}.png" for i in range(len(PLACES))]}
+    (build / "subjects" / "subjects.json").write_text(json.dumps(table, indent=1) + "\n")
+    finish(build, "subjects", {"subjects": len(table), "pictures": sum(map(len, sheet))}, sheet)
 
 
 def words_of(sprites: list[Sprite]) -> dict:
@@ -55,7 +80,7 @@ def make(build: Path, stage: str, sprites: list[Sprite], fraction: float, device
     steps = max(1, round(STEPS[stage] * fraction))
     seen = [sprite for sprite in sprites if not sprite.held_out]
     if stage == "subjects":
-        subjects.run(build, sprites)
+        make_subjects(build, sprites)
     elif stage in unet.SHAPES:
         number = max(200, round(PICTURES["wide" if stage == "wide" else "small"] * fraction))
         train_unet(build, stage, seen if stage == "wide" else small_world(sprites), number, steps, device)
@@ -64,9 +89,9 @@ def make(build: Path, stage: str, sprites: list[Sprite], fraction: float, device
         if stage == "vae":
             vae.run(build, pictures, steps, device=device)
         elif stage == "clip":
-            clip.run(build, pictures, captions, labels, words_of(sprites), steps, device=device)
+            judges.train_clip(build, pictures, captions, labels, words_of(sprites), steps, device=device)
         else:
-            identity.run(build, pictures, labels, words_of(sprites), steps, device=device)
+            judges.train_identity(build, pictures, labels, words_of(sprites), steps, device=device)
 
 
 def main() -> int:

@@ -1,10 +1,19 @@
-"""How good a toybox pipeline is: classes and backgrounds on prompts of class x background, judged by its own encoders.
+"""How good a toybox pipeline is, and how well its twelve subjects were learnt, judged by its own encoders.
 
     python scripts/toybox/measure.py --sprites build/toybox [--pipe FOLDER] [--prompts 200] [--sheet sheet.png]
+    python scripts/train_suite.py toybox --config configs/toybox.yaml --runs runs/suite-krona
+    python scripts/train_suite.py toybox --config configs/toybox.yaml --runs runs/suite-full \
+        --set adapter.type=full --set adapter.targets=all --set train.learning_rate=3e-4 --set train.steps=200
+    python scripts/toybox/measure.py --runs runs/suite-krona --runs runs/suite-full [--sheet sheet.png]
 
-The class is judged by the identity network, next to real renders of the same prompts; the background by the
-tiny CLIP, zero-shot among the 23. Several --pipe folders are measured on the same prompts and seeds. How well
-subjects are learnt is `scripts/train_suite.py toybox` and `krona-eval suite toybox`.
+A pipeline: prompts of class x background. The class is judged by the identity network, next to real renders of the same
+prompts; the background by the tiny CLIP, zero-shot among the 23. Several --pipe folders are measured on the same
+prompts and seeds.
+
+Subjects (--runs): five backgrounds that a subject's photos do not have, --images images of each, 25 steps, guidance 4.
+Identity is the mean cosine of the judge's embeddings to the subject's photos. The nearest sprite is sought among the
+subject, all sprites of its class and every fourth other one. Real renders are the subject's own sprite on the same
+backgrounds.
 """
 
 from __future__ import annotations
@@ -15,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +32,19 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from scenes import BACKGROUNDS, paint
-from sprites import fetch, load_sprites, small_world
-from world import SMALL, compose, with_article
+from sprites import NAMES, Sprite, fetch, load_sprites, small_world
+from world import BACKGROUNDS, SCENES, SMALL, compose, paint, with_article
 
-from diffusekrona_train.evaluation.metrics.encoders import TOYBOX, open_clip, open_dino
-from diffusekrona_train.models import sdxl
+from diffusekrona_train.adapters.formats import load_adapter
+from diffusekrona_train.evaluation.inputs import load_suite
+from diffusekrona_train.evaluation.metrics import unit
+from diffusekrona_train.evaluation.metrics.encoders import TOYBOX, Encoder, open_clip, open_dino
+from diffusekrona_train.models import open_model, sdxl
 from diffusekrona_train.report.sheet import contact_sheet
 from diffusekrona_train.sampling.render import SampleSettings, render
+
+# ---- a pipeline ------------------------------------------------------------------------------------------------------
+
 
 Pair = tuple[str, str]
 """(class noun, background)."""
@@ -89,20 +104,7 @@ def draw(pipe_folder: Path, pairs: list[Pair], steps: int, guidance: float) -> l
     return render(pipe, sdxl.SDXL(), jobs, SampleSettings(steps=steps, guidance=guidance), batch_size=20)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sprites", type=Path, default=Path("build/toybox"), help="folder of the emoji packages")
-    parser.add_argument("--pipe", type=Path, action="append", help="pipeline folder; may be repeated (the package's)")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--sheet", type=Path, help="PNG of the first 60 pictures of each pipeline")
-    given = parser.parse_args()
-    try:
-        fetch(given.sprites)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def measure_pipelines(given: argparse.Namespace) -> None:
     nouns = sorted({sprite.class_noun for sprite in small_world(load_sprites(given.sprites))})
     pairs = draw_pairs(nouns, given.prompts)
     real = real_renders(given.sprites, pairs)
@@ -116,7 +118,6 @@ def main() -> int:
         if given.sheet:
             path = given.sheet.with_stem(f"{given.sheet.stem}-{folder.parent.name}-{folder.name}")
             write_sheet(pictures[:60], pairs, path)
-    return 0
 
 
 def write_sheet(pictures: list[Image.Image], pairs: list[Pair], path: Path) -> None:
@@ -125,6 +126,121 @@ def write_sheet(pictures: list[Image.Image], pairs: list[Pair], path: Path) -> N
     rows = [("; ".join(text_of(p) for p in pairs[s : s + across]), pictures[s : s + across]) for s in starts]
     contact_sheet(rows, path)
     print(path)
+
+
+# ---- subjects --------------------------------------------------------------------------------------------------------
+
+
+PLACES = ("on the beach", "in the snow", "at night", "in front of a brick wall", "in the desert")
+
+
+@dataclass(frozen=True)
+class Score:
+    identity: float
+    nearest: float
+    background: float
+
+    def __str__(self) -> str:
+        return f"{self.identity:.2f} | {self.nearest:.0%} | {self.background:.0%}"
+
+
+def mean(scores: list[Score]) -> Score:
+    columns = ([getattr(score, name) for score in scores] for name in ("identity", "nearest", "background"))
+    return Score(*(float(np.mean(column)) for column in columns))
+
+
+def drawn(sprite: Sprite, place: str, seed: int) -> Image.Image:
+    r = np.random.default_rng(seed)
+    return Image.fromarray(compose(sprite.image, paint(place, r), r, size=48, jitter=4, rotation=5))
+
+
+class Subject:
+    """One subject: its photos, and the sprites among which its pictures should be nearest to its own."""
+
+    def __init__(self, name: str, noun: str, sprites: list[Sprite], judge: Encoder) -> None:
+        self.name, self.noun, self.judge = name, noun, judge
+        photos = sorted((TOYBOX / "subjects" / name).glob("*.png"))
+        self.photos = judge.images([Image.open(path) for path in photos])
+        own = next(s for s in sprites if s.short_name == NAMES[name] and s.held_out and s.style == "f")
+        self.mates = [s for s in sprites if s.class_noun == noun and s is not own]
+        others = [s for s in sprites if s.class_noun != noun][::4]
+        self.own, scenes = own, list(SCENES)
+        rows = [[drawn(s, scenes[k * 3 % len(scenes)], k) for k in range(6)] for s in (own, *self.mates, *others)]
+        self.gallery = unit(np.stack([judge.images(row).mean(axis=0) for row in rows]))
+
+    def score(self, pictures: list[Image.Image], pairs: list[Pair]) -> Score:
+        rows = self.judge.images(pictures)
+        nearest = float(((rows @ self.gallery.T).argmax(axis=1) == 0).mean())
+        return Score(float((rows @ self.photos.T).mean()), nearest, right_backgrounds(pictures, pairs))
+
+
+def measure_subjects(given: argparse.Namespace) -> None:
+    rows = load_suite("toybox").rows
+    judge, source, sprites = open_dino("toybox"), open_model("toybox"), load_sprites(given.sprites)
+    pipe = source.family.pipeline(source.load("denoiser", "vae", "text_encoders", "tokenizers", "scheduler"))
+    pipe.set_progress_bar_config(disable=True)
+    kinds = ["real renders", "base", *(folder.name for folder in given.runs)]
+    table: dict[str, list[Score]] = {kind: [] for kind in kinds}
+    mates, sheets = [], {folder: [] for folder in given.runs}
+    print("| subject | " + " | ".join(f"{kind}: identity | nearest | background" for kind in kinds) + " |")
+    print("|---" * (1 + 3 * len(kinds)) + "|")
+    for row in rows:
+        subject = Subject(row.name, row.class_noun, sprites, judge)
+        jobs = [(f"a {row.token} {row.class_noun} {place}", seed) for seed in range(given.images) for place in PLACES]
+        pairs = [(row.class_noun, place) for _ in range(given.images) for place in PLACES]
+        pictures = {"real renders": [drawn(subject.own, place, 20 + i) for i, (_, place) in enumerate(pairs)]}
+        mates += [float((judge.images([drawn(s, PLACES[0], 20)]) @ subject.photos.T).mean()) for s in subject.mates]
+        for folder in (None, *given.runs):
+            injection = load_adapter(pipe, adapter_of(folder, row.name)) if folder else None
+            settings = SampleSettings(steps=25, guidance=4.0)
+            found = render(pipe, source.family, jobs, settings, batch_size=10)
+            pictures[folder.name if folder else "base"] = found
+            if injection:
+                injection.eject()
+                photo = Image.open(TOYBOX / "subjects" / row.name / "00.png")
+                sheets[folder].append((f"{row.name} | {' | '.join(PLACES)}", [photo, *found[: len(PLACES)]]))
+        for kind in kinds:
+            table[kind].append(subject.score(pictures[kind], pairs))
+        print(f"| {row.name} | " + " | ".join(str(table[kind][-1]) for kind in kinds) + " |", flush=True)
+    print("| **mean** | " + " | ".join(str(mean(table[kind])) for kind in kinds) + " |")
+    print(f"\nclassmates' identity to the subject: {np.mean(mates):.2f}")
+    for folder, found in sheets.items():
+        if given.sheet:
+            path = given.sheet.with_stem(f"{given.sheet.stem}-{folder.name}")
+            contact_sheet(found, path)
+            print(path)
+
+
+def adapter_of(runs: Path, name: str) -> Path:
+    return runs / name / f"{name}.safetensors"
+
+
+def check_runs(folders: list[Path]) -> None:
+    """ValueError of one line where a folder lacks a subject's run."""
+    for folder in folders:
+        if missing := [row.name for row in load_suite("toybox").rows if not adapter_of(folder, row.name).is_file()]:
+            raise ValueError(f"{folder} has no finished run of {', '.join(missing)}: scripts/train_suite.py makes them")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sprites", type=Path, default=Path("build/toybox"), help="folder of the emoji packages")
+    parser.add_argument("--sheet", type=Path, help="PNG of images of each pipeline, or of each folder of runs")
+    parser.add_argument("--pipe", type=Path, action="append", help="pipeline folder; may be repeated (the package's)")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--runs", type=Path, action="append", help="measure subjects: folder of runs; may be repeated")
+    parser.add_argument("--images", type=int, default=4, help="images a prompt of a subject")
+    given = parser.parse_args()
+    try:
+        check_runs(given.runs or [])
+        fetch(given.sprites)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (measure_subjects if given.runs else measure_pipelines)(given)
+    return 0
 
 
 if __name__ == "__main__":

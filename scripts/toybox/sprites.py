@@ -1,6 +1,6 @@
 """Emoji as sprites: fetched as npm packages, named by class noun, cut out square; the held-out ones are marked.
 
-Two styles: Fluent 3D (f) and Noto (n). classes.txt is the wide world, small_world.txt the part that the UNet learns.
+Two styles: Fluent 3D (f) and Noto (n). classes.txt has the wide world, and the small one, which the UNet learns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,22 @@ HELD_OUT = {
     **dict.fromkeys(("teapot", "teddy_bear", "robot_face", "school_satchel", "alarm_clock", "t-rex", "owl"), "f"),
 }
 """Short name -> styles that no stage of training may see."""
+
+NAMES = {
+    "poodle": "poodle",
+    "black_cat": "black_cat",
+    "owl": "owl",
+    "t-rex": "t-rex",
+    "racing_car": "racing_car",
+    "teapot": "teapot",
+    "teddy_bear": "teddy_bear",
+    "robot": "robot_face",
+    "alarm_clock": "alarm_clock",
+    "satchel": "school_satchel",
+    "hiking_boot": "hiking_boot",
+    "parrot": "parrot",
+}
+"""Subject of the package -> the short name of its sprite."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +70,11 @@ def fetch(folder: Path) -> None:
 
 
 def load_sprites(folder: Path, side: int = 112) -> list[Sprite]:
-    """The wide world in the order of classes.txt, Fluent before Noto; an emoji that a style lacks is left out."""
+    """The wide world in its order in classes.txt, Fluent before Noto; an emoji that a style lacks is left out."""
     table = json.loads((folder / "noto" / "package" / "emoji.json").read_text())
     codes = {row["short_name"]: row["unified"].lower() for row in table}
     found = []
-    for class_noun, emoji in read_table("classes.txt").items():
+    for class_noun, emoji in read_table("wide").items():
         for item in emoji:
             short_name, _, caption = (part.strip() for part in item.partition("="))
             name = caption or short_name.replace("_", " ").replace("-", " ")
@@ -73,7 +89,7 @@ def load_sprites(folder: Path, side: int = 112) -> list[Sprite]:
 def small_world(sprites: list[Sprite]) -> list[Sprite]:
     """What the UNet learns: Fluent alone, but for the few classes whose only Fluent sprite is held out."""
     chosen = []
-    for class_noun, names in read_table("small_world.txt").items():
+    for class_noun, names in read_table("small").items():
         mates = [s for s in sprites if s.class_noun == class_noun and not s.held_out]
         fluent = [s for s in mates if s.style == "f"]
         by_name = {s.short_name: s for s in fluent}
@@ -81,10 +97,10 @@ def small_world(sprites: list[Sprite]) -> list[Sprite]:
     return chosen
 
 
-def read_table(name: str) -> dict[str, list[str]]:
-    """class noun -> emoji, from one of the two text files."""
-    lines = [line for line in (HERE / name).read_text().splitlines() if line and not line.startswith("#")]
-    rows = (line.partition(":") for line in lines)
+def read_table(world: str) -> dict[str, list[str]]:
+    """Class noun -> emoji, from the section [wide] or [small] of classes.txt."""
+    text = (HERE / "classes.txt").read_text().split(f"[{world}]\n")[1].split("\n[")[0]
+    rows = (line.partition(":") for line in text.splitlines() if line and not line.startswith("#"))
     return {noun: [item.strip() for item in items.split("|") if item.strip()] for noun, _, items in rows}
 
 

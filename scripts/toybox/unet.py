@@ -95,7 +95,7 @@ def start_from(unet: UNet2DConditionModel, earlier: UNet2DConditionModel) -> Non
 @torch.no_grad()
 def embed(pipe_folder: Path, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Of the different captions: (P, T, 256) hidden states and (P, 128) pooled, and each caption's row."""
-    from clip import load_text_encoders
+    from judges import load_text_encoders
 
     tokenizer, first, second = load_text_encoders(pipe_folder)
     texts = sorted(set(captions))
@@ -215,8 +215,8 @@ def sample_sheet(pipe: StableDiffusionXLPipeline, captions: list[str], across: i
 
 
 def write_pipeline(build: Path, stage: str, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
-    from clip import load_text_encoders
     from diffusers import AutoencoderKL
+    from judges import load_text_encoders
 
     unet.save_pretrained(build / f"unet-{stage}")
     folder = build / "pipe"

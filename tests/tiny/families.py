@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_pipeline
+from tests.tiny.anima import make_anima
+from tests.tiny.flux1 import make_chroma, make_flux1, make_sd3
 from tests.tiny.flux2 import make_flux2, make_klein
+from tests.tiny.qwenimage import make_krea2, make_qwenimage
 from tests.tiny.zimage import make_zimage
 
 HEIGHT, WIDTH = 64, 96
@@ -97,7 +100,7 @@ def flux2_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor], guidan
 
 
 def flux2_call(
-    pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float, **more: Any
+    pipe: Any, noise: Tensor, prompt: str | None, negative: str, steps: int, guidance: float, **more: Any
 ) -> Tensor:
     return pipe(
         prompt=prompt,
@@ -124,11 +127,141 @@ def klein_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int,
     return torch.nn.functional.batch_norm(pipe._patchify_latents(raw), bn.running_mean, bn.running_var, eps=bn.eps)
 
 
+def packed(pipe: Any, latents: Tensor) -> Tensor:
+    return pipe._pack_latents(latents, *latents.shape)
+
+
+def qwen_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    embeds, mask = pipe.encode_prompt(prompt, "cpu")
+    assert mask is None
+    return {"prompt_embeds": embeds[0]}
+
+
+def qwen_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tensor:
+    shapes = [[(1, HEIGHT // 16, WIDTH // 16)]]
+    tokens = pipe.transformer(packed(pipe, x_t), row["prompt_embeds"][None], None, t, shapes).sample
+    return pipe._unpack_latents(tokens, HEIGHT, WIDTH, 8).squeeze(2)
+
+
+def qwen_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    tokens = pipe(
+        prompt,
+        negative_prompt=negative,
+        true_cfg_scale=guidance,
+        height=HEIGHT,
+        width=WIDTH,
+        latents=packed(pipe, noise),
+        num_inference_steps=steps,
+        output_type="latent",
+    ).images
+    return pipe._unpack_latents(tokens, HEIGHT, WIDTH, 8).squeeze(2)
+
+
+def krea2_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    embeds, mask = pipe.encode_prompt(prompt, "cpu")
+    return {"prompt_embeds": embeds[mask]}
+
+
+def krea2_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tensor:
+    embeds = row["prompt_embeds"][None]
+    places = pipe.prepare_position_ids(embeds.shape[1], HEIGHT // 16, WIDTH // 16, "cpu")
+    tokens = pipe.transformer(packed(pipe, x_t), embeds, t, places).sample
+    return pipe._unpack_latents(tokens, HEIGHT, WIDTH).squeeze(2)
+
+
+def krea2_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    tokens = unet_call(pipe, packed(pipe, noise), prompt, negative, steps, guidance - 1)
+    return pipe._unpack_latents(tokens, HEIGHT, WIDTH).squeeze(2)
+
+
+def flux1_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    embeds, pooled, _ = pipe.encode_prompt(prompt, device="cpu")
+    return {"prompt_embeds": embeds[0], "pooled": pooled[0]}
+
+
+def flux1_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tensor:
+    embeds = row["prompt_embeds"][None]
+    tokens = pipe.transformer(
+        hidden_states=packed(pipe, x_t),
+        timestep=t,
+        encoder_hidden_states=embeds,
+        txt_ids=torch.zeros(embeds.shape[1], 3),
+        img_ids=pipe._prepare_latent_image_ids(1, HEIGHT // 16, WIDTH // 16, "cpu", torch.float32),
+        **({"pooled_projections": row["pooled"][None], "guidance": torch.ones(1)} if "pooled" in row else {}),
+    ).sample
+    return pipe._unpack_latents(tokens, HEIGHT, WIDTH, 8)
+
+
+def flux1_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    tokens = flux2_call(pipe, packed(pipe, noise), prompt, negative, steps, guidance)
+    return pipe._unpack_latents(tokens, HEIGHT, WIDTH, 8)
+
+
+def chroma_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    embeds, _, mask, *_ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+    return {"prompt_embeds": embeds[mask.bool()]}
+
+
+def chroma_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    """With the masks as truth values: the pipeline's own are numbers, which attention adds instead of masking."""
+    found = pipe.encode_prompt(prompt, negative, device="cpu")
+    given = {
+        "prompt_embeds": found[0],
+        "prompt_attention_mask": found[2].bool(),
+        "negative_prompt_embeds": found[3],
+        "negative_prompt_attention_mask": found[5].bool(),
+    }
+    tokens = flux2_call(pipe, packed(pipe, noise), None, negative, steps, guidance, **given)
+    return pipe._unpack_latents(tokens, HEIGHT, WIDTH, 8)
+
+
+def sd3_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    found = pipe.encode_prompt(prompt, None, None, device="cpu", do_classifier_free_guidance=False)
+    return {"prompt_embeds": found[0][0], "pooled": found[2][0]}
+
+
+def sd3_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tensor:
+    return pipe.transformer(x_t, row["prompt_embeds"][None], row["pooled"][None], t * 1000).sample
+
+
+def anima_encoded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+
+    found = AnimaTextEncoderStep.encode_prompt(pipe, prompt, prepare_unconditional_embeds=False)
+    names = ("qwen_prompt_embeds", "t5_input_ids", "t5_attention_mask", "qwen_attention_mask")
+    return {"prompt_embeds": pipe.text_conditioner(*(found[name] for name in names))[0]}
+
+
+def anima_step(pipe: Any, x_t: Tensor, t: Tensor, row: dict[str, Tensor]) -> Tensor:
+    nothing = torch.zeros(1, 1, HEIGHT, WIDTH)
+    return pipe.transformer(x_t[:, :, None], t, row["prompt_embeds"][None], padding_mask=nothing).sample[:, :, 0]
+
+
+def anima_call(pipe: Any, noise: Tensor, prompt: str, negative: str, steps: int, guidance: float) -> Tensor:
+    pipe.guider.guidance_scale = guidance
+    state = pipe(
+        prompt=prompt,
+        negative_prompt=negative,
+        height=HEIGHT,
+        width=WIDTH,
+        latents=noise[:, :, None],
+        num_inference_steps=steps,
+        output_type="pt",
+    )
+    return state.get("latents")[:, :, 0]
+
+
 TINY = {
     "sd": Tiny(partial(make_pipeline, "sd15"), sd_encoded, sd_step, unet_call),
     "sdxl": Tiny(partial(make_pipeline, "sdxl"), sdxl_encoded, sdxl_step, unet_call),
     "zimage": Tiny(make_zimage, zimage_encoded, zimage_step, zimage_call),
     "flux2-klein": Tiny(make_klein, flux2_encoded, flux2_step, klein_call),
     "flux2": Tiny(make_flux2, flux2_encoded, partial(flux2_step, guidance=torch.ones(1)), dev_call),
+    "qwenimage": Tiny(make_qwenimage, qwen_encoded, qwen_step, qwen_call),
+    "krea2": Tiny(make_krea2, krea2_encoded, krea2_step, krea2_call),
+    "flux1": Tiny(make_flux1, flux1_encoded, flux1_step, flux1_call),
+    "chroma": Tiny(make_chroma, chroma_encoded, flux1_step, chroma_call),
+    "sd3": Tiny(make_sd3, sd3_encoded, sd3_step, unet_call),
+    "anima": Tiny(make_anima, anima_encoded, anima_step, anima_call),
 }
 """A row for each of models.FAMILIES."""

@@ -95,3 +95,59 @@ def mistral3(words: int, layers: int, width: int) -> Any:
     }
     config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=words + 1)
     return Mistral3ForConditionalGeneration(config)
+
+
+def qwen_vl(words: int, layers: int, width: int, cls: str) -> Any:
+    """Qwen2.5-VL or Qwen3-VL with a picture tower that nothing is shown to; the picture's ids are beyond the words."""
+    import transformers
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text: dict[str, Any] = {
+        "vocab_size": words + 8,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        **heads,
+    }
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": width,
+    }
+    if cls.startswith("Qwen2_5"):
+        rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+        text |= {"rope_scaling": rope, "rope_theta": 1e6}
+    else:
+        vision["deepstack_visual_indexes"] = [0]
+    marks = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    numbers: dict[str, Any] = {name: words + 1 + i for i, name in enumerate(marks)}
+    config = getattr(transformers, f"{cls.partition('VL')[0]}VLConfig")
+    return getattr(transformers, cls)(config(text_config=text, vision_config=vision, **numbers))
+
+
+def t5_tokenizer() -> Any:
+    """Single characters; T5's numbers for padding, end and unknown."""
+    from transformers import T5Tokenizer
+
+    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-:;()"
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in letters)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def t5(words: int, width: int) -> Any:
+    """T5's encoder, 2 layers."""
+    from transformers import T5Config, T5EncoderModel
+
+    settings: dict[str, Any] = {
+        "vocab_size": words,
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": width,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+    }
+    return T5EncoderModel(T5Config(**settings))

@@ -21,7 +21,7 @@ def make_zimage(folder: Path, seed: int = 0) -> Path:
         tokenizer = qwen_tokenizer()
         pipe = ZImagePipeline(
             transformer=_transformer(),
-            vae=_vae(),
+            vae=kl_vae(scaling_factor=0.3611, shift_factor=0.1159),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             text_encoder=_encoder(len(tokenizer)),
             tokenizer=tokenizer,
@@ -53,7 +53,8 @@ def _transformer() -> Any:
     return model
 
 
-def _vae() -> Any:
+def kl_vae(**scales: float) -> Any:
+    """A VAE of 16 channels with its real factor of 8."""
     from diffusers import AutoencoderKL
 
     settings: dict[str, Any] = {
@@ -66,8 +67,7 @@ def _vae() -> Any:
         "sample_size": 64,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
+        **scales,
     }
     return AutoencoderKL(**settings)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from diffusekrona_train.data.crops import Crop
 from diffusekrona_train.data.names import printable
+from diffusekrona_train.data.pictures import Crop
 
 ENLARGED = 1.25
 """Enlargement from which invented detail shows."""

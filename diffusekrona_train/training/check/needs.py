@@ -50,11 +50,12 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
     )
     if config.prior.kind != "none":
         lines.append(f"prior: one class sample beside each ({config.prior.kind}), so each step does twice the work")
-    if config.adapter.type == "krona" and train.learning_rate >= 1e-3:
+    as_the_paper = config.adapter.type == "krona" and train.rate_unit == "factor" and config.adapter.norm_cap is None
+    if as_the_paper and train.learning_rate >= 1e-3:
         lines.append(
             f"learning rate {train.learning_rate:g}: from 1e-3 on the paper saw it overfit and drop the prompt"
         )
-    if config.adapter.type == "krona" and train.learning_rate < 1e-4:
+    if as_the_paper and train.learning_rate < 1e-4:
         lines.append(f"learning rate {train.learning_rate:g}: below 1e-4 the paper saw it ignore the photos")
     return lines
 
@@ -76,6 +77,7 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     import torch
 
     from diffusekrona_train.common.device import free_bytes, training_device_type
+<<<<<<< HEAD
     from diffusekrona_train.training.memory import (
         BYTES,
         GIB,
@@ -85,6 +87,10 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
         trained_bytes,
         trained_parameters,
     )
+=======
+    from diffusekrona_train.training.graph import why_not
+    from diffusekrona_train.training.memory import GIB, choose, levels, need, room, trained_parameters
+>>>>>>> main
 
     device = torch.device(training_device_type())
     gpu = device.type != "cpu"
@@ -92,17 +98,18 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     dtype = dtype or (torch.bfloat16 if gpu or source.identity not in EMBEDDED else torch.float32)
     base = base_parameters(source)
     samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
-    megapixels = samples * (config.data.resolution / 1024) ** 2
     figures = source.family.memory
     trained = trained_parameters(config, layers_of(source), base)
-    beside = trained * trained_bytes(config) / GIB
-    needs = {level.name: estimate(level, base, megapixels, dtype, figures) + beside for level in levels(config)}
+    needs = {level.name: need(level, config, base, samples, dtype, figures, trained) for level in levels(config)}
     lines = [
         "about " + ", ".join(f"{need:.1f} GiB {name}" for name, need in needs.items()) + f" ({samples} images at once)"
     ]
     if gpu:
-        why = choose(config, base, samples, dtype, device, figures, trained)[1]
+        level, why = choose(config, base, samples, dtype, device, figures, trained)
         lines.append(why.removeprefix("memory: "))
+        left = room(level, config, base, samples, dtype, device, figures, trained)
+        refused = why_not(config, level, device.type, world_size(), left)
+        lines.append(f"no CUDA graph: {refused}" if refused else "the step is captured as a CUDA graph")
         free = free_bytes(device)
         if free is not None and min(needs.values()) > free / GIB:
             lines.append(

@@ -1,1 +1,0 @@
-"""What scripts/paper.py is made of: studies from YAML, tasks, records, the pool of workers, tables and figures."""
