@@ -62,10 +62,7 @@ def choose(
     if (available := free_bytes(device)) is None:
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = available / GIB
-<<<<<<< HEAD
     ladder = [level for level in ladder if level.works_on(device)]
-=======
-    ladder = [level for level in ladder if abilities(device).quantized or level.quantize == "none"]
     needs = [(level, need(level, config, base_parameters, samples, dtype, figures, trained)) for level in ladder]
     level, least = next((pair for pair in needs if pair[1] <= free), needs[-1])
     return level, f"memory: {level.name} (about {least:.1f} GiB needed, {free:.1f} GiB free)"
@@ -81,7 +78,6 @@ def need(
     trained: int,
 ) -> float:
     """GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
->>>>>>> main
     megapixels = samples * (config.data.resolution / 1024) ** 2
     step = estimate(level, base_parameters, megapixels, dtype, figures)
     return step + trained * trained_bytes(config) / GIB

@@ -35,12 +35,8 @@ from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
-<<<<<<< HEAD
 from diffusekrona_train.sampling.session import encode_texts
-from diffusekrona_train.training import checkpoint, memory
-=======
 from diffusekrona_train.training import checkpoint, graph, memory
->>>>>>> main
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
@@ -98,16 +94,12 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
     source = configured_model(config)
     check_start(config, source)
-    level, why = choose_level(config, source, accelerator, dtype)
+    level, why, room = choose_level(config, source, accelerator, dtype)
     draw, forget = class_image_maker(config, source, level, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-<<<<<<< HEAD
-=======
-    level, why, room = choose_level(config, source, accelerator, dtype)
->>>>>>> main
     denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
     descent = make_descent(config, injection, accelerator)

@@ -36,12 +36,9 @@ SINCE: dict[str, Any] = {
     "adapter.norm_cap": None,
     "train.average": None,
     "adapter.streams": None,
-<<<<<<< HEAD
     "data.text_precision": "auto",
-=======
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
->>>>>>> main
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 

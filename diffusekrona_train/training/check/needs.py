@@ -77,20 +77,8 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
     import torch
 
     from diffusekrona_train.common.device import free_bytes, training_device_type
-<<<<<<< HEAD
-    from diffusekrona_train.training.memory import (
-        BYTES,
-        GIB,
-        choose,
-        estimate,
-        levels,
-        trained_bytes,
-        trained_parameters,
-    )
-=======
     from diffusekrona_train.training.graph import why_not
-    from diffusekrona_train.training.memory import GIB, choose, levels, need, room, trained_parameters
->>>>>>> main
+    from diffusekrona_train.training.memory import BYTES, GIB, choose, levels, need, room, trained_parameters
 
     device = torch.device(training_device_type())
     gpu = device.type != "cpu"
