@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from diffusekrona_train.adapters import Adapter, Fp32Module, check_tensors, to_file
 from diffusekrona_train.adapters.kron import computes_in_own_type
+from diffusekrona_train.models.stored import StoredLinear
 
 
 class AdaptedLinear(nn.Module):
@@ -211,7 +212,7 @@ def owners_of_parameters(model: nn.Module) -> dict[str, nn.Module]:
 
 def _check_plain(name: str, module: nn.Module, key: str = "weight") -> None:
     tensor = getattr(module, key)
-    if not tensor.is_floating_point() or parametrize.is_parametrized(module, key):
+    if isinstance(module, StoredLinear) or not tensor.is_floating_point() or parametrize.is_parametrized(module, key):
         raise ValueError(
             f"{name} is {tensor.dtype} ({type(module).__name__}): it cannot be changed; load it unquantized"
         )

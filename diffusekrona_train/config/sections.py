@@ -151,6 +151,8 @@ class DataConfig(Strict):
     """Where latents and text embeddings are kept; none means a `cache` folder beside the run folder."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the VAE while latents are made (SDXL's own VAE overflows in fp16)."""
+    text_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Precision of the text encoders while prompts are encoded; auto: the model's own; int8 halves their memory."""
 
     @model_validator(mode="after")
     def _variants_differ(self) -> DataConfig:
