@@ -256,7 +256,7 @@ def find_projections(model: nn.Module) -> list[Layer]:
 
 def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
     """Choose likewise from a list of layers, such as a table of a model that is not built. Raises as `find_layers`."""
-    if spec.targets == "all":
+    if spec.is_whole:
         return layers
     chosen = [layer for layer in layers if _has_role(layer, spec)]
     if not chosen:
