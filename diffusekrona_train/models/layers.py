@@ -75,14 +75,6 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
-    """Describe a linear as `describe`; ValueError for any other name."""
-    found = describe(name, in_features, out_features) or describe_projection(name, in_features)
-    if found is None:
-        raise ValueError(f"{name} is not an attention or feed-forward linear of a transformer block")
-    return found
-
-
 def described(linears: Linears) -> list[Layer]:
     """Return the rows of all linears that `describe` knows, in their order."""
     return [layer for name, widths in linears.items() if (layer := describe(name, *widths))]
