@@ -111,6 +111,11 @@ class AdapterConfig(Strict):
                 raise ValueError(f"params: {error}") from None
         return values
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every parameter of the denoiser trains, not only layers that can be adapted."""
+        return self.targets == "all"
+
     @model_validator(mode="after")
     def _no_conflicts(self) -> AdapterConfig:
         budget = [name for name in ("params", "match_lora_rank") if getattr(self, name) is not None]

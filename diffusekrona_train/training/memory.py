@@ -147,7 +147,7 @@ def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, 
 def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:
     """How many numbers a config trains, from the model's layers and size."""
     spec = config.adapter
-    if spec.type == "full" and spec.targets == "all":
+    if spec.is_whole:
         return base_parameters
     return count_parameters(spec, select_layers(layers, spec))
 
