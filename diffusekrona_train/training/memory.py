@@ -9,6 +9,7 @@ import torch
 from diffusekrona_train.adapters import count_parameters
 from diffusekrona_train.common.device import abilities, free_bytes
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.run import UNQUANTISED
 from diffusekrona_train.models.contracts import Layer, MemoryFigures
 from diffusekrona_train.models.layers import select_layers
 
@@ -30,8 +31,8 @@ def levels(config: RunConfig) -> list[Level]:
     """The levels that a config allows, the fastest first."""
     kept = config.train.quantize
     ladder = [Level("plain", kept, False), Level("checkpointing", kept, True), Level("nf4", "nf4", True)]
-    if config.adapter.type == "full" or kept != "none":
-        ladder.pop()  # a trained base cannot be quantised, a quantised one is what was asked for
+    if config.adapter.type in UNQUANTISED or kept != "none":
+        ladder.pop()  # its weights are trained or needed; or it is quantised already, as was asked
     if config.train.memory == "nf4" and kept == "nf4":
         return [Level("nf4", "nf4", True)]
     return ladder
