@@ -2,8 +2,8 @@
 
     python -m scripts.house_moves
 
-Watches one step of a toybox run. Photo to gradient: the files of the package that are entered while photos become
-latents, and while a step goes from what it draws to the return of backward. What loads models, reads the config,
+Watches one step of a toybox run on a CPU. Photo to gradient: the files of the package that are entered while photos
+become latents, and while a step goes from what it draws to the return of backward. What loads models, reads the config,
 reports, or writes files (SET_UP) is left out. Config: calls from a function of one file to a function of another one
 with the whole config among the arguments, from `train` to its return.
 """
@@ -22,7 +22,7 @@ PACKAGE = "diffusekrona_train."
 PHOTO_BAR, CONFIG_BAR = 12, 30
 SET_UP = ("config", "common", "models.source", "models.local", "models.hub", "models.singlefile", "models.__init__")
 """Modules that are no part of a photo's way, though they run meanwhile."""
-WINDOWS = {"_image_maker.<locals>.make": "data.training_set", "gradients": "training.step"}
+WINDOWS = {"_image_maker.<locals>.make": "data.training_set", "StepGraphs.gradients": "training.graph"}
 """Function in which a photo is on its way, from opening it to its latents and from a draw to the return of backward ->
 its module. What comes before (finding photos, planning crops) is set-up."""
 

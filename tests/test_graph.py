@@ -138,7 +138,14 @@ WAYS = {
         "prior": {"kind": "teacher", "weight": 0.5},
     },
     "captions and noise": {
-        "train": {"steps": 4, "caption_dropout": 0.5, "noise_offset": 0.1, "weighting": "min_snr", "loss": "huber"},
+        "train": {
+            "steps": 4,
+            "caption_dropout": 0.5,
+            "noise_offset": 0.1,
+            "weighting": "min_snr",
+            "loss": "huber",
+            "rate_unit": "dw",
+        },
         "validation": {"every": 3, "loss": True, "steps": 1},
     },
 }
@@ -266,7 +273,7 @@ def test_beyond_the_most_shapes_a_step_runs_as_it_is(monkeypatch):
     assert tape.captured == 1 and graphs.refused is None  # the optimiser's
 
 
-def test_what_waits_for_the_device_is_found_at_the_first_use(monkeypatch):
+def test_what_waits_for_the_device_is_found_before_it_is_captured(monkeypatch):
     run = contender()
     told: list[str] = []
     loss_of = run.objective.loss_of

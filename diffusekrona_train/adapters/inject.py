@@ -41,12 +41,21 @@ def inject(
 class Injection:
     """The adapters of one subject in one model. `adapters` maps dotted layer names to modules, in the model's order."""
 
-    def __init__(self, model: nn.Module, spec: AdapterConfig, seed: int = 0, options: dict[str, Options] | None = None):
-        self.model, self.spec, self.seed = model, spec, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: AdapterConfig,
+        seed: int = 0,
+        options: dict[str, Options] | None = None,
+        placed: bool = True,
+    ):
+        """Build the adapters and put them into the model; not `placed`, the model stays as it is (see `packed`)."""
+        self.model, self.spec, self.seed, self._placed = model, spec, seed, placed
         self._sites: dict[str, AdaptedLinear | WholeModule] = {}
         self.flat: FlatFactors | None = None
         self._thawed = [parameter for parameter in _foreign_parameters(model) if parameter.requires_grad]
         if spec.type == "full" and spec.targets == "all":
+            assert placed, "full fine-tuning is a part of the model"
             self.options = options or {}
             self._inject_whole(list(options) if options else None)
         else:
@@ -74,7 +83,7 @@ class Injection:
             adapter = build_adapter(self.spec, layer, self.options[layer.name], _generator(self.seed, layer.name))
             adapter.to(next(base.parameters()).device)
             self._sites[layer.name] = AdaptedLinear(base, adapter)
-        for name, site in self._sites.items():
+        for name, site in self._sites.items() if self._placed else ():
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, site)
 

@@ -1,6 +1,6 @@
 """FLUX.1 dev, schnell and Krea-dev, with CLIP and T5; Chroma1 with T5 alone, a mask and a negative prompt.
 
-dev and Krea-dev are gated and not for commercial use; schnell and Chroma1 are Apache-2.0, Chroma1 is open as well.
+dev and Krea-dev are gated and not for commercial use; schnell and Chroma1 are Apache-2.0 and open.
 """
 
 from __future__ import annotations

@@ -17,6 +17,11 @@ GIB = 2**30
 RESERVE = 1.0
 """GiB for the context and fragmentation."""
 
+DECODING = 3.5
+"""GiB that decoding one image of a megapixel takes in fp32, VAE included (counted by scripts/bench/trace.py: 3.3)."""
+MOST_AT_ONCE = 8
+"""Images that validation generates in one batch at most: between two batches it looks whether it should stop."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -106,6 +111,26 @@ def estimate(
     checkpointed = level.checkpointing and level.quantize != "int8"
     activations = figures.checkpointing if checkpointed else figures.plain
     return base_parameters * bytes_each / GIB + activations * width / 2 * megapixels + RESERVE
+
+
+def decoding(config: RunConfig) -> float:
+    """GiB that decoding one image of the run's size takes, beside what training holds."""
+    width = 4 if config.data.vae_precision == "fp32" else 2
+    return DECODING * width / 4 * (config.data.resolution / 1024) ** 2
+
+
+def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, figures: MemoryFigures) -> int:
+    """How many images validation generates in a batch: what fits into the memory that is free now, decoding included.
+
+    Without gradients a row needs less than a checkpointed step does; guidance makes two rows of an image. 1 on a CPU,
+    which gains nothing, and where the device does not say.
+    """
+    available = None if device.type == "cpu" else free_bytes(device)
+    if available is None:
+        return 1
+    width = torch.finfo(dtype).bits / 8
+    each = 2 * figures.checkpointing * width / 2 * (config.data.resolution / 1024) ** 2
+    return max(1, min(MOST_AT_ONCE, int((available / GIB - RESERVE - decoding(config)) / each)))
 
 
 def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:

@@ -64,7 +64,7 @@ class Descent:
         self.rate = torch.zeros((), dtype=exact, device=self.flat.device)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds one micro-batch to the gradients of this step."""
+        """Add one micro-batch to the gradients of this step."""
         loss = loss / self.train.gradient_accumulation
         self.accelerator.backward(loss)
         self.factors.flush()

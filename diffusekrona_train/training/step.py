@@ -18,9 +18,8 @@ would have to ask each other in every step. One process may drop a level at any 
 
 
 def gradients(run: Run, step: int) -> None:
-    """Forward and backward of this process's share of the global batch."""
-    for micro in range(run.config.train.gradient_accumulation):
-        run.graphs.passes(run.objective.batches(step, micro))
+    """Run forward and backward for this process's share of the global batch."""
+    run.graphs.gradients(step)
     faults.reach("step", step)
 
 
@@ -60,7 +59,8 @@ def go_down(run: Run) -> None:
         moments = run.descent.optimizer.state_dict()
         run.objective.denoiser = run.objective.injection = injection = None  # or the old one stays beside the new one
         free()
-        denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
+        with setup.in_turn(run.accelerator, lower.quantize != "none"):
+            denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
         run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
         meters, average = run.descent.meters, run.descent.average

@@ -75,7 +75,7 @@ const grid = $("#grid") && {
   show(card) {
     const [step, strength] = this.place(card), row = this.data.prompts[card.number].images;
     const source = strength === 1 || step === 0 ? row[step] : strength === 0 ? row[0] : this.data.made[`${step}@${strength}`]?.[card.number];
-    card.stepOut.textContent = step === this.data.best ? `${step} ★` : step;
+    card.stepOut.textContent = step === this.data.best ? `${step} ★` : step || "base";
     card.step.setAttribute("aria-valuetext", `step ${step}${step === this.data.best ? ", the best checkpoint" : ""}`);
     card.strengthOut.textContent = strength;
     card.strength.setAttribute("aria-valuetext", `strength ${strength}`);
@@ -134,8 +134,7 @@ if (drop) {
     for (const [id, html] of Object.entries(answer.html)) {
       if (id === "photos" ? !typing : id !== "models" || $("[data-unsure]")) put(id, html);
     }
-    const yaml = $("#yaml-now");
-    if (yaml) $("#yaml").textContent = yaml.content.textContent;
+    if (answer.yaml) $("#yaml").textContent = answer.yaml;
     $("#problem").textContent = answer.count ? answer.problem : "";
     drop.dataset.count = answer.count;
   };
