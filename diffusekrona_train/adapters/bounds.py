@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusekrona_train.adapters.flat import FlatFactors, Segment
 from diffusekrona_train.adapters.krona import KronA

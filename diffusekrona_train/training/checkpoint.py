@@ -52,6 +52,7 @@ YOUNGER = {
     "adapter.block_size": 16,
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
+    "train.dco_beta": 1000.0,
 }
 """Fields that states of older versions lack -> the value with which a run trains as it did before they were there."""
 

@@ -41,6 +41,7 @@ SINCE: dict[str, Any] = {
     "adapter.streams": None,
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
+    "train.dco_beta": 1000.0,
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 
