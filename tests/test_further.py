@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from peft import LoraConfig, OFTConfig, get_peft_model
 
 from diffusekrona_train.adapters import ADAPTERS, build_adapter, formats, plan, spectra
 from diffusekrona_train.adapters.formats.exports import EXPORTERS
+from diffusekrona_train.adapters.grouped import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig, make_config
 from diffusekrona_train.models.layers import Layer
 
