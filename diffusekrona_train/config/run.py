@@ -13,7 +13,7 @@ from pydantic import model_validator
 from diffusekrona_train.config.base import Strict
 from diffusekrona_train.config.known import known_models
 from diffusekrona_train.config.sections import AdapterConfig, DataConfig, PriorConfig, SubjectConfig
-from diffusekrona_train.config.training import TrainConfig, ValidationConfig
+from diffusekrona_train.config.training import SampleConfig, TrainConfig, ValidationConfig
 
 LONGEST_NAME = 200
 """Bytes of a run's name: file systems take 255, and files are named after the run."""
@@ -77,6 +77,8 @@ class RunConfig(Strict):
     """Prior preservation."""
     train: TrainConfig = TrainConfig()
     """The optimisation."""
+    sample: SampleConfig = SampleConfig()
+    """What generates images with the adapter, in validation and in krona-sample."""
     validation: ValidationConfig = ValidationConfig()
     """What is rendered and measured while training."""
     output: str

@@ -32,6 +32,7 @@ OLDER = "1"
 MAY_CHANGE = (
     "output",
     "validation",
+    "sample",
     "subject.images",  # what lies there is compared instead
     "subject.files",
     "prior.images",
@@ -46,7 +47,7 @@ MAY_CHANGE = (
 )
 """Fields that a resumed run may set anew: how long, what is watched, where things go. All others make another run."""
 
-YOUNGER = {"train.rate_unit": "factor", "train.rate_ratio": 1.0}
+YOUNGER = {"data.text_precision": "auto", "train.rate_unit": "factor", "train.rate_ratio": 1.0}
 """Fields that states of older versions lack -> the value with which a run trains as it did before they were there."""
 
 

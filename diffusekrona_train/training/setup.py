@@ -31,7 +31,7 @@ from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.config.training import Tracker
 from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
-from diffusekrona_train.models import configured_model
+from diffusekrona_train.models import configured_model, generating_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
@@ -129,7 +129,7 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
         start.events.warning(line)
     graphs = graph.step_graphs(config, objective, descent, level, room, tell)
-    gallery = Gallery(config, source, objective, start.folder, start.events)
+    gallery = Gallery(config, generating_model(config, source), objective, level, start.folder, start.events)
     journal = open_folder(start, state, first, about["config"])
     return Run(
         config, start.folder, source, accelerator, level, objective, descent, graphs, gallery, journal, stop, first,
@@ -278,6 +278,8 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     if config.train.mixed_precision == "fp16" and not source.family.fp16:
         raise ValueError(f"train.mixed_precision: fp16: {source.model!r} overflows in it; use bf16 or leave it out")
     source.check()
+    if (generating := generating_model(config, source)) is not source:
+        generating.check()
     if config.train.init_from is None:
         return
     try:
@@ -387,6 +389,7 @@ def adapter_info(config: RunConfig, source: ModelSource, step: int) -> dict[str,
     return {
         "family": source.family.name,
         "model": source.identity,
+        **({"sample_model": generating_model(config, source).identity} if config.sample.model else {}),
         "prediction_type": source.prediction_type,
         "token": config.subject.token,
         "class": config.subject.class_noun,
