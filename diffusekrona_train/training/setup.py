@@ -278,8 +278,7 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     if config.train.mixed_precision == "fp16" and not source.family.fp16:
         raise ValueError(f"train.mixed_precision: fp16: {source.model!r} overflows in it; use bf16 or leave it out")
     source.check()
-    if (generating := generating_model(config, source)) is not source:
-        generating.check()
+    generating_model(config, source).check()
     if config.train.init_from is None:
         return
     try:
@@ -334,10 +333,8 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
 def class_image_maker(
     config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
 ) -> tuple[Renderer, Callable[[], None]]:
-    """(render, forget): `render(prompt, seed)` generates an image with the base model, loaded at the first call.
-
-    Text encoders leave before the denoiser comes, which is held as it will be in training.
-    """
+    """(render, forget): `render(prompt, seed)` generates an image with the base model, loaded at the first call and
+    held as it will be in training; text encoders leave before it comes."""
     held: dict[str, Any] = {}
     settings = settings_of(config)
 
@@ -345,8 +342,8 @@ def class_image_maker(
         if not held:
             held["texts"] = encode_texts(source, [prompt, settings.negative], device)
             parts = source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
-            parts["denoiser"] = source.load_denoiser(dtype, device, level.quantize, level.offload)
-            held["pipe"] = source.family.pipeline(parts)
+            denoiser = source.load_denoiser(dtype, device, level.quantize, level.offload)
+            held["pipe"] = source.family.pipeline({**parts, "denoiser": denoiser})
         conditioning_of = held["texts"].__getitem__
         return render(held["pipe"], source.family, [(prompt, seed)], settings, conditioning_of=conditioning_of)[0]
 
