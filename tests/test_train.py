@@ -307,7 +307,7 @@ def test_the_loss_is_the_weighted_sum_over_instances(world, tmp_path, priors):
             guess = 0.5 * x_t + bucket.caption_index[drawn.picture[i]] / 10
             snr = a / (1 - a)
             total += share * min(snr, 5.0) / snr * ((guess - drawn.eps[i]) ** 2).mean()
-    torch.testing.assert_close(objective.loss(3, 0).detach(), total / 2)
+    torch.testing.assert_close(objective.loss_of(objective.batches(3, 0)).detach(), total / 2)
 
 
 def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path):
@@ -316,8 +316,42 @@ def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path)
     (batch,) = plain.batches(0, 0)
     x_t = process.add_noise(batch.x_0, batch.eps, batch.t, plain.process.alphas_cumprod)
     teaching = 0.3 * ((0.5 * x_t - 1.0 * x_t) ** 2).flatten(1).mean(1).sum() / 2
-    torch.testing.assert_close(objective.loss(0, 0), plain.loss(0, 0) + teaching)
+    wanted = plain.loss_of(plain.batches(0, 0)) + teaching
+    torch.testing.assert_close(objective.loss_of(objective.batches(0, 0)), wanted)
     assert objective.denoiser.weight.item() == 0.5
+
+
+@pytest.mark.parametrize("prior", ["none", "teacher"])
+def test_dco_is_the_formula_with_the_frozen_model_under_the_same_prompt(world, tmp_path, prior):
+    """-log sigmoid(-beta (loss - base)) * 2 / beta, by hand; what the teacher answers stays a squared error."""
+    section = {"batch_size": 2, "loss": "dco", "dco_beta": 7.0}
+    objective = make_objective(world, tmp_path, train=section, prior={"kind": prior, "weight": 0.3})
+    plain = make_objective(world, tmp_path, train={"batch_size": 2})
+    (batch,) = plain.batches(0, 0)
+    x_t = process.add_noise(batch.x_0, batch.eps, batch.t, plain.process.alphas_cumprod)
+    caption = torch.tensor(batch.caption).view(-1, 1, 1, 1) / 10
+    own = ((0.5 * x_t + caption - batch.eps) ** 2).flatten(1).mean(1)
+    base = ((1.0 * x_t + caption - batch.eps) ** 2).flatten(1).mean(1)
+    wanted = (-torch.log(torch.sigmoid(-7.0 * (own - base))) * 2 / 7.0).sum() / 2
+    if prior == "teacher":
+        wanted = wanted + 0.3 * ((0.5 * x_t - 1.0 * x_t) ** 2).flatten(1).mean(1).sum() / 2
+    torch.testing.assert_close(objective.loss_of(objective.batches(0, 0)), wanted)
+    assert objective.denoiser.weight.item() == 0.5
+    assert objective.held_out_loss() == plain.held_out_loss()  # comparable between losses: the squared error
+
+
+def test_dco_begins_with_the_gradient_of_the_squared_error_and_ends_with_none():
+    from diffusekrona_train.training.loss import dco
+
+    for loss, share in ((1.0, 1.0), (0.0, 0.0), (2.0, 2.0)):
+        x = torch.tensor([loss], requires_grad=True)
+        dco(x, torch.tensor([1.0]), 100.0).backward()
+        assert x.grad is not None and x.grad.item() == pytest.approx(share, abs=1e-6)
+
+
+def test_dco_with_class_images_is_one_line(world, tmp_path):
+    with pytest.raises(ValueError, match="^train.loss: dco keeps to the base without class images; set"):
+        make_run(world, tmp_path / "x", train={"loss": "dco"}, prior={"kind": "images"})
 
 
 def test_caption_dropout_takes_the_empty_caption(world, tmp_path):
@@ -398,9 +432,15 @@ def test_the_schedule_follows_optimiser_steps(world, tmp_path):
 
 def poison(monkeypatch, steps):
     """Makes the loss of these steps NaN."""
-    loss = Objective.loss
+    batches, loss_of, now = Objective.batches, Objective.loss_of, [0]
+
+    def noted(self, step, micro):
+        now[0] = step
+        return batches(self, step, micro)
+
+    monkeypatch.setattr(Objective, "batches", noted)
     monkeypatch.setattr(
-        Objective, "loss", lambda self, s, micro: loss(self, s, micro) * (torch.nan if s in steps else 1)
+        Objective, "loss_of", lambda self, shown: loss_of(self, shown) * (torch.nan if now[0] in steps else 1)
     )
 
 
@@ -456,15 +496,15 @@ def test_two_bad_steps_are_skipped_and_counted(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("failures", "level"), [(1, "checkpointing"), (2, "nf4")])
 def test_out_of_memory_goes_a_level_down_and_on(world, tmp_path, monkeypatch, failures, level):
-    loss, failed = Objective.loss, []
+    batches, failed = Objective.batches, []
 
     def short(self, step, micro):
         if step == 1 and len(failed) < failures:
             failed.append(step)
             raise torch.OutOfMemoryError
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     train(make_run(world, tmp_path / "run"))
     assert newest_state(tmp_path / "run").about["level"] == level
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -474,7 +514,7 @@ def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monke
     def short(self, step, micro):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     with pytest.raises(RuntimeError, match="batch_size.*resolution.*nf4"):
         train(make_run(world, tmp_path / "run"))
 
@@ -482,7 +522,7 @@ def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monke
 def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkeypatch):
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     monkeypatch.setattr("diffusekrona_train.training.preview.render", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(Objective, "held_out_loss", lambda self: 1 / 0)
+    monkeypatch.setattr(Objective, "held_out_loss", lambda self, at_once: 1 / 0)
     monkeypatch.setattr("diffusekrona_train.training.page.write_run_report", lambda folder: 1 / 0)
     watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
     told = Told()
@@ -552,14 +592,14 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(worl
 def test_the_folder_removed_under_a_run_is_made_again(world, tmp_path, monkeypatch):
     import shutil
 
-    loss = Objective.loss
+    batches = Objective.batches
 
     def remove(self, step, micro):
         if step == 3:
             shutil.rmtree(tmp_path / "run")
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", remove)
+    monkeypatch.setattr(Objective, "batches", remove)
     assert train(make_run(world, tmp_path / "run")).file.exists()
 
 

@@ -39,7 +39,7 @@ def sigma_bound(grams: Tensor) -> Tensor:
     return (logs / 2).exp()
 
 
-def sigma_of(layer: nn.Module, width_in: int) -> float:
+def sigma_of(layer: torch.nn.Module, width_in: int) -> float:
     """Return the largest singular value of a linear layer (quantised or not) or a 1x1 convolution of this input width.
 
     Power iteration through the layer itself, so that no weight has to be unpacked; always from the same vector.

@@ -92,10 +92,10 @@ class FlatFactors:
                 parameter.data = segment.of(self.master.data)
                 parameter.grad = segment.of(self.gradient)
 
-        counts, device = [segment.step // ALIGN for segment in self.segments], self.master.device
-        self._blocks = torch.tensor(counts, device=device)
-        owners = [number for number, count in enumerate(counts) for _ in range(count)]
-        self._segment_of_block = torch.tensor(owners, device=device)
+        device = self.master.device
+        self._blocks = torch.tensor([segment.step // ALIGN for segment in self.segments], device=device)
+        owners = torch.arange(len(self.segments), device=device)
+        self._segment_of_block = owners.repeat_interleave(self._blocks, output_size=start // ALIGN)
 
     def sums(self, buffer: Tensor) -> Tensor:
         """Return the sum of each segment of a buffer with this layout, (segments,); the same in every call."""

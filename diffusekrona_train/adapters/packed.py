@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
+from diffusekrona_train.adapters.grouped import AdaptedLinear
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.adapters.kron import kron_macs
 from diffusekrona_train.adapters.krona import KronA
-from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
 
 Factors = dict[str, Tensor]
@@ -233,22 +233,22 @@ class PackedAdapter(nn.Module):
 
 
 def _krona(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
-    return _kron(x, scaled(of["A"], kind.multiplier()), of["B"])
+    return _kron(x, scaled(of["A"], kind.multiplier), of["B"])
 
 
 def _lora(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
-    return _linear(_linear(x, of["lora_down"]), scaled(of["lora_up"], kind.multiplier()))
+    return _linear(_linear(x, of["lora_down"]), scaled(of["lora_up"], kind.multiplier))
 
 
 def _lokr(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
     w1, w2 = (of[name] if name in of else of[f"{name}_a"] @ of[f"{name}_b"] for name in ("lokr_w1", "lokr_w2"))
-    return _kron(x, scaled(w1, kind.multiplier()), w2)
+    return _kron(x, scaled(w1, kind.multiplier), w2)
 
 
 def _loha(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
     """Multiply as LoHa does: as the LoRA of rank² that it is, or by the dense ΔW where that is cheaper."""
     up_1, down_1, up_2, down_2 = (of[f"hada_w{side}"] for side in ("1_a", "1_b", "2_a", "2_b"))
-    scale, (outs, rank), ins = kind.multiplier(), up_1.shape[1:], down_1.shape[2]
+    scale, (outs, rank), ins = kind.multiplier, up_1.shape[1:], down_1.shape[2]
     if rank**2 * (ins + outs) >= ins * outs:
         return _linear(x, scaled((up_1 @ down_1) * (up_2 @ down_2), scale))
     up = (up_1[..., :, None] * up_2[..., None, :]).flatten(2)

@@ -133,11 +133,13 @@ class ModelSource:
             check(part.folder, self.family.name, lambda: self._meta_model(part).state_dict())
         self._whole.add(part.folder)
 
-    def _part(self, part: Part, dtype: torch.dtype) -> Any:
-        """Load a part in `dtype`; it is complete and has finite numbers."""
+    def _part(self, part: Part, dtype: torch.dtype, device: Device = "cpu") -> Any:
+        """Load a part in `dtype`; it is complete and has finite numbers. A place that can reads it onto the device at
+        once, tensor by tensor, so that no process holds a second copy in host memory."""
         self.check_part(part)
         key = {"transformers": "dtype", "diffusers": "torch_dtype"}[part.library]
-        model = self.place.load_part(part.folder, class_of(part), **{key: dtype})
+        where = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+        model = self.place.load_part(part.folder, class_of(part), **{key: dtype}, **where)
         check_numbers(f"model {self.model!r}, part {part.folder}", model)
         return model
 
@@ -168,7 +170,8 @@ class ModelSource:
         """Load the denoiser, frozen; quantize 'nf4', 'int8' or 'fp8' keeps the linears that its family names in 4 or 8
         bits, `offload` keeps them in host memory, from where they come to `device` block by block."""
         quiet()
-        model: Denoiser = self._part(self.family.parts.denoiser, dtype or torch.float32)
+        home = device if quantize == "none" and not offload else "cpu"  # what is quantised rounds where it moves
+        model: Denoiser = self._part(self.family.parts.denoiser, dtype or torch.float32, home)
         if offload:
             from diffusekrona_train.models.stored import store_linears
 

@@ -20,6 +20,7 @@ from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config.prompts import prompt_warnings, unread_part
 from diffusekrona_train.models import ModelSource, open_model
 from diffusekrona_train.models.contracts import Loaded
+from diffusekrona_train.models.schedulers import check_replaces
 from diffusekrona_train.models.tokenizers import local_tokenizers
 from diffusekrona_train.sampling import plan, session
 from diffusekrona_train.sampling.session import Memory, Studio, Subject
@@ -166,6 +167,8 @@ def open_call(request: SampleRequest, progress: Progress) -> Call:
     device = pick_device(crowd.local_process_index if crowd else 0)
     rank, world = (crowd.process_index, crowd.num_processes) if crowd else (0, 1)
     planned = _planned(request, model, subjects, device)
+    for name in {item.settings.scheduler for item in planned} - {None}:
+        check_replaces(str(name), model.scheduler_config)
     call = Call(request, model, subjects, planned, progress, device, rank, world)
     readers = local_tokenizers(model) or (model.load("tokenizers")["tokenizers"] if call.missing else [])
     call.planned = [_with_unread(item, readers) for item in planned]

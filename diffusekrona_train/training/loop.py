@@ -9,7 +9,7 @@ import torch
 from diffusekrona_train.common.device import free
 from diffusekrona_train.common.progress import Diverged, Stopped
 from diffusekrona_train.common.run_folder import adapter_file, step_of
-from diffusekrona_train.training import checkpoint, curves, page, setup
+from diffusekrona_train.training import checkpoint, curves, memory, page, setup
 from diffusekrona_train.training.optimizer import BAD_IN_A_ROW
 from diffusekrona_train.training.preview import Interrupted
 from diffusekrona_train.training.setup import Run
@@ -135,9 +135,17 @@ def show(run: Run, done: int) -> None:
     try:
         if run.main and run.config.validation.loss and not run.stop.wanted():
             with setup.eagerly(run.config):
-                run.journal.write({"step": done, "validation_loss": run.objective.held_out_loss()})
+                loss = run.objective.held_out_loss(held_out_at_once(run))
+            run.journal.write({"step": done, "validation_loss": loss})
     except Exception as error:
         run.journal.warn("the held-out loss failed", error)
+
+
+def held_out_at_once(run: Run) -> int:
+    """How many held-out samples are computed together: a training batch, or more where memory allows it."""
+    objective = run.objective
+    images = memory.images_at_once(run.config, objective.dtype, objective.device, objective.family.memory)
+    return max(run.config.train.batch_size, 2 * images if images > 1 else 1)
 
 
 def refresh_report(run: Run) -> None:

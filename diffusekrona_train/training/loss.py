@@ -160,10 +160,6 @@ class Objective:
 
     # ---- how it is judged ----
 
-    def loss(self, step: int, micro: int) -> torch.Tensor:
-        """The loss of micro-batch `micro`."""
-        return self.loss_of(self.batches(step, micro))
-
     def loss_of(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Loss of each sample times its weight, summed, divided by the number of instance images."""
         total = sum(self.per_sample(batch).sum() for batch in batches)
@@ -179,28 +175,37 @@ class Objective:
                 part = slice(-batch.teacher, None)
                 answer = self._predicted(x_t[part], batch.t[part], batch.taught)
             wanted = torch.cat([wanted[: -batch.teacher], answer])
-        loss = LOSSES[train.loss](self._predicted(x_t, batch.t, batch.conditioning), wanted)
+        distance, against = LOSSES.get(train.loss, mse), AGAINST_BASE.get(train.loss)
+        loss = distance(self._predicted(x_t, batch.t, batch.conditioning), wanted)
         if not weighted:
             return loss
+        if against is not None:  # of what the teacher answers, the base's own distance is 0
+            with torch.no_grad(), self.injection.disabled():
+                base = distance(self._predicted(x_t, batch.t, batch.conditioning), wanted)
+            own = len(batch) - batch.teacher
+            loss = torch.cat([against(loss[:own], base[:own], train.dco_beta), loss[own:]])
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share
 
     def _predicted(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self.family.predict(self.denoiser, x_t.to(self.dtype), t, conditioning).float()
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean loss on noise that no step draws, at fixed timestep quantiles: comparable between steps and runs."""
-        losses = [self.per_sample(batch, weighted=False) for batch in self._held_out()]
+    def held_out_loss(self, at_once: int | None = None) -> float:
+        """Mean loss on noise that no step draws, at fixed timestep quantiles: comparable between steps and runs.
+
+        `at_once` samples are computed together, a training batch's without it.
+        """
+        losses = [self.per_sample(batch, weighted=False) for batch in self._held_out(at_once)]
         return torch.cat(losses).mean().item()
 
-    def _held_out(self) -> Iterator[Batch]:
-        left = HELD_OUT_PICTURES
+    def _held_out(self, at_once: int | None = None) -> Iterator[Batch]:
+        left, size = HELD_OUT_PICTURES, at_once or self.config.train.batch_size
         for number, bucket in enumerate(self.data.instances):
             pictures = list(range(min(left, len(bucket.latents))))
             left -= len(pictures)
             samples = [(picture, quantile) for picture in pictures for quantile in HELD_OUT_QUANTILES]
-            for start in range(0, len(samples), self.config.train.batch_size):
-                part = samples[start : start + self.config.train.batch_size]
+            for start in range(0, len(samples), size):
+                part = samples[start : start + size]
                 shape = tuple(bucket.latents.shape[2:])
                 noises = [torch.randn(shape, generator=generator_of("held out", number, *s)) for s in part]
                 picture = torch.tensor([picture for picture, _ in part])
@@ -237,4 +242,16 @@ def huber(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (2 * HUBER_C * ((distance + HUBER_C**2).sqrt() - HUBER_C)).flatten(1).mean(1)
 
 
+def dco(loss: torch.Tensor, base: torch.Tensor, beta: float) -> torch.Tensor:
+    """Direct consistency optimisation (arXiv 2402.12004): -log sigmoid(-beta (loss - base)) * 2 / beta, (B,).
+
+    `base` is the loss of the model without the adapter on the same noisy picture: what the adapter improves already
+    counts less and less. With the factor 2 / beta the gradient is that of `loss` where nothing is learnt yet, so that
+    clipping and the weights of other terms mean the same.
+    """
+    return torch.nn.functional.softplus(beta * (loss - base)) * (2 / beta)
+
+
 LOSSES = {"mse": mse, "huber": huber}
+AGAINST_BASE = {"dco": dco}
+"""Losses that compare each sample's mean squared error with the base model's: fn(loss, base's loss, beta) -> (B,)."""

@@ -9,12 +9,18 @@ import torch
 from diffusekrona_train.adapters import count_parameters
 from diffusekrona_train.common.device import abilities, free_bytes
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.run import UNQUANTISED
 from diffusekrona_train.models.contracts import Layer, MemoryFigures
 from diffusekrona_train.models.layers import select_layers
 
 GIB = 2**30
 RESERVE = 1.0
 """GiB for the context and fragmentation."""
+
+DECODING = 3.5
+"""GiB that decoding one image of a megapixel takes in fp32, VAE included (counted by scripts/bench/trace.py: 3.3)."""
+MOST_AT_ONCE = 8
+"""Images that validation generates in one batch at most: between two batches it looks whether it should stop."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ def levels(config: RunConfig) -> list[Level]:
     """The levels that a config allows, the fastest first."""
     kept = config.train.quantize
     ladder = [Level("plain", kept, False), Level("checkpointing", kept, True)]
-    if config.adapter.type == "full":
-        return ladder  # a trained base can neither be quantised nor leave the device
+    if config.adapter.type in UNQUANTISED:
+        return ladder  # its base's own numbers are trained or needed: neither quantised nor away from the device
     if kept == "none" or kept == config.train.memory == "nf4":
         ladder += [Level("nf4", "nf4", True)]
     if kept != "int8":
@@ -119,10 +125,30 @@ def estimate(
     return base_parameters * bytes_each / GIB + activations * width / 2 * megapixels + RESERVE
 
 
+def decoding(config: RunConfig) -> float:
+    """GiB that decoding one image of the run's size takes, beside what training holds."""
+    width = 4 if config.data.vae_precision == "fp32" else 2
+    return DECODING * width / 4 * (config.data.resolution / 1024) ** 2
+
+
+def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, figures: MemoryFigures) -> int:
+    """How many images validation generates in a batch: what fits into the memory that is free now, decoding included.
+
+    Without gradients a row needs less than a checkpointed step does; guidance makes two rows of an image. 1 on a CPU,
+    which gains nothing, and where the device does not say.
+    """
+    available = None if device.type == "cpu" else free_bytes(device)
+    if available is None:
+        return 1
+    width = torch.finfo(dtype).bits / 8
+    each = 2 * figures.checkpointing * width / 2 * (config.data.resolution / 1024) ** 2
+    return max(1, min(MOST_AT_ONCE, int((available / GIB - RESERVE - decoding(config)) / each)))
+
+
 def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:
     """How many numbers a config trains, from the model's layers and size."""
     spec = config.adapter
-    if spec.type == "full" and spec.targets == "all":
+    if spec.is_whole:
         return base_parameters
     return count_parameters(spec, select_layers(layers, spec))
 

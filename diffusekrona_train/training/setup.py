@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -100,7 +100,8 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    denoiser = load_denoiser(config, source, level, dtype, device)
+    with in_turn(accelerator, level.quantize != "none" or level.offload):
+        denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
     descent = make_descent(config, injection, accelerator)
     process = source.process(config.data.resolution)
@@ -181,9 +182,16 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
             "without a GPU use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …"
         )
     if kind == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
+        set_cuda(config.train.tf32)
     return accelerator, dtype
+
+
+def set_cuda(tf32: bool) -> None:
+    """Set how CUDA's libraries compute; `as_found` puts it back. cuDNN does not choose its algorithms by the clock: two
+    equal runs on one card would no longer be equal."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False
 
 
 def refuse_unsupported(config: RunConfig, kind: str) -> None:
@@ -225,6 +233,20 @@ def load_denoiser(
     if train.channels_last:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     return denoiser
+
+
+@contextlib.contextmanager
+def in_turn(accelerator: Accelerator, wanted: bool) -> Generator[None]:
+    """Let the processes into the block one after the other, where `wanted`: a base that is quantised on its way to the
+    device is whole in host memory until then, and so it is there once and not once a process."""
+    rounds = accelerator.num_processes if wanted else 0
+    for _ in range(min(accelerator.process_index, rounds)):
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        for _ in range(rounds - accelerator.process_index):
+            accelerator.wait_for_everyone()
 
 
 def enable_checkpointing(denoiser: Denoiser) -> None:

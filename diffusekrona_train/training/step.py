@@ -59,7 +59,8 @@ def go_down(run: Run) -> None:
         moments = run.descent.optimizer.state_dict()
         run.objective.denoiser = run.objective.injection = injection = None  # or the old one stays beside the new one
         free()
-        denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
+        with setup.in_turn(run.accelerator, lower.quantize != "none"):
+            denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
         run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
         meters, average = run.descent.meters, run.descent.average
