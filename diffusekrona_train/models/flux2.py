@@ -132,6 +132,7 @@ class Klein(Flux2):
     in 4 steps without guidance."""
 
     name = "flux2-klein"
+    fp16 = False
     parts = Parts(
         denoiser=TRANSFORMER,
         vae=VAE,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diffusekrona_train.common.device import free, pick_device, pick_dtype
+from diffusekrona_train.common.device import free, pick_device
 from diffusekrona_train.common.process import as_found, step_by_step
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config.prompts import prompt_warnings, unread_part
@@ -227,7 +227,6 @@ def _planned(
     names = ("steps", "guidance", "scheduler", "height", "width", "negative", "noise", "strength_schedule")
     wanted = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     settings = replace(session.default_settings(model, subjects), **wanted)
-    dtype = pick_dtype(request.memory.dtype, device)
     return plan.plan_pictures(
         list(dict.fromkeys(session.fill_prompt(text, subjects) for text in request.prompts)),
         list(request.seeds),
@@ -235,5 +234,5 @@ def _planned(
         scale=(1.0 if request.scale is None else request.scale) if subjects else None,
         sweeps=[plan.parse_sweep(text) for text in request.sweeps],
         with_base=request.base,
-        about=session.about_models(model, subjects, dtype, request.memory),
+        about=session.about_models(model, subjects, request.memory, device),
     )

@@ -36,6 +36,7 @@ SINCE: dict[str, Any] = {
     "adapter.norm_cap": None,
     "train.average": None,
     "adapter.streams": None,
+    "data.text_precision": "auto",
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
 }
