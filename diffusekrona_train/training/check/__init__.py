@@ -275,7 +275,7 @@ def adapter_lines(config: RunConfig, source: ModelSource) -> tuple[int, list[str
 
     spec = config.adapter
     base = base_parameters(source)
-    if spec.targets == "all":
+    if spec.is_whole:
         return base, [f"full: all {base:,} parameters of the denoiser"]
     layers = select_layers(layers_of(source), spec)
     options = plan(spec, layers)
