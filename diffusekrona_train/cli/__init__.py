@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from inspect import Parameter, Signature, signature  # the name `inspect` is taken by the room of krona-inspect
+from inspect import Parameter, Signature, signature  # the name `inspect` belongs to krona-inspect's module
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 

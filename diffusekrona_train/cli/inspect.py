@@ -129,7 +129,7 @@ def models(json_: Json = False, debug: Debug = False) -> None:
 @app.command()
 @guarded
 def grid(model: Model = "sdxl", ffn: Ffn = False, json_: Json = False, debug: Debug = False) -> None:
-    """The paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
+    """Return the paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
     from diffusekrona_train.models.layers import select_layers
 
     spec = _spec(model, {"ffn": ffn})
@@ -183,7 +183,8 @@ def factors(
 
 
 def _spec(model: str, values: dict[str, Any]):
-    """AdapterConfig with the model's own defaults under `values`; a given factor is never one of those defaults."""
+    """Return AdapterConfig with the model's own defaults under `values`; a given factor is never one of those
+    defaults."""
     from pydantic import ValidationError
 
     from diffusekrona_train.config import MODEL_DEFAULTS, AdapterConfig, one_line
@@ -196,7 +197,7 @@ def _spec(model: str, values: dict[str, Any]):
 
 
 def _layers(model: str) -> tuple[list, int]:
-    """All layers that can be adapted and the denoiser's parameters; a known alias needs no weights."""
+    """Return all layers that can be adapted and the denoiser's parameters; a known alias needs no weights."""
     from diffusekrona_train.models import layers as tables
     from diffusekrona_train.models import open_model
 
@@ -207,7 +208,7 @@ def _layers(model: str) -> tuple[list, int]:
 
 
 def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
-    """One row for each projection, pair of widths and choice of factors, in the order of the model."""
+    """Return one row for each projection, pair of widths and choice of factors, in the order of the model."""
     from diffusekrona_train.adapters import ADAPTERS, macs
 
     rows: dict[tuple, dict[str, Any]] = {}
@@ -276,7 +277,8 @@ def _count(layers: list, a1: int, a2: int) -> int | None:
 
 
 def _base_norms(adapter: Any, model: str | None) -> tuple[dict[str, float] | None, str]:
-    """‖W‖ of each adapted layer from the base model, and a remark; None where the base is not on this machine."""
+    """Return ‖W‖ of each adapted layer from the base model, and a remark; None where the base is not on this
+    machine."""
     import os
 
     named = model or str(adapter.info.get("model") or "")

@@ -73,7 +73,7 @@ class Terminal(Progress):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM ask the run to stop; a second one, or one before the first step, ends at once."""
+        """Make SIGINT and SIGTERM ask the run to stop; a second one, or one before the first step, ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -140,7 +140,7 @@ class EventLog(Progress):
             self._write(line)
 
     def _write(self, text: str) -> None:
-        """Append; a full disk loses lines and not the run."""
+        """Append a line; a full disk loses lines, not the run."""
         assert self._path is not None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run shows of itself: pictures of the validation prompts at fixed seeds, and the preview at the end.
+"""Show a run while it trains: images of the validation prompts at fixed seeds, and the preview at the end.
 
 Rendered by the one sampling path with the run's own denoiser and cached text embeddings: no second model is loaded, and
 only the decoder comes on top of what training holds.
@@ -42,7 +42,7 @@ class Gallery:
         self._parts: dict[str, Any] = {}
 
     def render(self, step: int, stopping: Callable[[], bool]) -> None:
-        """Writes the pictures of `step`; raises whatever goes wrong, Interrupted when `stopping()` turns true."""
+        """Write the images of `step`; raise whatever goes wrong, Interrupted when `stopping()` turns true."""
         faults.reach("validation", step)
         mine = list(range(len(self.jobs)))[self.objective.rank :: self.objective.processes]
         place = self.folder / "samples" / step_name(step)
@@ -82,7 +82,7 @@ class Gallery:
         return self.objective.family.pipeline({"denoiser": self.objective.denoiser, **self._parts})
 
     def preview(self, step: int, path: Path) -> None:
-        """The pictures of `step` as one labelled sheet at `path`; nothing where none were rendered."""
+        """Write the images of `step` as one labelled sheet at `path`; nothing if none were generated."""
         from diffusekrona_train.report.sheet import contact_sheet
 
         rows: dict[str, list] = {}
