@@ -7,10 +7,12 @@ here without one.
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -20,11 +22,13 @@ from diffusekrona_train.common.device import moved
 from diffusekrona_train.config.training import TrainConfig
 from diffusekrona_train.data import training_set
 from diffusekrona_train.models import family_named, open_model
-from diffusekrona_train.training import memory, setup
+from diffusekrona_train.training import checkpoint, memory, preview, setup
 from diffusekrona_train.training.check import needs
 from diffusekrona_train.training.optimizer import Descent
+from diffusekrona_train.training.preview import Gallery
 from scripts.bench.contender import Bench, OneProcess
-from tests.runs import make_run
+from tests.runs import Told, make_run
+from tests.tiny import _vae as make_vae
 from tests.tiny import make_unet
 
 COPIES = ("aten::_to_copy", "aten::copy_")
@@ -38,7 +42,7 @@ class OneDevice(TorchDispatchMode):
         self.sent = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _read(func, args, kwargs or {})
         given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         if func.name() in COPIES:
             self.sent += any(value.device != result.device for value in given)
@@ -46,6 +50,19 @@ class OneDevice(TorchDispatchMode):
         devices = {value.device.type for value in given if value.dim() or value.device.type != "cpu"}
         assert len(devices) <= 1, f"{func.name()} mixes {devices}"
         return result
+
+
+def _read(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operation's result; zeros where the host reads a device that has no content."""
+    if (
+        func.name() == "aten::_to_copy"
+        and args[0].is_meta
+        and torch.device(kwargs.get("device") or "meta").type == "cpu"
+    ):
+        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    if func.name() == "aten::copy_" and args[1].is_meta and not args[0].is_meta:
+        return args[0].zero_()
+    return func(*args, **kwargs)
 
 
 def contender(kind: str, dtype: torch.dtype, adapter: dict):
@@ -64,7 +81,7 @@ def test_a_step_mixes_no_devices_and_waits_for_none(dtype, adapter, monkeypatch)
             run.objective.denoiser.enable_gradient_checkpointing()
         with OneDevice() as mode:
             for number in range(2):
-                run.descent.backward(run.objective.loss(number, 0))
+                run.descent.backward(run.objective.loss_of(run.objective.batches(number, 0)))
                 run.descent.step(1e-3)
         assert mode.sent <= 2 * 8  # noise, timesteps, indices, … of each micro-batch
     assert all(parameter.grad.device.type == "meta" for parameter in run.objective.injection.parameters())
@@ -90,6 +107,45 @@ def test_guided_sampling_mixes_no_devices():
         without, wanted = answer.chunk(2)
         guided = without + 7.5 * (wanted - without)
     assert guided.device.type == "meta" and guided.shape == batch.x_0.shape
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_validation_with_its_decoding_mixes_no_devices(kind, tmp_path, monkeypatch):
+    """The whole of `Gallery.render`; only the scheduler's times are of the host, which has to read them in any case."""
+    run = contender(kind, torch.bfloat16, {"a1": 4, "a2": 4})
+    objective = run.objective
+    config = make_run(tmp_path, tmp_path / "run", validation={"every": 1, "steps": 2, "prompts": ["[V]", "A [V]"]})
+    monkeypatch.setattr(objective.data, "conditioning_of", lambda text: objective.data.conditioning[0])
+    times = DDIMScheduler.set_timesteps
+    monkeypatch.setattr(DDIMScheduler, "set_timesteps", lambda self, steps, device=None: times(self, steps))
+    parts = {"vae": make_vae(), "scheduler": DDIMScheduler(clip_sample=False)}
+    source = SimpleNamespace(load=lambda *names, dtype=None: {name: parts[name] for name in names})
+    gallery = Gallery(config, source, objective, tmp_path, Told())
+    monkeypatch.setattr(preview, "images_at_once", lambda *_: 2)
+    with OneDevice():
+        gallery.render(1, lambda: False)
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_a_checkpoint_is_read_from_one_device_and_put_back_on_it(tmp_path):
+    run = contender("sd15", torch.float32, {"a1": 4, "a2": 4})
+    injection, optimizer = run.objective.injection, run.descent.optimizer
+    moments = {name: torch.zeros(run.descent.factors.size, device="meta") for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[run.descent.factors.master] = {"step": torch.zeros((), device="meta"), **moments}
+    info = {"family": "sd", "model": "random", "prediction_type": "epsilon"}
+    with OneDevice() as mode:
+        about = {"config": {}, "processes": 1}
+        extra = {"meters": run.descent.meters}
+        checkpoint.save(tmp_path, 1, injection, optimizer, info=info, about=about, extra=extra, keep=1)
+        written, mode.sent = mode.sent, 0
+        state = checkpoint.newest(tmp_path)
+        assert state is not None
+        checkpoint.restore(state, injection, optimizer)
+        run.descent.meters.copy_(state.tensors["extra/meters"])
+    factors = len(injection.parameters())
+    assert written <= 2 * factors + 8  # each factor for either file, each kind of moment once
+    assert factors <= mode.sent <= factors + 8
+    assert all(value.is_meta for value in optimizer.state[run.descent.factors.master].values())
 
 
 def test_a_mixed_operation_is_refused():
@@ -209,3 +265,17 @@ def test_the_cache_tells_tf32_apart_and_keeps_the_keys_of_a_cpu(tmp_path):
         return entry.path(tmp_path)
 
     assert key("cpu", True) == key("cpu", False) == key("cuda", False) != key("cuda", True)
+
+
+def test_cudnn_chooses_by_no_clock_and_the_caller_finds_its_own_choice_again():
+    from diffusekrona_train.common.process import as_found
+
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, True
+        with as_found():
+            setup.set_cuda(tf32=False)
+            assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before

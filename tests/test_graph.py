@@ -138,7 +138,14 @@ WAYS = {
         "prior": {"kind": "teacher", "weight": 0.5},
     },
     "captions and noise": {
-        "train": {"steps": 4, "caption_dropout": 0.5, "noise_offset": 0.1, "weighting": "min_snr", "loss": "huber"},
+        "train": {
+            "steps": 4,
+            "caption_dropout": 0.5,
+            "noise_offset": 0.1,
+            "weighting": "min_snr",
+            "loss": "huber",
+            "rate_unit": "dw",
+        },
         "validation": {"every": 3, "loss": True, "steps": 1},
     },
 }
@@ -258,6 +265,24 @@ def test_a_capture_that_fails_is_one_line_and_the_step_goes_on_without(recorder,
     assert told == [said] and graphs.refused is not None
 
 
+def test_the_benchmark_replays_the_same_step():
+    run, other = contender(), contender()
+    replayed = run.captured(Tape())
+    for number in range(2):
+        other.step(number)
+    for number in range(2, 5):
+        replayed(number)
+        other.step(number)
+    masters = [one.descent.factors.master.detach() for one in (run, other)]
+    assert torch.equal(*masters)
+    bare = Bench(make_unet("sd15").requires_grad_(False), 64, 2).contender(None)
+    tape = Tape()
+    bare.captured(tape)(1)
+    assert tape.replayed == 1
+    with pytest.raises(RuntimeError, match="no CUDA graph: a replay gave other numbers"):
+        contender().captured(Wrong())
+
+
 def test_beyond_the_most_shapes_a_step_runs_as_it_is(monkeypatch):
     monkeypatch.setattr(graph, "MOST_SHAPES", 0)
     run = contender()
@@ -266,7 +291,7 @@ def test_beyond_the_most_shapes_a_step_runs_as_it_is(monkeypatch):
     assert tape.captured == 1 and graphs.refused is None  # the optimiser's
 
 
-def test_what_waits_for_the_device_is_found_at_the_first_use(monkeypatch):
+def test_what_waits_for_the_device_is_found_before_it_is_captured(monkeypatch):
     run = contender()
     told: list[str] = []
     loss_of = run.objective.loss_of

@@ -340,7 +340,13 @@ def test_a_judged_study_from_yaml_to_verdict(tmp_path, monkeypatch, capsys):
 # ---- the studies that wait to be run ---------------------------------------------------------------------------------
 
 
-MORE = (("module-rates", 5 * 36), ("rate-unit", 8 * 60), ("rate-unit-modules", 5 * 36))
+MORE = (
+    ("module-rates", 5 * 36),
+    ("rate-unit", 8 * 60),
+    ("rate-unit-modules", 5 * 36),
+    ("average", 5 * 60),
+    ("norm-cap", 4 * 60),
+)
 
 
 def test_the_studies_beyond_the_paper_expand_and_share_runs(tmp_path):

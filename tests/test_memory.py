@@ -7,8 +7,10 @@ import subprocess
 import sys
 import weakref
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusekrona_train.common.device import pick_dtype, ran_out
@@ -16,11 +18,13 @@ from diffusekrona_train.models import open_model
 from diffusekrona_train.models.layers import base_parameters, layer_table
 from diffusekrona_train.models.quantize import quantize_linears
 from diffusekrona_train.models.sdxl import SDXL
+from diffusekrona_train.sampling import render
 from diffusekrona_train.sampling.session import while_drawing
-from diffusekrona_train.training import memory, setup, train
+from diffusekrona_train.training import memory, preview, setup, train
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import OVERFLOWS_IN_A_ROW, Descent
 from diffusekrona_train.training.step import FIRST_STEPS
+from scripts.bench.contender import Bench
 from tests.runs import factors, make_run, make_world, newest_state
 from tests.tiny import make_unet
 
@@ -61,15 +65,15 @@ def test_drawing_without_memory_says_what_to_take(error):
 @pytest.mark.parametrize("who", ["cublas", "driver"])
 def test_a_run_goes_a_level_down_for_libraries_too(world, tmp_path, monkeypatch, who):
     straight = factors(train(make_run(world, tmp_path / "a", train={"memory": "checkpointing"})).file.parent)
-    loss, failed = Objective.loss, []
+    batches, failed = Objective.batches, []
 
     def short(self, step, micro):
         if step == 1 and not failed:
             failed.append(step)
             raise OUT[who]
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     stepped = factors(train(make_run(world, tmp_path / "b")).file.parent)
     assert failed and newest_state(tmp_path / "b").about["level"] == "checkpointing"
     for name, tensor in straight.items():  # no step was lost or taken twice
@@ -80,7 +84,7 @@ def test_another_error_in_a_step_is_not_hidden(world, tmp_path, monkeypatch):
     def broken(self, step, micro):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(Objective, "loss", broken)
+    monkeypatch.setattr(Objective, "batches", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         train(make_run(world, tmp_path / "run"))
 
@@ -212,16 +216,67 @@ def test_an_overflow_halves_the_scale_and_moves_nothing(world, tmp_path):
     assert not torch.equal(masters[0], before[0]) and all(p.isfinite().all() for p in masters)
 
 
+# ---- validation in batches ------------------------------------------------------------------------------------------
+
+
+def test_validation_takes_as_many_images_as_fit(tmp_path, monkeypatch):
+    config = make_run(tmp_path, tmp_path / "x", data={"resolution": 1024})
+    for free, wanted in ((80, 8), (16, 4), (9, 1), (2, 1)):  # (free - 1 - 3.5) GiB / (2 rows of 1.2 GiB)
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free * memory.GIB)
+        for device, count in (("cuda", wanted), ("cpu", 1)):
+            found = memory.images_at_once(config, torch.bfloat16, torch.device(device), SDXL().memory)
+            assert found == count, (free, device)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert memory.images_at_once(config, torch.bfloat16, torch.device("xpu"), SDXL().memory) == 1
+
+
+def images_of(folder):
+    files = sorted(folder.rglob("samples/**/*.png"))
+    return {file.name: torch.from_numpy(numpy.array(Image.open(file)).astype(int)) for file in files}
+
+
+@pytest.mark.parametrize("runs_out", [False, True])
+def test_images_in_a_batch_are_the_same_images(world, tmp_path, monkeypatch, runs_out):
+    watch = {"every": 1, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
+    config = make_run(world, tmp_path / "a" / "run", train={"steps": 1}, validation=watch)
+    single = images_of(train(config).file.parent)
+    sizes, draw = [], render.draw_latents
+
+    def noted(pipe, family, jobs, *rest):
+        sizes.append(len(jobs))
+        if runs_out and len(jobs) > 1:
+            raise OUT["torch"]
+        return draw(pipe, family, jobs, *rest)
+
+    monkeypatch.setattr(render, "draw_latents", noted)
+    monkeypatch.setattr(preview, "images_at_once", lambda *_: 3)
+    config = make_run(world, tmp_path / "b" / "run", train={"steps": 1}, validation=watch)
+    batched = images_of(train(config).file.parent)
+    assert sizes == ([3, 1, 1, 1, 1] if runs_out else [3, 1]) * 2  # before the first step, and after it
+    assert len(single) == 4 and single.keys() == batched.keys()
+    assert all((single[name] - batched[name]).abs().max() <= 2 for name in single)
+
+
+def test_the_held_out_loss_is_the_same_in_larger_batches():
+    torch.manual_seed(0)
+    objective = Bench(make_unet("sdxl").requires_grad_(False), 64, 2).contender({"a1": 4, "a2": 4}).objective
+    calls: list[int] = []
+    objective.denoiser.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    apart, together = objective.held_out_loss(), objective.held_out_loss(16)
+    assert calls == [2] * 10 + [16, 4]
+    assert together == pytest.approx(apart, rel=1e-5)
+
+
 def test_files_of_a_run_that_stepped_down_are_whole(world, tmp_path, monkeypatch):
-    loss, failed = Objective.loss, []
+    batches, failed = Objective.batches, []
 
     def short(self, step, micro):
         if len(failed) < 2:
             failed.append(step)
             raise OUT["torch"]
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     path = train(make_run(world, tmp_path / "run", train={"channels_last": True})).file
     assert newest_state(tmp_path / "run").about["level"] == "nf4"
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
@@ -247,15 +302,15 @@ def noted_denoisers(monkeypatch, module, name):
 
 def test_stepping_down_lets_the_16_bit_model_go_before_the_other_comes(world, tmp_path, monkeypatch):
     _, alive = noted_denoisers(monkeypatch, setup, "load_denoiser")
-    loss, failed = Objective.loss, []
+    batches, failed = Objective.batches, []
 
     def short(self, step, micro):
         if len(failed) < 2:
             failed.append(step)
             raise OUT["torch"]
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     train(make_run(world, tmp_path / "run"))
     assert newest_state(tmp_path / "run").about["level"] == "nf4"
     assert alive == [[], [False]]
@@ -269,16 +324,34 @@ def test_keep_best_lets_the_trained_model_go_first(world, tmp_path, monkeypatch)
     assert seen == [None]
 
 
+def test_text_encoders_are_gone_when_their_texts_are_there(world, monkeypatch):
+    from diffusekrona_train.sampling import session
+
+    source, kept = open_model(str(world / "model")), []
+    load = source._load_text_encoders
+
+    def noted(*given):
+        encoders = load(*given)
+        kept.extend(weakref.ref(encoder) for encoder in encoders)
+        return encoders
+
+    alive: list[bool] = []
+    monkeypatch.setattr(source, "_load_text_encoders", noted)
+    monkeypatch.setattr(session, "free", lambda: alive.append(any(reference() for reference in kept)))
+    session.encode_texts(source, ["a dog"], torch.device("cpu"))
+    assert len(kept) == 2 and alive == [False]  # dead already when the cached blocks are given back
+
+
 def test_one_process_goes_down_at_any_step(world, tmp_path, monkeypatch):
-    loss, failed = Objective.loss, []
+    batches, failed = Objective.batches, []
 
     def short(self, step, micro):
         if step == FIRST_STEPS + 1 and not failed:
             failed.append(step)
             raise OUT["torch"]
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     train(make_run(world, tmp_path / "run", train={"steps": FIRST_STEPS + 2}))
     assert newest_state(tmp_path / "run").about["level"] == "checkpointing"
 

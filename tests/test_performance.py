@@ -8,17 +8,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, train
+from scripts.bench import setting
 from scripts.bench.__main__ import chosen
-from scripts.bench.run import WATCHED, Watch, watching
+from scripts.bench.contender import Bench
+from scripts.bench.kernels import Kernels
+from scripts.bench.run import WATCHED, Watch, cap_memory, watching
 from scripts.bench.setting import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
 from tests.runs import make_run
-from tests.tiny import real_part, write_pipeline
+from tests.tiny import make_unet, real_part, write_pipeline
 from tests.tiny.photos import draw_photos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,6 +185,44 @@ def test_a_watch_gives_each_phase_its_own_time():
     assert watch.calls["load"] == 2
 
 
+def test_a_card_that_is_played_leaves_room_for_driver_and_desktop(monkeypatch):
+    given: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", given.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", torch.cuda.mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * 2**30)
+    cap_memory(8, blind=False)
+    assert given == [pytest.approx(7.2 / 80)]
+    assert torch.cuda.mem_get_info()[0] == pytest.approx(5.2 * 2**30)
+
+
+def test_a_model_that_cannot_be_made_is_tried_once(tmp_path, monkeypatch):
+    tried = []
+
+    def fails(command):
+        tried.append(command)
+        raise setting.Failed("no space left on device")
+
+    monkeypatch.setattr(setting, "run", fails)
+    monkeypatch.setattr(setting, "BROKEN", {})
+    place = SimpleNamespace(out=tmp_path, small=True, device="cpu")
+    for _ in range(3):
+        with pytest.raises(setting.Failed, match="no space"):
+            setting.Setting.model(place, "sdxl")  # type: ignore[arg-type]
+    assert len(tried) == 1 and not list((tmp_path / "models").glob("*-broken-*"))
+
+
+def test_the_bare_pass_goes_back_as_far_as_the_adapters_do():
+    convolutions = {}
+    for adapter in (None, {"a1": 4, "a2": 4}):
+        contender = Bench(make_unet("sdxl").requires_grad_(False), 64, 1).contender(adapter)
+        with Kernels() as counted:
+            contender.passes(*contender.objective.batches(0, 0))
+        convolutions[adapter is None] = counted.found["convolution_backward"]
+    whole = sum(type(module) is torch.nn.Conv2d for module in contender.objective.denoiser.modules())
+    assert convolutions[True] == convolutions[False] < whole
+
+
 # ---- what is carried -----------------------------------------------------------------------------------------------
 
 
@@ -226,7 +268,7 @@ def test_a_step_of_sdxl_launches_few_kernels():
     """Version 0.1 by the same count: 11,020 with LoRA, 13,820 with KronA."""
     code = [sys.executable, "-m", "scripts.bench.kernels", "--json"]
     said = json.loads(subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert set(said) == {"sdxl", "sd15"}
+    assert set(said) == {"sdxl", "sd15", "z-image"}
     for row in said.values():
         assert row["bare"] < row["krona_operator"] <= row["lora"] <= row["krona"]
     sdxl = said["sdxl"]

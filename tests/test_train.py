@@ -307,7 +307,7 @@ def test_the_loss_is_the_weighted_sum_over_instances(world, tmp_path, priors):
             guess = 0.5 * x_t + bucket.caption_index[drawn.picture[i]] / 10
             snr = a / (1 - a)
             total += share * min(snr, 5.0) / snr * ((guess - drawn.eps[i]) ** 2).mean()
-    torch.testing.assert_close(objective.loss(3, 0).detach(), total / 2)
+    torch.testing.assert_close(objective.loss_of(objective.batches(3, 0)).detach(), total / 2)
 
 
 def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path):
@@ -316,7 +316,8 @@ def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path)
     (batch,) = plain.batches(0, 0)
     x_t = process.add_noise(batch.x_0, batch.eps, batch.t, plain.process.alphas_cumprod)
     teaching = 0.3 * ((0.5 * x_t - 1.0 * x_t) ** 2).flatten(1).mean(1).sum() / 2
-    torch.testing.assert_close(objective.loss(0, 0), plain.loss(0, 0) + teaching)
+    wanted = plain.loss_of(plain.batches(0, 0)) + teaching
+    torch.testing.assert_close(objective.loss_of(objective.batches(0, 0)), wanted)
     assert objective.denoiser.weight.item() == 0.5
 
 
@@ -398,9 +399,15 @@ def test_the_schedule_follows_optimiser_steps(world, tmp_path):
 
 def poison(monkeypatch, steps):
     """Makes the loss of these steps NaN."""
-    loss = Objective.loss
+    batches, loss_of, now = Objective.batches, Objective.loss_of, [0]
+
+    def noted(self, step, micro):
+        now[0] = step
+        return batches(self, step, micro)
+
+    monkeypatch.setattr(Objective, "batches", noted)
     monkeypatch.setattr(
-        Objective, "loss", lambda self, s, micro: loss(self, s, micro) * (torch.nan if s in steps else 1)
+        Objective, "loss_of", lambda self, shown: loss_of(self, shown) * (torch.nan if now[0] in steps else 1)
     )
 
 
@@ -456,15 +463,15 @@ def test_two_bad_steps_are_skipped_and_counted(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("failures", "level"), [(1, "checkpointing"), (2, "nf4")])
 def test_out_of_memory_goes_a_level_down_and_on(world, tmp_path, monkeypatch, failures, level):
-    loss, failed = Objective.loss, []
+    batches, failed = Objective.batches, []
 
     def short(self, step, micro):
         if step == 1 and len(failed) < failures:
             failed.append(step)
             raise torch.OutOfMemoryError
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     train(make_run(world, tmp_path / "run"))
     assert newest_state(tmp_path / "run").about["level"] == level
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -474,7 +481,7 @@ def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monke
     def short(self, step, micro):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     with pytest.raises(RuntimeError, match="batch_size.*resolution.*nf4"):
         train(make_run(world, tmp_path / "run"))
 
@@ -482,7 +489,7 @@ def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monke
 def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkeypatch):
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     monkeypatch.setattr("diffusekrona_train.training.preview.render", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(Objective, "held_out_loss", lambda self: 1 / 0)
+    monkeypatch.setattr(Objective, "held_out_loss", lambda self, at_once: 1 / 0)
     monkeypatch.setattr("diffusekrona_train.training.page.write_run_report", lambda folder: 1 / 0)
     watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
     told = Told()
@@ -552,14 +559,14 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(worl
 def test_the_folder_removed_under_a_run_is_made_again(world, tmp_path, monkeypatch):
     import shutil
 
-    loss = Objective.loss
+    batches = Objective.batches
 
     def remove(self, step, micro):
         if step == 3:
             shutil.rmtree(tmp_path / "run")
-        return loss(self, step, micro)
+        return batches(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", remove)
+    monkeypatch.setattr(Objective, "batches", remove)
     assert train(make_run(world, tmp_path / "run")).file.exists()
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from diffusekrona_train.adapters.kron import Sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
+from diffusekrona_train.models.stored import StoredLinear
 
 Options = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -199,7 +200,7 @@ def check_tensors(name: str, tensors: dict[str, Tensor], wanted: Shapes) -> None
 def check_plain(name: str, module: nn.Module, key: str = "weight") -> None:
     """Raise ValueError unless a parameter of a module can be changed."""
     tensor = getattr(module, key)
-    if not tensor.is_floating_point() or parametrize.is_parametrized(module, key):
+    if isinstance(module, StoredLinear) or not tensor.is_floating_point() or parametrize.is_parametrized(module, key):
         raise ValueError(
             f"{name} is {tensor.dtype} ({type(module).__name__}): it cannot be changed; load it unquantized"
         )

@@ -53,10 +53,16 @@ class FlatFactors:
 
     `subjects` maps layer names to adapters for each slot, of equal shapes. `spare` numbers at the end of `buffer`
     travel with the gradients. Adapters that know how (see `grouped`) are made to write their gradients into `stage`
-    buffers of the type that they compute in; `flush` adds those to `gradient`, once a backward pass.
+    buffers of the type that they compute in; `flush` adds those to `gradient`, once a backward pass. `home`: tensors to
+    live in as `master` and `buffer`, of the same sizes; their numbers are overwritten.
     """
 
-    def __init__(self, subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0):
+    def __init__(
+        self,
+        subjects: Sequence[Mapping[str, nn.Module]],
+        spare: int = 0,
+        home: tuple[Tensor, Tensor] | None = None,
+    ):
         self.segments: list[Segment] = []
         self.layout: list[tuple[int, list[str], list[Segment]]] = []
         start = 0
@@ -71,11 +77,13 @@ class FlatFactors:
         assert start % self.slots == 0, "subjects of one run have equal adapters"
         parameters = [adapter_parameter(subjects, segment) for segment in self.segments]
         assert all(parameter.dtype == torch.float32 for parameter in parameters), "trained parameters are fp32 masters"
-        self.master = nn.Parameter(torch.zeros(start, device=parameters[0].device))
-        self.buffer = torch.zeros(start + spare, device=self.master.device)
+        device = parameters[0].device
+        master, self.buffer = home or (torch.zeros(start, device=device), torch.zeros(start + spare, device=device))
+        self.master = nn.Parameter(master.zero_())
+        self.buffer.zero_()
         self.gradient = self.buffer[:start]
         self.master.grad = self.gradient
-        self._shadows: dict[torch.dtype, Tensor] = {torch.float32: self.master.detach()}
+        self._shadows: dict[torch.dtype, Tensor] = {self.master.dtype: self.master.detach()}
         self._stages: dict[torch.dtype, Tensor] = {}
         self.round = 0
         with torch.no_grad():
@@ -84,11 +92,10 @@ class FlatFactors:
                 parameter.data = segment.of(self.master.data)
                 parameter.grad = segment.of(self.gradient)
 
-        blocks = torch.tensor([segment.step // ALIGN for segment in self.segments], device=self.master.device)
-        self._blocks, self._segment_of_block = (
-            blocks,
-            torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks),
-        )
+        device = self.master.device
+        self._blocks = torch.tensor([segment.step // ALIGN for segment in self.segments], device=device)
+        owners = torch.arange(len(self.segments), device=device)
+        self._segment_of_block = owners.repeat_interleave(self._blocks, output_size=start // ALIGN)
 
     def sums(self, buffer: Tensor) -> Tensor:
         """Return the sum of each segment of a buffer with this layout, (segments,); the same in every call."""
@@ -98,6 +105,11 @@ class FlatFactors:
     def spread(self, table: Tensor) -> Tensor:
         """Return a number for each segment, (segments,), as one for each block of 256 numbers: (blocks, 1)."""
         return table[self._segment_of_block][:, None]
+
+    @torch.no_grad()
+    def scale(self, table: Tensor) -> None:
+        """Multiply each factor by its number in (segments,); `refresh` afterwards."""
+        self.master.view(-1, ALIGN).mul_(self.spread(table))
 
     def shadow(self, dtype: torch.dtype) -> Tensor:
         """Return all factors in `dtype`, as of the last `refresh`."""
@@ -119,7 +131,7 @@ class FlatFactors:
     def refresh(self) -> None:
         """Cast the factors anew, after they have changed."""
         for dtype, shadow in self._shadows.items():
-            if dtype != torch.float32:
+            if dtype != self.master.dtype:
                 shadow.copy_(self.master)
 
     @torch.no_grad()

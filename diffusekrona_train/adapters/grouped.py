@@ -31,7 +31,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
         self.base, self.adapter, self.fused = base, adapter, False
-        self.channels_first = isinstance(self._innermost(), nn.Conv2d)
+        self.channels_first = isinstance(self.innermost(), nn.Conv2d)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         lane = self.adapter.lane
@@ -63,18 +63,18 @@ class AdaptedLinear(nn.Module):
 
     def check_fusable(self) -> None:
         """Raise ValueError if the weights cannot be changed."""
-        check_plain(self.adapter.layer.name, self._innermost())
+        check_plain(self.adapter.layer.name, self.innermost())
 
     def fuse_for_good(self) -> None:
         """Fuse without the copy that `unfuse` needs; for a layer with one adapter, so that it is rounded once."""
-        linear = self._innermost()
+        linear = self.innermost()
         with torch.no_grad():
             difference = self.adapter.delta().view_as(linear.weight)  # type: ignore[arg-type]
             linear.weight.copy_(linear.weight.float() + difference)  # type: ignore[operator,union-attr]
         self.fused = True
 
     def fuse(self) -> None:
-        linear = self._innermost()
+        linear = self.innermost()
         self.check_fusable()
         fused: list[Adapter] = linear.__dict__.setdefault("_fused_adapters", [])
         if not fused:
@@ -84,7 +84,7 @@ class AdaptedLinear(nn.Module):
         self.fused = True
 
     def unfuse(self) -> None:
-        linear = self._innermost()
+        linear = self.innermost()
         if self.adapter not in linear.__dict__.get("_fused_adapters", []):
             raise ValueError(f"{self.adapter.layer.name} was fused permanently; load the model again to remove it")
         linear.__dict__["_fused_adapters"].remove(self.adapter)
@@ -99,7 +99,8 @@ class AdaptedLinear(nn.Module):
             holder, child = getattr(holder, child), "base"
         setattr(holder, child, self.base)
 
-    def _innermost(self) -> nn.Module:
+    def innermost(self) -> nn.Module:
+        """Return the frozen layer itself, beneath all adapters."""
         linear = self.base
         while isinstance(linear, AdaptedLinear):
             linear = linear.base

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
+from diffusekrona_train.adapters.bounds import sigma_of
 from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser, flatten
 from diffusekrona_train.adapters.whole import WholeModule, whole_modules
@@ -40,12 +41,21 @@ def inject(
 class Injection:
     """The adapters of one subject in one model. `adapters` maps dotted layer names to modules, in the model's order."""
 
-    def __init__(self, model: nn.Module, spec: AdapterConfig, seed: int = 0, options: dict[str, Options] | None = None):
-        self.model, self.spec, self.seed = model, spec, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: AdapterConfig,
+        seed: int = 0,
+        options: dict[str, Options] | None = None,
+        placed: bool = True,
+    ):
+        """Build the adapters and put them into the model; not `placed`, the model stays as it is (see `packed`)."""
+        self.model, self.spec, self.seed, self._placed = model, spec, seed, placed
         self._sites: dict[str, AdaptedLinear | WholeModule] = {}
         self.flat: FlatFactors | None = None
         self._thawed = [parameter for parameter in _foreign_parameters(model) if parameter.requires_grad]
         if spec.is_whole:
+            assert placed, "full fine-tuning is a part of the model"
             self._sites.update(whole_modules(model, list(options or {}), spec.scale))
             self.options = {name: {} for name in self._sites}
         else:
@@ -73,7 +83,7 @@ class Injection:
             adapter = build_adapter(self.spec, layer, self.options[layer.name], _generator(self.seed, layer.name))
             adapter.to(next(base.parameters()).device)
             self._sites[layer.name] = AdaptedLinear(base, adapter)
-        for name, site in self._sites.items():
+        for name, site in self._sites.items() if self._placed else ():
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, site)
 
@@ -87,6 +97,11 @@ class Injection:
         """Move parameters and gradients into flat buffers (see `grouped.flatten`), for an optimiser."""
         self.flat = flatten([self.adapters], spare, by_operator)
         return self.flat
+
+    def base_sigmas(self) -> dict[str, float]:
+        """Return layer name -> largest singular value of its own weight (see `bounds.sigma_of`)."""
+        sites = {name: site for name, site in self._sites.items() if isinstance(site, AdaptedLinear)}
+        return {name: sigma_of(site.innermost(), site.in_features) for name, site in sites.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]

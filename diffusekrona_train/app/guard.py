@@ -1,7 +1,7 @@
 """Which requests are answered: a known Host, not from another site, with the access token where one is needed.
 
-Forms carry one more token (`csrf`), which another site cannot read. Both are derived from a secret that is kept beside
-the runs, so that a page that was open while the server restarted still works.
+Forms carry one more token (`csrf`), which another site cannot read. Both come from a secret that is kept beside the
+runs, so that a page that was open while the server restarted still works.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LARGEST_BODY = 256 * 2**20
-"""Bytes of one request: a few photos."""
+LARGEST_BODY = 256 * 2**20  # bytes of one request: a few photos
 COOKIE = "krona_studio"
-LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
 }
 
 
@@ -40,8 +39,7 @@ def secret_of(folder: Path) -> bytes:
     path = folder / "secret"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(secrets.token_hex(32).encode())
     return path.read_bytes()
 
@@ -66,10 +64,9 @@ def is_loopback(host: str) -> bool:
 
 def names_of(host: str) -> frozenset[str]:
     """Return the names under which a server on `host` may be addressed, besides IP addresses."""
-    if is_loopback(host):
-        return frozenset((*LOCAL, host))
     name = socket.gethostname().lower()
-    return frozenset((*LOCAL, host.lower(), name, f"{name}.local"))
+    local = ("localhost", "127.0.0.1", "::1", host.lower())
+    return frozenset(local if is_loopback(host) else (*local, name, f"{name}.local"))
 
 
 class Guard:
@@ -79,47 +76,40 @@ class Guard:
         self.app, self.names, self.access = app, frozenset(names), access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":  # no page uses websockets
-                await self.app(scope, receive, send)
-            return
-        answer = self.refusal(Request(scope))
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":  # no page uses websockets
 
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-                headers.setdefault("Cache-Control", "no-cache")
-            await send(message)
+            async def with_headers(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    headers = MutableHeaders(scope=message)
+                    for name, value in HEADERS.items():
+                        headers.setdefault(name, value)
+                await send(message)
 
-        await (answer or self.app)(scope, receive, with_headers)
+            await (self.refusal(Request(scope)) or self.app)(scope, receive, with_headers)
 
     def refusal(self, request: Request) -> Response | None:
         """Return the answer to a request that no page may see; None where it may pass."""
-        headers = request.headers
-        if not self.knows(headers.get("host", "")):
-            return PlainTextResponse("error: unknown Host; open the address that krona-studio printed\n", 421)
-        if why := foreign(request.method, headers):
-            return PlainTextResponse(f"error: {why}; open the studio itself\n", 403)
-        if request.method not in ("GET", "HEAD", "POST"):
-            return PlainTextResponse("error: only GET and POST are answered\n", 405)
-        if request.method == "POST":
-            length = headers.get("content-length", "")
-            if not length.isdigit():
-                return PlainTextResponse("error: the request does not say how long it is\n", 411)
-            if int(length) > LARGEST_BODY:
-                return PlainTextResponse(f"error: {int(length):,} bytes are too many for one request\n", 413)
-        return self._without_token(request)
-
-    def _without_token(self, request: Request) -> Response | None:
+        length = request.headers.get("content-length", "")
+        posts = request.method == "POST"
+        rules = (
+            (421, not self.knows(request.headers.get("host", "")), "unknown Host; open the address that was printed"),
+            (403, foreign(request.method, request.headers), "another site asks for this; open the studio itself"),
+            (405, not posts and request.method not in ("GET", "HEAD"), "only GET and POST are answered"),
+            (411, posts and not length.isdigit(), "the request does not say how long it is"),
+            (413, posts and length.isdigit() and int(length) > LARGEST_BODY, "too many bytes for one request"),
+        )
+        for status, broken, why in rules:
+            if broken:
+                return PlainTextResponse(f"error: {why}\n", status)
         if self.access is None or same(request.cookies.get(COOKIE), self.access):
             return None
         if request.method == "GET" and same(request.query_params.get("token"), self.access):
             answer = RedirectResponse(request.url.path, 303)
             answer.set_cookie(COOKIE, self.access, httponly=True, samesite="strict", max_age=90 * 86400)
             return answer
-        return PlainTextResponse("error: the token is missing; open the address that krona-studio printed\n", 401)
+        return PlainTextResponse("error: the token is missing; open the address that was printed\n", 401)
 
     def knows(self, host: str) -> bool:
         """Return whether a Host header names this server; an IP address cannot be rebound to another one."""
@@ -130,15 +120,10 @@ class Guard:
             return False
 
 
-def foreign(method: str, headers: Headers) -> str:
-    """Return why a request seems to come from another site, '' where it does not."""
-    site = headers.get("sec-fetch-site", "none")
-    if method in ("GET", "HEAD"):
-        navigates = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
-        return "" if site in ("same-origin", "none") or navigates else "another site asks for this"
+def foreign(method: str, headers: Headers) -> bool:
+    """Return whether a request seems to come from another site; a link that is followed does not count."""
+    site, origin = headers.get("sec-fetch-site", "none"), headers.get("origin")
     if site not in ("same-origin", "none"):
-        return "another site sends this"
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-        return "the Origin is another site"
-    return ""
+        follows = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+        return method not in ("GET", "HEAD") or not follows
+    return method not in ("GET", "HEAD") and origin is not None and urlsplit(origin).netloc != headers.get("host")

@@ -16,31 +16,30 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from diffusekrona_train.app import runs
-from diffusekrona_train.app.runs import ASKED, HOME, LOG, MEASURE_LOG, MEASURE_PID, PID, STOP_LATER, USED
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.common.run_folder import STOP_FILE
 from diffusekrona_train.config import EMBEDDED
+from diffusekrona_train.training import status
+from diffusekrona_train.training.status import ASKED, LOG, PID, USED
 
+HOME = ".studio"
+"""Folder beside the runs: the queue, the subject that is being prepared, settings, the secret."""
+STOP_LATER, MEASURE_PID, MEASURE_LOG = ".studio-stop", "measure.pid", "measure.log"
 CHILDREN: list[subprocess.Popen[bytes]] = []
 """Processes started here; asked now and then, so that none stays behind as a zombie."""
 
 
-# ---- the queue -----------------------------------------------------------------------------------------------------
-
-
 def enqueue(root: Path, name: str, overrides: Sequence[str] = ()) -> None:
     """Put a run at the end of the queue; a run that waits already keeps its place."""
-    if name in waiting(root):
-        return
-    with atomic(root / HOME / "queue" / f"{time.time_ns():020d}.json") as temporary:
-        temporary.write_text(json.dumps({"run": name, "set": list(overrides)}))
+    if name not in waiting(root):
+        with atomic(root / HOME / "queue" / f"{time.time_ns():020d}.json") as temporary:
+            temporary.write_text(json.dumps({"run": name, "set": list(overrides)}))
 
 
 def entries(root: Path) -> list[tuple[Path, dict]]:
     """Return (file, what it says) of the queue in order; a file that says nothing is passed over."""
     files = sorted((root / HOME / "queue").glob("*.json"))
-    read = [(file, next(runs.json_lines(file, whole=True), {})) for file in files]
+    read = [(file, next(status.json_lines(file, whole=True), {})) for file in files]
     return [(file, found) for file, found in read if isinstance(found.get("run"), str)]
 
 
@@ -59,65 +58,53 @@ def leave_queue(root: Path, name: str) -> None:
 def tick(root: Path) -> None:
     """Start the first of the queue where nothing runs, and pass on stops that came before the first step."""
     CHILDREN[:] = [child for child in CHILDREN if child.poll() is None]
-    busy = False
-    for folder in runs.all_runs(root):
-        if runs.process_of(folder) is None:
-            (folder / STOP_LATER).unlink(missing_ok=True)
-            continue
-        busy = True
+    at_work = [folder for folder in status.all_runs(root) if status.process_of(folder)]
+    for folder in at_work:
         if (folder / STOP_LATER).exists() and _can_stop(folder):
-            (folder / STOP_FILE).touch()
+            stop(folder)
             (folder / STOP_LATER).unlink(missing_ok=True)
-    if busy:
-        return
-    for file, found in entries(root)[:1]:
-        overrides = [text for text in found.get("set", []) if isinstance(text, str)]
+    for file, found in [] if at_work else entries(root)[:1]:
         try:
             with suppress(LookupError):  # deleted meanwhile
-                start(runs.find_run(root, found["run"]), overrides)
+                start(status.find_run(root, found["run"]), [str(text) for text in found.get("set", ())])
         finally:  # what cannot be started must not block the others
             file.unlink(missing_ok=True)
-
-
-# ---- processes -----------------------------------------------------------------------------------------------------
 
 
 def start(folder: Path, overrides: Sequence[str] = ()) -> None:
     """Train the run of a folder in a process of its own: from its newest state, or from the beginning."""
     begun = (folder / USED).is_file()
-    config = folder / (USED if begun else ASKED)
     # the folder may have been moved since its config was written
     sets = [word for text in (f"output={json.dumps(str(folder))}", *overrides) for word in ("--set", text)]
-    arguments = ["diffusekrona_train.cli.train", "--config", str(config), *sets, *(["--resume"] if begun else [])]
+    config = ["--config", str(folder / (USED if begun else ASKED)), *sets, *(["--resume"] if begun else [])]
     env = dict(os.environ)
-    if runs.config_of(folder).model in EMBEDDED:
+    if status.config_of(folder).model in EMBEDDED:
         env.setdefault("OMP_NUM_THREADS", "1")  # so small a model is faster on one thread
-    child = spawn(arguments, folder / LOG, env)
     (folder / STOP_LATER).unlink(missing_ok=True)
-    (folder / PID).write_text(str(child.pid))
+    spawn(["diffusekrona_train.cli.train", *config], folder / LOG, folder / PID, env)
 
 
-def spawn(arguments: Sequence[str], log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+def measure(folder: Path) -> None:
+    """Measure the checkpoints of a run in a process of its own, as `krona-eval best` does."""
+    if status.live_process(folder / MEASURE_PID) is None:
+        (folder / MEASURE_LOG).unlink(missing_ok=True)
+        arguments = ["diffusekrona_train.cli.evaluate", "best", str(folder)]
+        spawn(arguments, folder / MEASURE_LOG, folder / MEASURE_PID, dict(os.environ))
+
+
+def spawn(arguments: Sequence[str], log: Path, pid: Path, env: dict[str, str]) -> None:
     """Start `python -m …` so that it outlives this process; what it prints is appended to `log`."""
-    detached = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x208}  # no console, own group
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=env,
-            **detached,  # type: ignore[arg-type]
-        )
+    apart = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x208}  # no console, own group
+    command = [sys.executable, "-m", *arguments]
+    with log.open("ab") as out:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, **apart)  # type: ignore[arg-type]
     CHILDREN.append(child)
-    return child
+    pid.write_text(str(child.pid))
 
 
 def _can_stop(folder: Path) -> bool:
     """Whether the loop reads the request by now: it removes one that was there before its first step."""
-    process = runs.process_of(folder)
-    phases = [event for event in runs.events_of(folder) if event.get("event") == "phase"]
-    return bool(phases and process and phases[-1].get("name") == "train" and phases[-1]["time"] > process.create_time())
+    return status.status_of(folder).state == "running"
 
 
 def stop(folder: Path) -> None:
@@ -125,17 +112,9 @@ def stop(folder: Path) -> None:
     (folder / (STOP_FILE if _can_stop(folder) else STOP_LATER)).touch()
 
 
-def measure(folder: Path) -> None:
-    """Measure the checkpoints of a run in a process of its own, as `krona-eval best` does."""
-    if runs.measuring(folder) != "running":
-        (folder / MEASURE_LOG).unlink(missing_ok=True)
-        child = spawn(["diffusekrona_train.cli.evaluate", "best", str(folder)], folder / MEASURE_LOG, dict(os.environ))
-        (folder / MEASURE_PID).write_text(str(child.pid))
-
-
 def delete(root: Path, folder: Path) -> None:
     """Remove a run folder; ValueError while it trains."""
-    if runs.process_of(folder) is not None:
+    if status.process_of(folder) is not None:
         raise ValueError(f"{folder.name} is training; stop it first")
     leave_queue(root, folder.name)
     shutil.rmtree(folder)

@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -18,11 +17,14 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from diffusekrona_train.app import jobs, runs, subject, use, watch
+from diffusekrona_train.app import jobs, subject, use, watch
 from diffusekrona_train.app.draft import Draft
 from diffusekrona_train.app.guard import Guard, is_loopback, names_of, secret_of, token_for
 from diffusekrona_train.app.pages import HERE, Studio, failed, fragment, live, page, studio_of
-from diffusekrona_train.app.worker import cards, warm_up
+from diffusekrona_train.app.worker import warm_up
+from diffusekrona_train.training import status
+from diffusekrona_train.training.check.fits import model_fits
+from diffusekrona_train.training.curves import series
 
 
 def make_app(root: Path, host: str = "127.0.0.1") -> tuple[Starlette, str | None]:
@@ -32,7 +34,7 @@ def make_app(root: Path, host: str = "127.0.0.1") -> tuple[Starlette, str | None
     """
     root.mkdir(parents=True, exist_ok=True)
     root = root.resolve()
-    secret = secret_of(root / runs.HOME)
+    secret = secret_of(root / jobs.HOME)
     access = None if is_loopback(host) else token_for(secret, "access")
     studio = Studio(root, secret)
 
@@ -54,10 +56,8 @@ def make_app(root: Path, host: str = "127.0.0.1") -> tuple[Starlette, str | None
         Mount("/static", StaticFiles(directory=HERE / "static")),
     ]
     kinds = (ValueError, LookupError, RuntimeError, OSError, HTTPException)
-    guard = Middleware(Guard, names=names_of(host), access=access)
-    app = Starlette(
-        routes=routes, middleware=[guard], exception_handlers=dict.fromkeys(kinds, failed), lifespan=lifespan
-    )
+    guard = [Middleware(Guard, names=names_of(host), access=access)]
+    app = Starlette(routes=routes, middleware=guard, exception_handlers=dict.fromkeys(kinds, failed), lifespan=lifespan)
     app.state.studio = studio
     return app, access
 
@@ -74,64 +74,56 @@ def begin_demo(root: Path) -> str:
 
 async def _clock(studio: Studio) -> None:
     while True:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a folder that vanished; a second later it is gone from the list
+        with contextlib.suppress(OSError, ValueError):  # a folder that vanished; a second later it is off the list
             await run_in_threadpool(jobs.tick, studio.root)
         await asyncio.sleep(1)
 
 
 async def _warm(studio: Studio) -> None:
     with contextlib.suppress(RuntimeError):
-        studio.cards = await studio.worker.call(cards)
+        studio.models = await studio.worker.call(model_fits)
         await studio.worker.call(warm_up)
 
 
-# ---- all runs ------------------------------------------------------------------------------------------------------
+def _rows(studio: Studio) -> list[dict[str, Any]]:
+    """All runs with their newest image; config None where it cannot be read."""
+    found = []
+    for folder in status.all_runs(studio.root):
+        row: dict[str, Any] = {"folder": folder, "config": None, "image": "", "small": False}
+        with contextlib.suppress(ValueError):
+            samples = watch.samples_of(studio, folder)
+            urls = [one["images"].get(step) for step in samples["steps"][-1:] for one in samples["prompts"]]
+            urls += [photo.uri for photo in watch.photos_of(folder)[:1]]
+            image = next(filter(None, urls), "")
+            row |= {"config": status.config_of(folder), "image": image, "small": samples["small"]}
+        found.append({**row, "status": studio.status_of(folder)})
+    return found
 
 
 def index_parts(request: Request) -> dict[str, str]:
     """Return the list of runs, which changes by itself."""
     studio = studio_of(request)
-    queue = jobs.waiting(studio.root)
-    shown = [_shown(studio, status) for status in studio.statuses()]
-    return {"runs": fragment("_runs.html", runs=shown, queue=queue)}
-
-
-def _shown(studio: Studio, status: runs.Status) -> dict[str, Any]:
-    folder = runs.find_run(studio.root, status.name)
-    try:
-        config = runs.config_of(folder)
-        samples = watch.samples_of(studio, folder)
-    except ValueError:
-        return {"status": status, "image": "", "config": None, "small": False}
-    newest = str(samples["steps"][-1]) if samples["steps"] else ""
-    image = next((row["images"][newest] for row in samples["prompts"] if newest in row["images"]), "")
-    image = image or f"/runs/{quote(folder.name)}/photos/0"
-    return {"status": status, "image": image, "config": config, "small": samples["small"]}
+    return {"runs": fragment("_runs.html", runs=_rows(studio), queue=jobs.waiting(studio.root))}
 
 
 async def index(request: Request) -> Response:
-    """The first page: all runs, and the button for a new subject."""
+    """Show all runs, and the button for a new subject."""
     parts = await run_in_threadpool(index_parts, request)
     return page(request, "index.html", parts=parts, draft=len(Draft(studio_of(request).root).names()))
 
 
 async def compare(request: Request) -> Response:
-    """All runs in one table."""
-    studio = studio_of(request)
+    """Show all runs in one table."""
 
     def rows() -> list[dict[str, Any]]:
-        found = []
-        for shown in (_shown(studio, status) for status in studio.statuses()):
-            if shown["config"] is not None:
-                folder = runs.find_run(studio.root, shown["status"].name)
-                held = [line["validation_loss"] for line in runs.metrics_of(folder) if line.get("validation_loss")]
-                times = [line["time"] for line in runs.metrics_of(folder) if line.get("time")]
-                best = (runs.best_of(folder) or {}).get("chosen_step")
-                scores = {name: f"{y[x.index(best)]:.3f}" for name, x, y in runs.scores_of(folder) if best in x}
-                more = {"held": min(held, default=None), "seconds": max(times, default=None), "best": best}
-                found.append({**shown, **more, "scores": scores})
+        found = [row for row in _rows(studio_of(request)) if row["config"] is not None]
+        for row in found:
+            metrics, best = status.metrics_of(row["folder"]), status.best_of(row["folder"]) or {}
+            row["held"] = min(series(metrics, "validation_loss")[1], default=None)
+            row["seconds"] = max(series(metrics, "time")[1], default=None)
+            row["best"] = best.get("chosen_step")
+            scores = status.scores_of(row["folder"])
+            row["scores"] = {name: f"{y[x.index(row['best'])]:.3f}" for name, x, y in scores if row["best"] in x}
         return found
 
     return page(request, "compare.html", rows=await run_in_threadpool(rows))

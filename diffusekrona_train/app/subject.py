@@ -11,12 +11,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from diffusekrona_train.app import jobs
-from diffusekrona_train.app.draft import LARGEST_PHOTO, Draft, crop_image, thumbnail
-from diffusekrona_train.app.form import PREFIX, groups_of
+from diffusekrona_train.app.draft import LARGEST_PHOTO, Draft
 from diffusekrona_train.app.pages import Answer, fragment, page, posted, studio_of, text_of
-from diffusekrona_train.app.worker import cards, check, first_cards
-from diffusekrona_train.config import RunConfig, make_config
-from diffusekrona_train.data import open_image
+from diffusekrona_train.app.worker import briefly
+from diffusekrona_train.config import make_config
+from diffusekrona_train.config.fields import PREFIX, groups_of
+from diffusekrona_train.training.check.fits import model_fits, quick_fits
 
 FIELDS = ("class", "token", "name", "model", "other_model")
 
@@ -26,94 +26,70 @@ def draft_of(request: Request) -> Draft:
     return Draft(studio_of(request).root)
 
 
-async def show(request: Request) -> Response:
-    """The page."""
-    studio, draft = studio_of(request), draft_of(request)
-    fields, shown = draft.fields(), studio.cards or first_cards()
-    chosen = fields.get("model") or shown[0].alias
-    parts = await run_in_threadpool(_parts, draft)
-    groups = await run_in_threadpool(lambda: groups_of(_config_or_default(draft)))
-    known = {"fields": fields, "chosen": chosen, "cards": shown, "sure": bool(studio.cards), "groups": groups}
-    return page(request, "new.html", names=draft.names(), **known, **parts)
-
-
-def _config_or_default(draft: Draft) -> RunConfig:
-    try:
-        return draft.config()
-    except ValueError:
-        return make_config({"model": "toybox", "subject": {"images": "toybox:poodle", "class": "x"}, "output": "x"})
-
-
 def _parts(draft: Draft) -> dict[str, Any]:
     """Photos, YAML and what is wrong, as the fields are now."""
+    plain = {"model": "toybox", "subject": {"images": str(draft.photos_folder), "class": "thing"}, "output": "x"}
     try:
-        config = draft.config()
-        photos, problem = draft.photos(config), ""
-        caption = config.subject.fill(config.subject.prompt)
+        config, problem, text = make_config(draft.here()), "", draft.yaml()
     except ValueError as error:
-        photos, problem, caption = [], str(error), ""
+        config, problem, text = make_config(plain), str(error), ""
     try:
-        text = draft.yaml()
-    except ValueError:
-        text = ""
-    return {"photos": photos, "problem": problem, "yaml": text, "caption": caption}
+        photos = draft.photos(config)
+    except ValueError as error:
+        photos, problem = [], problem or str(error)
+    caption = config.subject.fill(config.subject.prompt)
+    return {"photos": photos, "problem": problem, "yaml": text, "caption": caption, "config": config}
 
 
-async def _answer(request: Request, draft: Draft) -> dict[str, Any]:
-    """The parts of the page that depend on photos and fields, for its script."""
-    studio, parts = studio_of(request), await run_in_threadpool(_parts, draft)
-    lines: dict[str, list[str]] = {"advice": [], "identifier": [], "plan": []}
-    if parts["photos"]:
-        tree = draft.tree()
-        tree["subject"]["images"] = str(draft.photos_folder)
-        try:
-            lines = await studio.worker.call(check, tree)
-        except (ValueError, RuntimeError, OSError) as error:
-            lines["plan"] = [str(error)]
-    context = {**parts, "csrf": studio.csrf, "lines": lines}
-    names = {
-        "models": "_models.html",
-        "photos": "_photos.html",
-        "advice": "_advice.html",
-        "identifier": "_identifier.html",
-        "plan": "_plan.html",
-    }
-    studio.cards = studio.cards or await studio.worker.call(cards)
-    context |= {"cards": studio.cards, "sure": True, "chosen": draft.fields().get("model") or studio.cards[0].alias}
-    html = {name: fragment(template, **context) for name, template in names.items()}
-    return {"html": html, "problem": parts["problem"], "count": len(draft.names())}
-
-
-@posted
-async def upload(request: Request, form: FormData) -> Answer:
-    """Take photos; the first that cannot be used is named, and the others stay."""
-    draft, wrong = draft_of(request), []
-    for file in form.getlist("photos"):
-        if isinstance(file, UploadFile) and (file.size or 0) > 0:
-            try:
-                content = await file.read(LARGEST_PHOTO + 1)
-                await run_in_threadpool(draft.add, file.filename or "photo", content)
-            except ValueError as error:
-                wrong.append(str(error))
-    if wrong:
-        raise ValueError("; ".join(wrong[:3]) + (f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""))
-    return "/new"
+async def show(request: Request) -> Response:
+    """Show the page."""
+    studio, draft = studio_of(request), draft_of(request)
+    fields, models = draft.fields(), studio.models or quick_fits()
+    parts = await run_in_threadpool(_parts, draft)
+    chosen = {"chosen": fields.get("model") or models[0].alias, "models": models, "sure": bool(studio.models)}
+    return page(request, "new.html", fields=fields, groups=groups_of(parts["config"]), **chosen, **parts)
 
 
 @posted
 async def refresh(request: Request, form: FormData) -> Answer:
     """Keep what was typed in, and say what it means."""
-    draft = draft_of(request)
-    _keep(draft, form)
-    return await _answer(request, draft)
+    studio, draft = studio_of(request), draft_of(request)
+    await run_in_threadpool(_keep, draft, form)
+    parts = await run_in_threadpool(_parts, draft)
+    lines: dict[str, list[str]] = {"advice": [], "identifier": [], "plan": []}
+    if parts["photos"] and not parts["problem"]:
+        try:
+            lines = await studio.worker.call(briefly, make_config(draft.here()))
+        except (ValueError, RuntimeError, OSError) as error:
+            lines["plan"] = [str(error)]
+    studio.models = studio.models or await studio.worker.call(model_fits)
+    chosen = draft.fields().get("model") or studio.models[0].alias
+    context = {**parts, "csrf": studio.csrf, "lines": lines, "models": studio.models, "chosen": chosen, "sure": True}
+    html = {name: fragment(f"_{name}.html", **context) for name in ("models", "photos", "advice", "identifier", "plan")}
+    return {"html": html, "problem": parts["problem"], "yaml": parts["yaml"], "count": len(draft.names())}
 
 
 def _keep(draft: Draft, form: FormData) -> None:
     names = [name for name in form if name in FIELDS or name.startswith(PREFIX)]
     draft.write_fields({name: text_of(form, name) for name in names if text_of(form, name)})
     for key in form:
-        if key.startswith("caption:"):
+        if key.startswith("caption:") and key.removeprefix("caption:") in draft.names():
             draft.write_caption(key.removeprefix("caption:"), text_of(form, key))
+
+
+@posted
+async def upload(request: Request, form: FormData) -> Answer:
+    """Take photos; those that cannot be used are named, and the others stay."""
+    draft, wrong = draft_of(request), []
+    for file in form.getlist("photos"):
+        if isinstance(file, UploadFile) and file.size:
+            try:
+                await run_in_threadpool(draft.add, file.filename or "photo", await file.read(LARGEST_PHOTO + 1))
+            except ValueError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong[:3]) + (f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""))
+    return "/new"
 
 
 @posted
@@ -134,35 +110,12 @@ async def example(request: Request, form: FormData) -> Answer:
 async def begin(request: Request, form: FormData) -> Answer:
     """Make the run folder and put it into the queue."""
     studio, draft = studio_of(request), draft_of(request)
-    _keep(draft, form)
+    await run_in_threadpool(_keep, draft, form)
     name = await run_in_threadpool(draft.begin)
     jobs.enqueue(studio.root, name)
     await run_in_threadpool(jobs.tick, studio.root)
     return f"/runs/{name}"
 
 
-async def photo(request: Request) -> Response:
-    """A photo of the draft, or its crop, made anew."""
-    draft, name = draft_of(request), request.path_params["photo"]
-    path = draft.path_of(name)
-
-    def make() -> tuple[bytes, str]:
-        if request.path_params["kind"] == "photo":
-            return thumbnail(open_image(path, name))
-        return thumbnail(
-            next(crop_image(one.crop) for one in draft.photos(_config_or_default(draft)) if one.name == name)
-        )
-
-    content, kind = await run_in_threadpool(make)
-    return Response(content, media_type=kind)
-
-
-ROUTES = [
-    Route("/new", show),
-    Route("/new/photos", upload, methods=["POST"]),
-    Route("/new/fields", refresh, methods=["POST"]),
-    Route("/new/remove", remove, methods=["POST"]),
-    Route("/new/example", example, methods=["POST"]),
-    Route("/new/start", begin, methods=["POST"]),
-    Route("/new/{kind}/{photo}", photo),
-]
+ACTIONS = {"photos": upload, "fields": refresh, "remove": remove, "example": example, "start": begin}
+ROUTES = [Route("/new", show), *(Route(f"/new/{name}", action, methods=["POST"]) for name, action in ACTIONS.items())]

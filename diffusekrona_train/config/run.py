@@ -92,10 +92,12 @@ class RunConfig(Strict):
             raise ValueError(f"output: {self.output!r} should end in the name of the run, as runs/dog does")
         if len(self.name.encode()) > LONGEST_NAME:
             raise ValueError(f"output: its last part has {len(self.name.encode())} bytes; at most {LONGEST_NAME} fit")
-        if self.adapter.type == "full" and (self.train.quantize != "none" or self.train.memory == "nf4"):
+        if self.adapter.type == "full" and (self.train.quantize != "none" or self.train.memory in ("nf4", "offload")):
             raise ValueError("adapter.type: full trains the base's own weights, which cannot be quantised")
         if self.train.rate_unit == "dw" and self.adapter.scale == 0:
             raise ValueError("train.rate_unit: dw divides by adapter.scale, which is 0; give another scale")
+        if self.adapter.norm_cap is not None and self.adapter.scale == 0:
+            raise ValueError("adapter.norm_cap bounds nothing, since adapter.scale is 0; give another scale")
         if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:
             raise ValueError("subject.files cannot be picked from within an embedded subject; use subject.limit")
         return self

@@ -86,6 +86,8 @@ class AdapterConfig(Strict):
     """lokr: keep both factors as full matrices."""
     decompose_both: bool = False
     """lokr: give the smaller factor low rank too."""
+    norm_cap: Annotated[float, Field(gt=0)] | None = None
+    """krona: after each step, keep the spectral norm of A x B at most this share of the layer's own (such as 0.3)."""
     scale: float = 1.0
     """Multiplies what the adapter adds, in training and afterwards."""
     targets: list[Literal["q", "k", "v", "o"]] | Literal["all"] = list(PROJECTIONS)  # type: ignore[assignment]
@@ -119,7 +121,7 @@ class AdapterConfig(Strict):
         budget = [name for name in ("params", "match_lora_rank") if getattr(self, name) is not None]
         if len(budget) == 2:
             raise ValueError("params and match_lora_rank are both given; keep one budget")
-        for name in (*budget, "factors", "factors_by_width"):
+        for name in (*budget, "factors", "factors_by_width", "norm_cap"):
             if getattr(self, name) and self.type != "krona":
                 raise ValueError(f"{name} is for type: krona, and type is {self.type}; take it out")
         for name in ("full_matrix", "decompose_both"):
@@ -154,6 +156,8 @@ class DataConfig(Strict):
     """Where latents and text embeddings are kept; none means a `cache` folder beside the run folder."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the VAE while latents are made (SDXL's own VAE overflows in fp16)."""
+    text_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Precision of the text encoders while prompts are encoded; auto: the model's own; int8 halves their memory."""
 
     @model_validator(mode="after")
     def _variants_differ(self) -> DataConfig:

@@ -21,6 +21,17 @@ from diffusekrona_train.data.names import printable
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+FORMATS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "AVIF": ".avif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "GIF": ".gif",
+}
+"""Pillow's name of a format -> its suffix; it reads many more, some of them by starting other programs."""
 MIN_SIDE = 16
 """Pixels; below this there is nothing to learn from."""
 NOTHING_LEFT = 254
@@ -78,6 +89,18 @@ def inspect_image(content: bytes | Path, name: str) -> Opened:
     except ValueError as error:
         raise ValueError(f"{printable(name)}: {error}") from None
     return opened
+
+
+def true_suffix(content: bytes, name: str) -> str:
+    """Return the suffix of an image's real format, by its first bytes; ValueError naming `name` for any other file."""
+    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return ".heic"
+    try:
+        with Image.open(io.BytesIO(content), formats=[kind for kind in FORMATS if kind != "MPO"]) as image:
+            return FORMATS[str(image.format)]
+    except Exception:  # decoders raise what they like
+        shown = printable(name)
+        raise ValueError(f"{shown}: is not a photo; JPEG, PNG, WebP, AVIF, HEIC, TIFF, BMP and GIF are read") from None
 
 
 def _decode(content: bytes | Path) -> tuple[Opened, bool]:

@@ -207,7 +207,8 @@ def _text_entries(
 ) -> list[Entry]:
     encoders = source.family.parts.text_encoders
     parts = _fingerprint(source, [*encoders, *source.family.parts.tokenizers])
-    precision = "+".join(dict.fromkeys(name_of(part.dtype) for part in encoders))
+    precision = "+".join(dict.fromkeys(name_of(source.text_dtype(part)) for part in encoders))
+    precision = "int8" if source.text_precision == "int8" else precision
     model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant} | made
     problem = "{!r}: the text encoders give embeddings that are not finite; are the model's files complete?"
     return [

@@ -1,6 +1,6 @@
 """FLUX.1 dev, schnell and Krea-dev, with CLIP and T5; Chroma1 with T5 alone, a mask and a negative prompt.
 
-dev and Krea-dev are gated and not for commercial use; schnell and Chroma1 are Apache-2.0, Chroma1 is open as well.
+dev and Krea-dev are gated and not for commercial use; schnell and Chroma1 are Apache-2.0 and open.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class Flux1(FlowTransformer):
         r"ff\.net\.\d(\.proj)?": "image",
         r"ff_context\.net\.\d(\.proj)?": "text",
         r"proj_(mlp|out)": "",  # proj_out holds the attention's output too
+    }
+    originals = {
+        r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$": r"double_blocks.\1.img_attn.proj",
+        r"^transformer_blocks\.(\d+)\.attn\.to_add_out$": r"double_blocks.\1.txt_attn.proj",
+        r"^single_transformer_blocks\.(\d+)\.proj_out$": r"single_blocks.\1.linear2",
     }
     pipeline_class = "FluxPipeline"
     version, architecture = "flux1", "flux-1-dev"

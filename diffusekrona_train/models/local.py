@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusekrona_train.common.device import ran_out
 from diffusekrona_train.common.files import ASSETS, sha256
 from diffusekrona_train.models.checkpointfile import SCALES, listed, read_header
 from diffusekrona_train.models.contracts import DENOISERS
@@ -138,9 +139,11 @@ def load_whole(cls: Any, name: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def one_line_errors(what: str):
-    """Turn a broken folder's OSError or shape error into one line."""
+    """Turn a broken folder's OSError or shape error into one line; that memory has ended is no fault of the folder."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
+        if ran_out(error):
+            raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what} cannot be loaded: {first[:200]}") from None

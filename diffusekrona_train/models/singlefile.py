@@ -82,6 +82,7 @@ class SingleFile:
         self.file.check_complete(SPOKEN.get(part, "text encoder"), expected)
 
     def load_part(self, part: str, cls: type, **options: Any) -> Any:
+        options.pop("device_map", None)  # the file's tensors are renamed and cast in host memory
         folder = str(self.configs.path)
         with one_line_errors(f"model file {self.path.name!r}, part {part}"):
             if part.startswith("tokenizer"):

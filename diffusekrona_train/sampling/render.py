@@ -75,13 +75,15 @@ def render(
     settings: SampleSettings,
     *,
     batch_size: int = 1,
+    decoded_at_once: int | None = None,
     conditioning_of: Callable[[str], Tensors] | None = None,
     on_image: Callable[[int, Image.Image], None] | None = None,
 ) -> list[Image.Image]:
     """Generate an image for each (prompt, seed) of `jobs` with a diffusers pipeline; PIL images in the order of jobs.
 
     conditioning_of: text -> family.encode_prompt's tensors (cached embeddings); without it the pipeline's own
-    text encoders are asked, once a prompt. on_image(index, image) is called as soon as an image is there. On the CPU
+    text encoders are asked, once a prompt. decoded_at_once: images that the VAE decodes together, which takes the
+    most memory (None: the batch). on_image(index, image) is called as soon as an image is there. On the CPU
     in fp32, images from different batch sizes agree within 2/255; with the same batch size they are bitwise equal.
     """
     conditioning_of = conditioning_of or pipe_encoder(pipe, family)
@@ -92,10 +94,11 @@ def render(
     try:
         for start in range(0, len(jobs), batch_size):
             latents = draw_latents(pipe, family, jobs[start : start + batch_size], settings, conditioning_of)
-            for pixels in family.decode(pipe.vae, latents).cpu():
-                images.append(to_picture(pixels))
-                if on_image is not None:
-                    on_image(len(images) - 1, images[-1])
+            for part in latents.split(decoded_at_once or batch_size):
+                for pixels in family.decode(pipe.vae, part).cpu():
+                    images.append(to_picture(pixels))
+                    if on_image is not None:
+                        on_image(len(images) - 1, images[-1])
     finally:
         pipe.scheduler = model_scheduler
     return images

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,17 @@ def save(
     about: dict,
     extra: dict[str, torch.Tensor],
     keep: int,
+    shown: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Path:
     """Write the checkpoint of `step` under the run folder; return the adapter file.
 
-    The adapter comes first, then the resume state, then states beyond `keep` and those of later steps go.
-    OSError (a full disk) leaves what was there before untouched.
+    The adapter comes first, made of the factors as they are within `shown`; then the resume state, then states beyond
+    `keep` and those of later steps go. OSError (a full disk) leaves what was there before untouched.
     """
     faults.reach("adapter", step)
     adapter = adapter_file(folder, step)
-    formats.save_adapter(adapter, injection, info)
+    with shown():
+        formats.save_adapter(adapter, injection, info)
     assert injection.flat is not None, "a run trains factors in flat buffers"
     moments, numbers = moments_by_name(injection.flat, optimizer)
     tensors = {f"factors/{name}": value for name, value in injection.state_dict().items()}

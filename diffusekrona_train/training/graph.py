@@ -12,6 +12,7 @@ No graph has run on a GPU yet, so the first replay of each is compared with the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -25,14 +26,12 @@ from diffusekrona_train.common.device import device_name, free, ran_out
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.models.contracts import Conditioning
 from diffusekrona_train.training.loss import Batch, Objective
-from diffusekrona_train.training.memory import GIB, Level
+from diffusekrona_train.training.memory import GIB, Level, decoding
 from diffusekrona_train.training.optimizer import Descent
 
 Work = Callable[[], None]
 MOST_SHAPES = 8
 """Shapes of micro-batches that are captured; further ones run as they are."""
-DECODING = 3.5
-"""GiB that decoding one image of a megapixel takes in fp32, VAE included (counted by scripts/bench/trace.py: 3.3)."""
 LARGEST_COMPARED = GIB
 """Bytes of state up to which a first replay is compared: the comparison holds them twice more."""
 DIFFERENCE = 1e-2
@@ -54,6 +53,8 @@ def why_not(config: RunConfig, level: Level, device_type: str, processes: int, r
         return f"it needs an NVIDIA or AMD GPU, not {device_name(device_type)}"
     if processes > 1:
         return "it is for one process"
+    if level.offload:
+        return "blocks of the base come from host memory"
     if train.cuda_graph is True:
         return None
     if level.quantize != "none":
@@ -67,10 +68,8 @@ def why_not(config: RunConfig, level: Level, device_type: str, processes: int, r
 
 def room_beside(config: RunConfig) -> float:
     """Return how many GiB should be free beside a captured step: its memory is not shared with decoding an image."""
-    if not (config.validation.every and config.validation.prompts):
-        return 0.5
-    width = 4 if config.data.vae_precision == "fp32" else 2
-    return 0.5 + DECODING * width / 4 * (config.data.resolution / 1024) ** 2
+    decodes = config.validation.every and config.validation.prompts
+    return 0.5 + (decoding(config) if decodes else 0.0)
 
 
 # ---- how -------------------------------------------------------------------------------------------------------------
@@ -197,24 +196,21 @@ class StepGraphs:
         elif self.recorder is None or self.refused is not None:
             work()
         elif key not in self._warm:
-            self._first(key, work, self.recorder)
+            self.recorder.warm(work)
+            self._warm.add(key)
         else:
             self._second(key, work, state(), self.recorder)
-
-    def _first(self, key: Hashable, work: Work, recorder: Recorder) -> None:
-        if self.objective.config.train.compile:  # compiled code would be left for eager code under the mode
-            recorder.warm(work)
-        else:
-            with Uncapturable() as mode:
-                recorder.warm(work)
-            if mode.found:
-                self._refuse(f"{', '.join(mode.found)} cannot be captured")
-        self._warm.add(key)
 
     def _second(self, key: Hashable, work: Work, state: list[Tensor], recorder: Recorder) -> None:
         compared = state if sum(tensor.nbytes for tensor in state) <= LARGEST_COMPARED else []
         before = [tensor.clone() for tensor in compared]
-        work()
+        # under a mode, compiled blocks would be left for eager ones, and not be warm when they are captured
+        mode = None if self.objective.config.train.compile else Uncapturable()
+        with mode or contextlib.nullcontext():
+            work()
+        if mode is not None and mode.found:
+            self._refuse(f"{', '.join(mode.found)} cannot be captured")
+            return
         wanted = [tensor.clone() for tensor in compared]
         try:
             replay = recorder.capture(work)

@@ -9,7 +9,7 @@ import torch
 from diffusekrona_train.common.device import free
 from diffusekrona_train.common.progress import Diverged, Stopped
 from diffusekrona_train.common.run_folder import adapter_file, step_of
-from diffusekrona_train.training import checkpoint, curves, page, setup
+from diffusekrona_train.training import checkpoint, curves, memory, page, setup
 from diffusekrona_train.training.optimizer import BAD_IN_A_ROW
 from diffusekrona_train.training.preview import Interrupted
 from diffusekrona_train.training.setup import Run
@@ -90,8 +90,9 @@ def save(run: Run, done: int) -> None:
                 run.descent.optimizer,
                 info=setup.adapter_info(run.config, run.source, done),
                 about=about,
-                extra={"meters": run.descent.meters},
+                extra={"meters": run.descent.meters, **_average(run)},
                 keep=run.config.train.keep_resume_states,
+                shown=run.descent.shown,
             )
         except OSError as error:
             kept = checkpoint.states(run.folder)
@@ -104,9 +105,25 @@ def save(run: Run, done: int) -> None:
     run.journal.skip_time(began)
 
 
+def _average(run: Run) -> dict[str, torch.Tensor]:
+    """The running average of the factors, as a resume state keeps it."""
+    average = run.descent.average
+    return {} if average is None else {f"average/{name}": value for name, value in average.tensors().items()}
+
+
 def validate(run: Run, done: int) -> None:
     """Make the validation images, held-out loss and a fresh report; a failure is reported and never ends the run."""
     began = time.monotonic()
+    with run.descent.shown():
+        show(run, done)
+    refresh_report(run)
+    run.objective.injection.assert_fp32()
+    run.accelerator.wait_for_everyone()
+    run.journal.skip_time(began)
+
+
+def show(run: Run, done: int) -> None:
+    """Make the validation images and the held-out loss with the factors as they are."""
     try:
         with setup.eagerly(run.config):
             run.gallery.render(done, stopping=run.stop.wanted)
@@ -118,13 +135,17 @@ def validate(run: Run, done: int) -> None:
     try:
         if run.main and run.config.validation.loss and not run.stop.wanted():
             with setup.eagerly(run.config):
-                run.journal.write({"step": done, "validation_loss": run.objective.held_out_loss()})
+                loss = run.objective.held_out_loss(held_out_at_once(run))
+            run.journal.write({"step": done, "validation_loss": loss})
     except Exception as error:
         run.journal.warn("the held-out loss failed", error)
-    refresh_report(run)
-    run.objective.injection.assert_fp32()
-    run.accelerator.wait_for_everyone()
-    run.journal.skip_time(began)
+
+
+def held_out_at_once(run: Run) -> int:
+    """How many held-out samples are computed together: a training batch, or more where memory allows it."""
+    objective = run.objective
+    images = memory.images_at_once(run.config, objective.dtype, objective.device, objective.family.memory)
+    return max(run.config.train.batch_size, 2 * images if images > 1 else 1)
 
 
 def refresh_report(run: Run) -> None:

@@ -160,10 +160,6 @@ class Objective:
 
     # ---- how it is judged ----
 
-    def loss(self, step: int, micro: int) -> torch.Tensor:
-        """The loss of micro-batch `micro`."""
-        return self.loss_of(self.batches(step, micro))
-
     def loss_of(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Loss of each sample times its weight, summed, divided by the number of instance images."""
         total = sum(self.per_sample(batch).sum() for batch in batches)
@@ -188,19 +184,22 @@ class Objective:
         return self.family.predict(self.denoiser, x_t.to(self.dtype), t, conditioning).float()
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean loss on noise that no step draws, at fixed timestep quantiles: comparable between steps and runs."""
-        losses = [self.per_sample(batch, weighted=False) for batch in self._held_out()]
+    def held_out_loss(self, at_once: int | None = None) -> float:
+        """Mean loss on noise that no step draws, at fixed timestep quantiles: comparable between steps and runs.
+
+        `at_once` samples are computed together, a training batch's without it.
+        """
+        losses = [self.per_sample(batch, weighted=False) for batch in self._held_out(at_once)]
         return torch.cat(losses).mean().item()
 
-    def _held_out(self) -> Iterator[Batch]:
-        left = HELD_OUT_PICTURES
+    def _held_out(self, at_once: int | None = None) -> Iterator[Batch]:
+        left, size = HELD_OUT_PICTURES, at_once or self.config.train.batch_size
         for number, bucket in enumerate(self.data.instances):
             pictures = list(range(min(left, len(bucket.latents))))
             left -= len(pictures)
             samples = [(picture, quantile) for picture in pictures for quantile in HELD_OUT_QUANTILES]
-            for start in range(0, len(samples), self.config.train.batch_size):
-                part = samples[start : start + self.config.train.batch_size]
+            for start in range(0, len(samples), size):
+                part = samples[start : start + size]
                 shape = tuple(bucket.latents.shape[2:])
                 noises = [torch.randn(shape, generator=generator_of("held out", number, *s)) for s in part]
                 picture = torch.tensor([picture for picture, _ in part])

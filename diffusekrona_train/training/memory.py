@@ -1,4 +1,4 @@
-"""Precision, and how a run is made to fit: plain, gradient checkpointing, or NF4 with checkpointing."""
+"""How a run is made to fit: plain, gradient checkpointing, NF4 with it, or blocks of the base in host memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ GIB = 2**30
 RESERVE = 1.0
 """GiB for the context and fragmentation."""
 
+DECODING = 3.5
+"""Return the GiB that decoding one image of a megapixel takes in fp32, VAE included (counted by scripts/bench/trace.py: 3.3)."""
+MOST_AT_ONCE = 8
+"""Images that validation generates in one batch at most: between two batches it looks whether it should stop."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -24,16 +29,25 @@ class Level:
     name: str
     quantize: str
     checkpointing: bool
+    offload: bool = False
+    """Whether the blocks of the base are in host memory, and on the device only while they are used."""
+
+    def works_on(self, device: torch.device) -> bool:
+        """Return whether a type of device can hold the base so."""
+        able = abilities(device)
+        return {"none": True, "fp8": able.float8}.get(self.quantize, able.quantized)
 
 
 def levels(config: RunConfig) -> list[Level]:
     """Return the levels that a config allows, the fastest first."""
     kept = config.train.quantize
-    ladder = [Level("plain", kept, False), Level("checkpointing", kept, True), Level("nf4", "nf4", True)]
-    if config.adapter.type == "full" or kept != "none":
-        ladder.pop()  # a trained base cannot be quantised, a quantised one is what was asked for
-    if config.train.memory == "nf4" and kept == "nf4":
-        return [Level("nf4", "nf4", True)]
+    ladder = [Level("plain", kept, False), Level("checkpointing", kept, True)]
+    if config.adapter.type == "full":
+        return ladder  # a trained base can neither be quantised nor leave the device
+    if kept == "none" or kept == config.train.memory == "nf4":
+        ladder += [Level("nf4", "nf4", True)]
+    if kept != "int8":
+        ladder += [Level("offload", "nf4" if kept == "none" else kept, True, offload=True)]
     return ladder
 
 
@@ -54,7 +68,7 @@ def choose(
     if (available := free_bytes(device)) is None:
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = available / GIB
-    ladder = [level for level in ladder if abilities(device).quantized or level.quantize == "none"]
+    ladder = [level for level in ladder if level.works_on(device)]
     needs = [(level, need(level, config, base_parameters, samples, dtype, figures, trained)) for level in ladder]
     level, least = next((pair for pair in needs if pair[1] <= free), needs[-1])
     return level, f"memory: {level.name} (about {least:.1f} GiB needed, {free:.1f} GiB free)"
@@ -92,7 +106,9 @@ def room(
     return available / GIB - need(level, config, base_parameters, samples, dtype, figures, trained)
 
 
-BYTES = {"int8": 1.04, "nf4": 0.56}
+BLOCKS_HELD = 2
+"""Blocks on the device where the others are in host memory: the one in use and the next."""
+BYTES = {"int8": 1.04, "fp8": 1.01, "nf4": 0.56}
 """Bytes a quantised number, with its scales."""
 
 
@@ -101,12 +117,33 @@ def estimate(
 ) -> float:
     """Return the GiB that a step needs at `level`; `figures` are the family's."""
     width = torch.finfo(dtype).bits / 8
-    share = figures.quantized_share if level.quantize != "none" else 0.0
-    bytes_each = (1 - share) * width + share * BYTES.get(level.quantize, width)
+    share = figures.quantized_share if level.quantize != "none" or level.offload else 0.0
+    held = min(share, BLOCKS_HELD * figures.largest_block) if level.offload else share
+    bytes_each = (1 - share) * width + held * BYTES.get(level.quantize, width)
     # bitsandbytes' 8-bit linears keep their inputs past checkpointing
     checkpointed = level.checkpointing and level.quantize != "int8"
     activations = figures.checkpointing if checkpointed else figures.plain
     return base_parameters * bytes_each / GIB + activations * width / 2 * megapixels + RESERVE
+
+
+def decoding(config: RunConfig) -> float:
+    """Return the GiB that decoding one image of the run's size takes, beside what training holds."""
+    width = 4 if config.data.vae_precision == "fp32" else 2
+    return DECODING * width / 4 * (config.data.resolution / 1024) ** 2
+
+
+def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, figures: MemoryFigures) -> int:
+    """Return how many images validation generates in a batch: what fits into the memory free now, decoding included.
+
+    Without gradients a row needs less than a checkpointed step does; guidance makes two rows of an image. 1 on a CPU,
+    which gains nothing, and where the device does not say.
+    """
+    available = None if device.type == "cpu" else free_bytes(device)
+    if available is None:
+        return 1
+    width = torch.finfo(dtype).bits / 8
+    each = 2 * figures.checkpointing * width / 2 * (config.data.resolution / 1024) ** 2
+    return max(1, min(MOST_AT_ONCE, int((available / GIB - RESERVE - decoding(config)) / each)))
 
 
 def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:
@@ -118,13 +155,13 @@ def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: 
 
 
 def trained_bytes(config: RunConfig) -> int:
-    """Return the bytes of a trained number: its fp32 master and gradient, and two moments."""
-    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8)
+    """Return the bytes of a trained number: its fp32 master and gradient, two moments, and its running average if there is one."""
+    return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8) + (0 if config.train.average is None else 4)
 
 
 def below(level: Level, config: RunConfig, device: torch.device) -> Level | None:
     """Return the next level down that works on `device`, None at the bottom or where the config names its level."""
-    ladder = [other for other in levels(config) if abilities(device).quantized or other.quantize == "none"]
+    ladder = [other for other in levels(config) if other.works_on(device)]
     place = next(i for i, other in enumerate(ladder) if other.name == level.name)
     return ladder[place + 1] if config.train.memory == "auto" and place + 1 < len(ladder) else None
 
@@ -133,10 +170,10 @@ def out_of_memory(level: Level | None = None) -> str:
     """Return the message when nothing is left to try; without a level, before the first step."""
     if level is None:
         return (
-            "out of device memory while the run was set up. Lower data.resolution, set data.vae_precision: bf16 or "
-            "train.memory: nf4, and end other programs on the device"
+            "out of device memory while the run was set up. Lower data.resolution, set data.vae_precision: bf16, "
+            "data.text_precision: int8 or train.memory: nf4, and end other programs on the device"
         )
     return (
         f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise "
-        "train.gradient_accumulation), lower data.resolution, or set train.memory: nf4"
+        "train.gradient_accumulation), lower data.resolution, or set train.memory: offload"
     )

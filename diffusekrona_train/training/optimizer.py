@@ -7,15 +7,18 @@ that processes have to agree on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.distributed
 
+from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.common.device import abilities
 from diffusekrona_train.config.training import TrainConfig
+from diffusekrona_train.training.average import Average
 from diffusekrona_train.training.rates import rates_of
 
 BAD_IN_A_ROW = 3
@@ -34,7 +37,13 @@ class Descent:
     in a row now and at most, the last gradient norm.
     """
 
-    def __init__(self, factors: FlatFactors | list[torch.nn.Parameter], train: TrainConfig, accelerator: Any):
+    def __init__(
+        self,
+        factors: FlatFactors | list[torch.nn.Parameter],
+        train: TrainConfig,
+        accelerator: Any,
+        cap: NormCap | None = None,
+    ):
         if isinstance(factors, list):  # parameters of another library, or of a test
             factors = FlatFactors([{"": torch.nn.ParameterList(factors)}], SPARE)
         assert factors.slots == 1, "a run of several subjects has an optimiser for each slot"
@@ -46,7 +55,8 @@ class Descent:
         can = abilities(self.flat.device)
         self.waits = self.eight_bit or not can.fused
         self.optimizer = _optimizer([factors.master], train, fused=can.fused)
-        self.rates = rates_of(factors, train)
+        self.rates, self.cap = rates_of(factors, train), cap
+        self.average = None if train.average is None else Average(factors, train.average)
         self.meters = torch.zeros(6, dtype=can.widest, device=self.flat.device)
         self.wish = torch.zeros((), device=self.flat.device)
         # On the device, so that a step that is replayed reads each step's own. CUDA's kernel reads fp32.
@@ -106,11 +116,12 @@ class Descent:
         moments = [value for value in self.optimizer.state[self.factors.master].values() if torch.is_tensor(value)]
         scaler = self.accelerator.scaler
         scale = [] if scaler is None else [scaler._scale, scaler._growth_tracker]
-        return [*self.factors.tensors(), self.meters, self.wish, *moments, *scale]
+        average = [] if self.average is None else [self.average.values, self.average.steps]
+        return [*self.factors.tensors(), self.meters, self.wish, *average, *moments, *scale]
 
     def _move(self, bad: torch.Tensor) -> None:
         if self.waits:
-            if bad:
+            if bad:  # nothing has moved: neither the cap nor the average has anything to do
                 return
         else:
             # What GradScaler sets for a fused optimiser: its kernel moves nothing where found_inf is 1.
@@ -121,7 +132,15 @@ class Descent:
             before, table = self.factors.master.detach().clone(), self.rates.table(self.rate)
             self.optimizer.step()
             self.rates.shorten(before, table)
+        if self.cap is not None:
+            self.cap.apply()
+        if self.average is not None:
+            self.average.update(bad)
         self.factors.refresh()
+
+    def shown(self) -> contextlib.AbstractContextManager[object]:
+        """Within, the factors are those that are saved and shown: their running average, if there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
 
     def _count(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:
         weight = torch.ones_like(loss)

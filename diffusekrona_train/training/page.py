@@ -10,13 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from diffusekrona_train.common.run_folder import adapter_file, read_metrics, step_name, step_of
+from diffusekrona_train.common.run_folder import adapter_file, read_metrics, step_name
 from diffusekrona_train.config import RunConfig, load_config
 from diffusekrona_train.data import Crop, collect, crop_pixels, plan_crops
 from diffusekrona_train.evaluation.page import score_charts, score_table
 from diffusekrona_train.report.charts import Line, heat_map, line_chart
 from diffusekrona_train.report.page import Figure, Section, Strip, picture, write_page
 from diffusekrona_train.training.curves import series, smoothed
+from diffusekrona_train.training.status import jobs_of, sample_steps
 
 SHOWN_PHOTOS = 8
 REFRESH_SECONDS = 30
@@ -118,16 +119,6 @@ def _crop_caption(crop: Crop) -> str:
     )
 
 
-def _sample_steps(folder: Path) -> list[int]:
-    return sorted(step_of(path) for path in (folder / "samples").glob("step-*") if step_of(path) >= 0)
-
-
-def _jobs(config: RunConfig) -> list[tuple[str, int]]:
-    """Return (prompt, seed) by the number that a sample's file name begins with."""
-    wanted = config.validation
-    return [(config.subject.fill(prompt), seed) for prompt in wanted.prompts for seed in wanted.seeds]
-
-
 def _sample(folder: Path, step: int, number: int, seed: int, caption: str, marked: bool = False) -> Figure | None:
     path = folder / "samples" / step_name(step) / f"{number:02d}-{seed}.png"
     try:
@@ -137,9 +128,9 @@ def _sample(folder: Path, step: int, number: int, seed: int, caption: str, marke
 
 
 def _samples(folder: Path, config: RunConfig, best: dict | None) -> Section | None:
-    steps, chosen = _sample_steps(folder), (best or {}).get("chosen_step")
+    steps, chosen = sample_steps(folder), (best or {}).get("chosen_step")
     strips = []
-    for number, (prompt, seed) in enumerate(_jobs(config)):
+    for number, (prompt, seed) in enumerate(jobs_of(config)):
         figures = [_sample(folder, step, number, seed, _step_name(step, chosen), step == chosen) for step in steps]
         if any(figures):
             strips.append(Strip(f"{prompt} (seed {seed})", [figure for figure in figures if figure]))
@@ -152,12 +143,12 @@ def _step_name(step: int, chosen: int | None) -> str:
 
 
 def _before_and_after(folder: Path, config: RunConfig, best: dict | None) -> Section | None:
-    steps, chosen = _sample_steps(folder), (best or {}).get("chosen_step")
+    steps, chosen = sample_steps(folder), (best or {}).get("chosen_step")
     if len(steps) < 2 or steps[0] != 0:
         return None
     after = chosen if chosen in steps else steps[-1]
     strips = []
-    for number, (prompt, seed) in enumerate(_jobs(config)):
+    for number, (prompt, seed) in enumerate(jobs_of(config)):
         pair = [_sample(folder, 0, number, seed, "base"), _sample(folder, after, number, seed, f"step {after}")]
         if all(pair):
             strips.append(Strip(f"{prompt} (seed {seed})", [figure for figure in pair if figure]))

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from diffusekrona_train.common import faults
-from diffusekrona_train.common.device import DTYPES, free
+from diffusekrona_train.common.device import DTYPES, free, ran_out
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.common.run_folder import step_name
@@ -22,6 +22,7 @@ from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.sampling.strengths import scheduled
 from diffusekrona_train.training.loss import Objective
+from diffusekrona_train.training.memory import images_at_once
 
 
 class Interrupted(Exception):
@@ -48,32 +49,48 @@ class Gallery:
         place = self.folder / "samples" / step_name(step)
 
         def on_image(index: int, picture: Image.Image) -> None:
-            number = mine[index]
+            number = left[index]
             prompt, seed = self.jobs[number]
             file = place / f"{number:02d}-{seed}.png"
             with atomic(file) as temporary:
                 picture.save(temporary)
             self.progress.report("image", file=str(file), prompt=prompt, seed=seed, step=step)
+            done.add(number)
             if stopping():
                 raise Interrupted
 
-        pipe = self._pipeline()
+        pipe, objective, done = self._pipeline(), self.objective, set[int]()
+        free()
+        at_once = images_at_once(self.config, objective.dtype, objective.device, objective.family.memory)
         try:
-            pipe.vae.to(self.objective.device)
-            schedule, apply = self.config.validation.strength_schedule, self.objective.injection.set_strength
-            with scheduled(self.objective.denoiser, schedule, pipe.scheduler, apply):
-                render(
-                    pipe,
-                    self.objective.family,
-                    [self.jobs[number] for number in mine],
-                    settings_of(self.config),
-                    batch_size=1,
-                    conditioning_of=self.objective.data.conditioning_of,
-                    on_image=on_image,
-                )
+            pipe.vae.to(objective.device)
+            schedule, apply = self.config.validation.strength_schedule, objective.injection.set_strength
+            while left := [number for number in mine if number not in done]:
+                with scheduled(objective.denoiser, schedule, pipe.scheduler, apply):
+                    at_once = self._rendered(pipe, left, at_once, on_image)
         finally:
             pipe.vae.to("cpu")
             free()
+
+    def _rendered(self, pipe: Any, numbers: list[int], at_once: int, on_image: Callable) -> int:
+        """Render jobs in batches; return how many images to take at once for those that are left: 1 where memory ended
+        with more."""
+        try:
+            render(
+                pipe,
+                self.objective.family,
+                [self.jobs[number] for number in numbers],
+                settings_of(self.config),
+                batch_size=at_once,
+                decoded_at_once=1,
+                conditioning_of=self.objective.data.conditioning_of,
+                on_image=on_image,
+            )
+        except RuntimeError as error:
+            if at_once == 1 or not ran_out(error):
+                raise
+        free()
+        return 1
 
     def _pipeline(self) -> Any:
         if not self._parts:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
+from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
@@ -34,6 +35,7 @@ from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
+from diffusekrona_train.sampling.session import encode_texts
 from diffusekrona_train.training import checkpoint, graph, memory
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
@@ -92,15 +94,16 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
     source = configured_model(config)
     check_start(config, source)
-    draw, forget = class_image_maker(config, source, dtype, device)
+    level, why, room = choose_level(config, source, accelerator, dtype)
+    draw, forget = class_image_maker(config, source, level, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    level, why, room = choose_level(config, source, accelerator, dtype)
-    denoiser = load_denoiser(config, source, level, dtype, device)
+    with in_turn(accelerator, level.quantize != "none" or level.offload):
+        denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
-    descent = Descent(injection.flatten(SPARE), config.train, accelerator)
+    descent = make_descent(config, injection, accelerator)
     process = source.process(config.data.resolution)
     objective = Objective(
         config, source.family, denoiser, injection, data, process, dtype, device,
@@ -149,6 +152,8 @@ def take_up(state: checkpoint.State, injection: Injection, descent: Descent, acc
     """Puts a resume state back."""
     checkpoint.restore(state, injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
+    if descent.average is not None:
+        descent.average.load(state.part("extra/average"))
     if accelerator.scaler is not None and "scaler" in state.about:
         accelerator.scaler.load_state_dict(state.about["scaler"])
     injection.assert_fp32()
@@ -160,6 +165,8 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
     kind = training_device_type()
     refuse_unsupported(config, kind)
     name, dtype = precision(config.train.mixed_precision, kind)
+    if name == "fp16" and config.train.mixed_precision == "auto" and not configured_model(config).family.fp16:
+        name, dtype = precision("bf16", kind)
     accelerator = Accelerator(
         # The base itself has this type and inputs are cast to it: accelerate only brings fp16's loss scaler.
         mixed_precision="fp16" if name == "fp16" else "no",
@@ -175,9 +182,16 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
             "without a GPU use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …"
         )
     if kind == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
+        set_cuda(config.train.tf32)
     return accelerator, dtype
+
+
+def set_cuda(tf32: bool) -> None:
+    """Set how CUDA's libraries compute; `as_found` puts it back. cuDNN does not choose its algorithms by the clock: two
+    equal runs on one card would no longer be equal."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False
 
 
 def refuse_unsupported(config: RunConfig, kind: str) -> None:
@@ -185,8 +199,10 @@ def refuse_unsupported(config: RunConfig, kind: str) -> None:
     train = config.train
     asked = {"quantize": train.quantize, "memory": train.memory, "optimizer": train.optimizer}
     for name, value in asked.items():
-        if value in ("nf4", "int8", "adamw8bit") and not ABILITIES[kind].quantized:
+        if value in ("nf4", "int8", "adamw8bit", "offload") and not ABILITIES[kind].quantized:
             raise ValueError(f"train.{name}: {value} does not work on {device_name(kind)}; leave it out")
+    if train.quantize == "fp8" and not ABILITIES[kind].float8:
+        raise ValueError(f"train.quantize: fp8 does not work on {device_name(kind)}; leave it out")
 
 
 def choose_level(
@@ -211,12 +227,26 @@ def load_denoiser(
 ) -> Denoiser:
     """The frozen denoiser on the device, at a memory level."""
     train = config.train
-    denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
+    denoiser = source.load_denoiser(dtype, device, level.quantize, level.offload)
     if level.checkpointing:
         enable_checkpointing(denoiser)
     if train.channels_last:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     return denoiser
+
+
+@contextlib.contextmanager
+def in_turn(accelerator: Accelerator, wanted: bool) -> Generator[None]:
+    """Let the processes into the block one after the other, where `wanted`: a base that is quantised on its way to the
+    device is whole in host memory until then, and so it is there once and not once a process."""
+    rounds = accelerator.num_processes if wanted else 0
+    for _ in range(min(accelerator.process_index, rounds)):
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        for _ in range(rounds - accelerator.process_index):
+            accelerator.wait_for_everyone()
 
 
 def enable_checkpointing(denoiser: Denoiser) -> None:
@@ -237,6 +267,13 @@ def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
     if config.train.compile:
         compile_blocks(denoiser)
     return injection
+
+
+def make_descent(config: RunConfig, injection: Injection, accelerator: Accelerator) -> Descent:
+    """The optimiser of an injection's factors, which become views of flat buffers."""
+    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
+    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
+    return Descent(factors, config.train, accelerator, cap)
 
 
 def compile_blocks(denoiser: Denoiser) -> None:
@@ -260,6 +297,8 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     """ValueError for a tracker that is not installed, a base that cannot be trained (`ModelSource.check`), or an
     `init_from` that does not fit. Loads no weights."""
     refuse_missing_trackers(config)
+    if config.train.mixed_precision == "fp16" and not source.family.fp16:
+        raise ValueError(f"train.mixed_precision: fp16: {source.model!r} overflows in it; use bf16 or leave it out")
     source.check()
     if config.train.init_from is None:
         return
@@ -301,7 +340,8 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
             f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
-    starts = ("init_a", "init_b")  # how factors begin says nothing about factors that have been trained
+    # how factors begin and how far they may go says nothing about factors that have been trained
+    starts = ("init_a", "init_b", "norm_cap")
     other = [
         f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
     ]
@@ -312,18 +352,23 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
 
 
 def class_image_maker(
-    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+    config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
 ) -> tuple[Renderer, Callable[[], None]]:
-    """(render, forget): `render(prompt, seed)` draws a picture with the base model, loaded at the first call."""
+    """(render, forget): `render(prompt, seed)` generates an image with the base model, loaded at the first call.
+
+    Text encoders leave before the denoiser comes, which is held as it will be in training.
+    """
     held: dict[str, Any] = {}
+    settings = settings_of(config)
 
     def draw(prompt: str, seed: int) -> Image.Image:
         if not held:
-            parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
-            parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
-            parts["denoiser"] = source.load_denoiser(dtype, device)
+            held["texts"] = encode_texts(source, [prompt, settings.negative], device)
+            parts = source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
+            parts["denoiser"] = source.load_denoiser(dtype, device, level.quantize, level.offload)
             held["pipe"] = source.family.pipeline(parts)
-        return render(held["pipe"], source.family, [(prompt, seed)], settings_of(config))[0]
+        conditioning_of = held["texts"].__getitem__
+        return render(held["pipe"], source.family, [(prompt, seed)], settings, conditioning_of=conditioning_of)[0]
 
     def forget() -> None:
         held.clear()

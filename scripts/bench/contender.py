@@ -14,7 +14,9 @@ from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.config import make_config
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models import family_of
-from diffusekrona_train.models.process import Ddpm
+from diffusekrona_train.models.contracts import Process
+from diffusekrona_train.models.process import Ddpm, Flow
+from diffusekrona_train.training.graph import CudaRecorder, Recorder, StepGraphs, leaves, put, staying
 from diffusekrona_train.training.loss import Batch, Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.bench.setting import Setting
@@ -41,9 +43,25 @@ def load(setting: Setting, kind: str) -> Any:
         torch.set_default_dtype(before)
 
 
+FIRST = {"ZImageTransformer2DModel": ("noise_refiner.0", "context_refiner.0")}
+"""Class of a denoiser -> what its adapters begin in, once for each stream of tokens; a UNet's first transformer."""
+TOKENS = 77
+
+
+def prompt_of(family: str, config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One prompt's tensors, random."""
+    if family == "zimage":
+        return {"prompt_embeds": torch.randn(TOKENS, config.cap_feat_dim, generator=generator)}
+    conditioning = {"prompt_embeds": torch.randn(TOKENS, config.cross_attention_dim, generator=generator)}
+    if family == "sdxl":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        conditioning["pooled"] = torch.randn(width, generator=generator)
+    return conditioning
+
+
 @dataclass
 class Bench:
-    """A frozen UNet on the device, and what it is shown: random latents of its size."""
+    """A frozen denoiser on the device, and what it is shown: random latents of its size."""
 
     unet: Any
     side: int
@@ -51,20 +69,18 @@ class Bench:
 
     def objective(self, injection: Any) -> Objective:
         config = self.unet.config
-        family = family_of({"_class_name": "UNet2DConditionModel", **config}, "random")
+        family = family_of({"_class_name": type(self.unet).__name__, **config}, "random")
         generator = torch.Generator().manual_seed(1)
-        latents = torch.randn(5, 1, 4, self.side // 8, self.side // 8, generator=generator)
-        conditioning = {"prompt_embeds": torch.randn(77, config.cross_attention_dim, generator=generator)}
+        latents = torch.randn(5, 1, config.in_channels, self.side // 8, self.side // 8, generator=generator)
+        conditioning = prompt_of(family.name, config, generator)
         crop = (self.side, self.side)
         told = family.picture_conditioning(crop, (0, 0), crop)
         extras = {name: value.expand(5, 1, *value.shape).clone() for name, value in told.items()}
-        if family.name == "sdxl":
-            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            conditioning["pooled"] = torch.randn(width, generator=generator)
         data = TrainingSet(
             [Bucket(latents, extras, torch.zeros(5, dtype=torch.long), list("abcde"))], [], [""], [conditioning]
         )
-        process = Ddpm.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+        schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        process: Process = Flow(shift=3.0) if family.name == "zimage" else Ddpm.from_config(schedule)
         device = next(self.unet.parameters()).device
         return Objective(
             self.config(), family, self.unet, injection, data, process, self.unet.dtype, device
@@ -101,6 +117,11 @@ class Bench:
         return Contender(self.objective(None), Descent(parameters, self.config().train, OneProcess))
 
 
+def from_here(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let the backward pass end at a module's input."""
+    return (given[0].detach().requires_grad_(), *given[1:])
+
+
 @dataclass
 class Contender:
     """The loop's own step; without an adapter, a forward and backward pass of the frozen UNet alone."""
@@ -109,7 +130,7 @@ class Contender:
     descent: Descent | None = None
     swaps: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Layer name -> (the frozen module, the module with its adapter)."""
-    hook: Any = None
+    hooks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.enter()
@@ -129,47 +150,55 @@ class Contender:
         if self.descent is not None:
             self.descent.step(5e-4)
 
-    def captured(self) -> Callable[[int], None]:
-        """`step` with both passes replayed as one CUDA graph, over a batch that each step is copied into."""
-        (first,) = self.objective.batches(0, 0)
-        names = [name for name, value in vars(first).items() if isinstance(value, torch.Tensor)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.passes(first)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.passes(first)
-        if self.descent is not None:
-            self.descent.clear()
+    def captured(self, recorder: Recorder | None = None) -> Callable[[int], None]:
+        """`step` replayed as CUDA graphs, as `train.cuda_graph` does it; the bare denoiser's passes likewise.
+
+        Raises RuntimeError with the reason where it cannot be captured.
+        """
+        recorder = recorder or CudaRecorder(self.objective.device)
+        if self.descent is None:
+            return self._captured_bare(recorder)
+        graphs, descent = StepGraphs(self.objective, self.descent, recorder), self.descent
 
         def step(number: int) -> None:
-            (batch,) = self.objective.batches(number, 0)
-            with torch.no_grad():
-                for name in names:
-                    getattr(first, name).copy_(getattr(batch, name))
-            graph.replay()
-            self.finish()
+            graphs.passes(self.objective.batches(number, 0))
+            descent.prepare(5e-4, False)
+            graphs.apply()
+
+        for number in range(2):
+            step(number)
+        if graphs.refused is not None:
+            raise RuntimeError(f"no CUDA graph: {graphs.refused}")
+        return step
+
+    def _captured_bare(self, recorder: Recorder) -> Callable[[int], None]:
+        (first,) = self.objective.batches(0, 0)
+        stay = staying(first)
+        recorder.warm(lambda: self.passes(stay))
+        replay = recorder.capture(lambda: self.passes(stay))
+
+        def step(number: int) -> None:
+            put(list(leaves([stay])), list(leaves(self.objective.batches(number, 0))))
+            replay()
 
         return step
 
     def enter(self) -> None:
         """Put the adapted layers into the UNet; in the bare one, let the backward pass end where theirs ends."""
         self._put(1)
-        if self.descent is None and self.hook is None:
-            first = next(m for m in self.objective.denoiser.modules() if type(m).__name__ == "Transformer2DModel")
-            self.hook = first.register_forward_pre_hook(
-                lambda _, given: (given[0].detach().requires_grad_(), *given[1:])
+        if self.descent is None and not self.hooks:
+            denoiser = self.objective.denoiser
+            transformers = (
+                n for n, module in denoiser.named_modules() if type(module).__name__ == "Transformer2DModel"
             )
+            for name in FIRST.get(type(denoiser).__name__) or (next(transformers),):
+                self.hooks.append(denoiser.get_submodule(name).register_forward_pre_hook(from_here))
 
     def leave(self) -> None:
         """Put the frozen layers back."""
         self._put(0)
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def _put(self, which: int) -> None:
         for name, pair in self.swaps.items():

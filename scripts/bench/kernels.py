@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.bench.contender import Bench
-from scripts.bench.trace import SIDES, FusedAttention
+from scripts.bench.trace import DENOISERS, SIDES, fused_attention
 from tests.tiny import real_part
 
 ADAPTERS: dict[str, dict[str, Any] | None] = {
@@ -31,7 +31,7 @@ ADAPTERS: dict[str, dict[str, Any] | None] = {
     "krona": {"a1": 4, "a2": 64},
     "krona_operator": {"a1": 4, "a2": 64},
 }
-KINDS = ("sdxl", "sd15")
+KINDS = ("sdxl", "sd15", "z-image")
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "promote_types")
 
 
@@ -53,11 +53,8 @@ class Kernels(TorchDispatchMode):
 def as_on_a_card() -> Iterator[None]:
     """Attention as one fused kernel."""
     functional = torch.nn.functional
-    with mock.patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attention(q, k, v)):
+    with mock.patch.object(functional, "scaled_dot_product_attention", fused_attention):
         yield
-
-
-attention: Callable[..., Any] = FusedAttention.apply
 
 
 def kernels(kind: str, name: str) -> Counter[str]:
@@ -66,7 +63,7 @@ def kernels(kind: str, name: str) -> Counter[str]:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            unet = real_part(kind, "unet").requires_grad_(False)
+            unet = real_part(kind, DENOISERS.get(kind, "unet")).requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
     with as_on_a_card():

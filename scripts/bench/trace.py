@@ -26,7 +26,10 @@ from scripts.bench.contender import Bench
 from tests.tiny import real_part
 
 GIB = 2**30
-SIDES = {"sdxl": 1024, "sd21": 768, "sd15": 512}
+SIDES = {"sdxl": 1024, "sd21": 768, "sd15": 512, "z-image": 1024}
+"""Model -> the side in pixels that it is trained at."""
+DENOISERS = {"z-image": "transformer"}
+"""Model -> folder of its denoiser; unet without a row."""
 
 
 class FusedAttention(torch.autograd.Function):
@@ -41,6 +44,11 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+    """Stand in for torch's scaled_dot_product_attention."""
+    return FusedAttention.apply(query, key, value)  # type: ignore[return-value]
 
 
 class Peak(TorchDispatchMode):
@@ -88,9 +96,10 @@ def storages(module: Any) -> set[int]:
 def step_peak(kind: str, side: int, batch: int, checkpointing: bool) -> tuple[float, float]:
     """GiB of the base in 16 bits, and of all else at the peak of two training steps with KronA (4, 64)."""
     with FakeTensorMode():
-        unet = hollow(kind, "unet", torch.bfloat16)
+        unet = hollow(kind, DENOISERS.get(kind, "unet"), torch.bfloat16)
     bench = Bench(unet, side, batch)
     objective = bench.objective(None)  # its captions and schedule have content
+    time = objective.process.quantile(0.5)
     with next(unet.parameters()).fake_mode:
         if checkpointing:
             unet.enable_gradient_checkpointing()
@@ -100,7 +109,8 @@ def step_peak(kind: str, side: int, batch: int, checkpointing: bool) -> tuple[fl
             for _ in range(2):
                 told = objective.data.instances[0].extras
                 extras = {name: torch.empty(batch, *value.shape[2:]) for name, value in told.items()}
-                noise, count = torch.empty(batch, 4, side // 8, side // 8), torch.zeros(batch, dtype=torch.long)
+                noise = torch.empty(batch, unet.config.in_channels, side // 8, side // 8)
+                count = torch.zeros(batch, dtype=time.dtype)
                 sample = Batch(noise, noise.clone(), count, [0] * batch, extras, torch.ones(batch))
                 contender.passes(contender.objective.conditioned(sample))
                 contender.finish()
@@ -126,7 +136,7 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="decode one picture in fp32 instead")
     given = parser.parse_args()
     side = given.side or SIDES[given.kind]
-    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v)
+    torch.nn.functional.scaled_dot_product_attention = fused_attention
     Fp32Module._apply = lambda self, fn, recurse=True: self  # a tensor without content cannot be moved; it is there
     if given.decode:
         base, more = decode_peak(given.kind, side, torch.float32)

@@ -33,7 +33,10 @@ SINCE: dict[str, Any] = {
     "subject.image_column": None,
     "subject.caption_column": None,
     "subject.split": None,
+    "adapter.norm_cap": None,
+    "train.average": None,
     "adapter.streams": None,
+    "data.text_precision": "auto",
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
 }

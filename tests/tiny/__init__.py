@@ -107,11 +107,12 @@ def real_part(kind: str, part: str, **changes: Any) -> Any:
     import diffusers
     import transformers
 
-    library, name = packaged(kind)["model_index"][part]
+    place = LocalModel(ASSETS / "configs" / kind)
+    library, name = place.config("model_index")[part]
     cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     if part.startswith("tokenizer"):
         return load_tokenizer(ASSETS / "configs" / kind / part, cls)
-    config = packaged(kind)[part] | changes
+    config = place.config(part) | changes
     if part.startswith("text_encoder"):
         return cls(transformers.CLIPTextConfig(**config)).eval()
     made: Any = cls.from_config(config)

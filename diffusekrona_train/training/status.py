@@ -1,6 +1,7 @@
-"""What a run folder says: state, numbers, samples, warnings. Only files are read; torch is never imported.
+"""What a run folder says while its run works and afterwards: state, numbers, samples, warnings, adapters.
 
-A run that the command line started is read like one of the studio: from config.yaml, events.jsonl, metrics.jsonl.
+Only files are read and torch is never imported, so that a page or a service may ask every second. A run is known by its
+folder alone, whoever started it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,16 +22,16 @@ import psutil
 
 from diffusekrona_train.common.run_folder import STOP_FILE, adapter_file, read_metrics, step_of
 from diffusekrona_train.config import RunConfig, load_config
-from diffusekrona_train.training.curves import series
+from diffusekrona_train.report.charts import Line, line_chart
+from diffusekrona_train.training.curves import series, smoothed
 
 T = TypeVar("T")
 Event = dict[str, Any]
-HOME = ".studio"
-"""Folder beside the runs: the queue, the subject that is being prepared, settings."""
 ASKED, USED = "run.yaml", "config.yaml"
-"""The config as it was asked for, and the complete one that `train` wrote."""
-PID, LOG, STOP_LATER = ".studio-pid", "train.log", ".studio-stop"
-MEASURE_PID, MEASURE_LOG = ".studio-measure", "measure.log"
+"""The config as somebody asked for it before the run began, and the complete one that the run wrote."""
+BEST = Path("evaluation", "best.json")
+PID, LOG = "train.pid", "train.log"
+"""Where who starts a run in another process may note its number, and what it prints."""
 STATES = {
     "new": "Not started",
     "queued": "Waiting in the queue",
@@ -45,6 +47,7 @@ STATES = {
 ACTIVE = ("starting", "running", "stopping", "measuring")
 RISING = 1.02
 """Held-out loss over its minimum, twice in a row, from which the run seems to overfit."""
+_CHARTING = threading.Lock()
 _READ: dict[tuple[str, Path], tuple[tuple[int, int], Any]] = {}
 
 
@@ -74,7 +77,7 @@ class Status:
         return self.state in ACTIVE
 
 
-# ---- which folders -------------------------------------------------------------------------------------------------
+# ---- which folders --------------------------------------------------------------------------------------------------
 
 
 def all_runs(root: Path) -> list[Path]:
@@ -99,13 +102,6 @@ def find_run(root: Path, name: str) -> Path:
     raise LookupError(f"no run is called {name!r}")
 
 
-def inside(path: Path, folder: Path) -> Path:
-    """Return `path`; LookupError where it is not a file in `folder`, also by way of a link."""
-    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        raise LookupError(f"{path.name}: no such file in this run")
-    return path
-
-
 # ---- files, read again only where they changed -----------------------------------------------------------------------
 
 
@@ -128,9 +124,14 @@ def cached(kind: str, path: Path, read: Callable[[Path], T]) -> T:
     return _READ[key][1]
 
 
+def config_file(folder: Path) -> Path:
+    """Return the config that a run uses, or the one that it was asked for with."""
+    return folder / (USED if (folder / USED).is_file() else ASKED)
+
+
 def config_of(folder: Path) -> RunConfig:
     """Return the config of a run; ValueError where it cannot be read."""
-    return cached("config", folder / (USED if (folder / USED).is_file() else ASKED), load_config)
+    return cached("config", config_file(folder), load_config)
 
 
 def events_of(folder: Path) -> list[Event]:
@@ -145,7 +146,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 def best_of(folder: Path) -> dict[str, Any] | None:
     """Return evaluation/best.json, None where the checkpoints were not measured."""
-    found = cached("best", folder / "evaluation" / "best.json", lambda path: [*json_lines(path, whole=True)])
+    found = cached("best", folder / BEST, lambda path: [*json_lines(path, whole=True)])
     return found[0] if found and "checkpoints" in found[0] else None
 
 
@@ -169,11 +170,11 @@ def json_lines(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
 
 def process_of(folder: Path) -> psutil.Process | None:
     """Return the live process that trains in `folder`, by its lock or by what the studio noted when it started it."""
-    return next(filter(None, (_alive(folder / name) for name in (".lock", PID))), None)
+    return next(filter(None, (live_process(folder / name) for name in (".lock", PID))), None)
 
 
-def _alive(path: Path) -> psutil.Process | None:
-    """The process whose number a file holds, unless that number has gone to a younger one."""
+def live_process(path: Path) -> psutil.Process | None:
+    """Return the process whose number a file holds; None where it ended, or a younger one has its number."""
     try:
         process = psutil.Process(int(path.read_text()))
         since = path.stat().st_mtime
@@ -182,12 +183,12 @@ def _alive(path: Path) -> psutil.Process | None:
         return None
 
 
-def status_of(folder: Path, queued: bool = False) -> Status:
+def status_of(folder: Path) -> Status:
     """Return the state and the numbers of a run."""
     events, process = events_of(folder), process_of(folder)
     phases = [event for event in events if event.get("event") == "phase"]
     last = phases[-1] if phases else {}
-    status = Status(folder.name, _state(folder, last, process, queued), warnings=warnings_of(folder))
+    status = Status(folder.name, _state(folder, last, process), warnings=warnings_of(folder))
     try:
         status.steps = config_of(folder).train.steps
     except ValueError as error:
@@ -204,19 +205,22 @@ def status_of(folder: Path, queued: bool = False) -> Status:
             pace = (done["time"] - began["time"]) / (status.step - began.get("start", 0))
             status.seconds_left = max(0.0, pace * (status.steps - status.step) - (time.time() - done["time"]))
     if status.state == "failed":
-        status.error = last.get("error") if last.get("name") == "failed" else _last_error(folder) or status.error
+        status.error = (
+            str(last.get("error")) if last.get("name") == "failed" else last_error(folder / LOG) or status.error
+        )
     return status
 
 
-def _state(folder: Path, phase: Event, process: psutil.Process | None, queued: bool) -> str:
+def _state(folder: Path, phase: Event, process: psutil.Process | None) -> str:
     name = phase.get("name")
     if process is not None:
         if phase.get("time", 0) < process.create_time():  # what an earlier process reported
             name = None
-        waits = (folder / STOP_FILE).exists() or (folder / STOP_LATER).exists()
-        return "stopping" if waits else {"train": "running", "evaluate": "measuring"}.get(str(name), "starting")
-    if queued:
-        return "queued"
+        return (
+            "stopping"
+            if (folder / STOP_FILE).exists()
+            else {"train": "running", "evaluate": "measuring"}.get(str(name), "starting")
+        )
     if _refused(folder):
         return "failed"
     return {"finished": "finished", "stopped": "stopped", "failed": "failed", "None": "new"}.get(
@@ -227,11 +231,12 @@ def _state(folder: Path, phase: Event, process: psutil.Process | None, queued: b
 def _refused(folder: Path) -> bool:
     """Whether the last start ended with an error before it reported anything: the log is younger than the events."""
     log, events = signature(folder / LOG)[0], signature(folder / "events.jsonl")[0]
-    return log > events and bool(_last_error(folder))
+    return log > events and bool(last_error(folder / LOG))
 
 
-def _last_error(folder: Path, log: str = LOG) -> str:
-    lines = cached("log", folder / log, _tail)
+def last_error(log: Path) -> str:
+    """Return the error that a command printed last, '' where it ended well."""
+    lines = cached("log", log, _tail)
     last = lines[-1] if lines else ""
     return last.split(": ", 1)[1] if last.startswith(("error: ", "fault: ")) else ""
 
@@ -315,8 +320,30 @@ def scores_of(folder: Path) -> list[tuple[str, list[int], list[float]]]:
     return found
 
 
-def measuring(folder: Path) -> str:
-    """Return 'running' while the checkpoints are measured, the reason where that failed, '' otherwise."""
-    if _alive(folder / MEASURE_PID) is not None:
-        return "running"
-    return _last_error(folder, MEASURE_LOG)
+def charts_of(folder: Path) -> list[tuple[str, str]]:
+    """Return (what it shows, SVG) of a run's curves, and of what was measured on its checkpoints."""
+    with _CHARTING:
+        loss = cached("loss chart", folder / "metrics.jsonl", lambda _: _loss_charts(folder))
+        return [*loss, *cached("score charts", folder / BEST, lambda _: _score_charts(folder))]
+
+
+def _loss_charts(folder: Path) -> list[tuple[str, str]]:
+    metrics, charts = metrics_of(folder), []
+    x, loss = series(metrics, "loss")
+    if x:
+        lines = [Line("", x, loss, faint=True), Line("training", x, smoothed(loss), points=len(x) == 1)]
+        charts.append((f"Training loss, {smoothed(loss)[-1]:.4f} at step {x[-1]}", line_chart("Training loss", lines)))
+    x, held = series(metrics, "validation_loss")
+    if x:
+        low = x[held.index(min(held))]
+        chart = line_chart("Held-out loss", [Line("held-out", x, held, points=True)], mark_x=low)
+        charts.append((f"Held-out loss, lowest at step {low}", chart))
+    return charts
+
+
+def _score_charts(folder: Path) -> list[tuple[str, str]]:
+    best = (best_of(folder) or {}).get("chosen_step")
+    return [
+        (f"{title} by step; the best is {best}", line_chart(title, [Line(title, x, y, points=True)], mark_x=best))
+        for title, x, y in scores_of(folder)
+    ]

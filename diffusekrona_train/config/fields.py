@@ -1,4 +1,4 @@
-"""Config fields as a form: made from the schema, so that a new field is on the page with its docstring."""
+"""Config fields as a form shows them: made from the schema, so that a new field is there with its docstring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusekrona_train.config import RunConfig, parse_yaml, schema
+from diffusekrona_train.config.run import RunConfig
+from diffusekrona_train.config.strict_yaml import parse_yaml
 
 PREFIX = "set:"
 """Begins the name of a form field: set:train.steps."""
@@ -48,7 +49,7 @@ class Group:
 
 def groups_of(config: RunConfig) -> list[Group]:
     """Return the sections and fields of the schema, each with the value that `config` would give it."""
-    whole = schema()
+    whole = RunConfig.model_json_schema(by_alias=True)
     values = config.model_dump(mode="json", by_alias=True)
     top, groups = [], []
     for name, value in whole["properties"].items():
