@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusekrona_train.cli import PLAIN, enter, guarded
+
+if TYPE_CHECKING:
+    from diffusekrona_train.adapters.formats.adapterfile import AdapterFile
+    from diffusekrona_train.config import AdapterConfig
 
 app = typer.Typer(
     **PLAIN,
@@ -207,7 +211,7 @@ def _layers(model: str) -> tuple[list, int]:
     return source.layers(), source.base_parameters()
 
 
-def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
+def _rows(spec: AdapterConfig, layers: list, options: dict) -> list[dict[str, Any]]:
     """Return one row for each projection, pair of widths and choice of factors, in the order of the model."""
     from diffusekrona_train.adapters import ADAPTERS, macs
 
@@ -276,7 +280,7 @@ def _count(layers: list, a1: int, a2: int) -> int | None:
     return sum(a1 * a2 + layer.in_features * layer.out_features // (a1 * a2) for layer in layers)
 
 
-def _base_norms(adapter: Any, model: str | None) -> tuple[dict[str, float] | None, str]:
+def _base_norms(adapter: AdapterFile, model: str | None) -> tuple[dict[str, float] | None, str]:
     """Return ‖W‖ of each adapted layer from the base model, and a remark; None where the base is not on this
     machine."""
     import os

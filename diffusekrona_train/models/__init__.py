@@ -36,7 +36,7 @@ def open_model(
     vae: str | None = None,
     model_config_dir: str | None = None,
     prediction_type: str | None = None,
-    text_precision: str | None = None,
+    text_precision: str = "auto",
 ) -> ModelSource:
     """Find a model by alias, hub name, diffusers folder or single .safetensors file.
 

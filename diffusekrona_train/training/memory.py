@@ -17,7 +17,7 @@ RESERVE = 1.0
 """GiB for the context and fragmentation."""
 
 DECODING = 3.5
-"""Return the GiB that decoding one image of a megapixel takes in fp32, VAE included (counted by scripts/bench/trace.py: 3.3)."""
+"""GiB that decoding one image of a megapixel takes in fp32, VAE included (counted by scripts/bench/trace.py: 3.3)."""
 MOST_AT_ONCE = 8
 """Images that validation generates in one batch at most: between two batches it looks whether it should stop."""
 
@@ -155,7 +155,7 @@ def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: 
 
 
 def trained_bytes(config: RunConfig) -> int:
-    """Return the bytes of a trained number: its fp32 master and gradient, two moments, and its running average if there is one."""
+    """Return the bytes of a trained number: fp32 master, gradient, two moments, and a running average if any."""
     return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8) + (0 if config.train.average is None else 4)
 
 

@@ -18,6 +18,7 @@ from diffusekrona_train.common.files import atomic
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.common.run_folder import step_name
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.models.contracts import Loaded
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.sampling.strengths import scheduled
@@ -72,7 +73,7 @@ class Gallery:
             pipe.vae.to("cpu")
             free()
 
-    def _rendered(self, pipe: Any, numbers: list[int], at_once: int, on_image: Callable) -> int:
+    def _rendered(self, pipe: Loaded, numbers: list[int], at_once: int, on_image: Callable) -> int:
         """Render jobs in batches; return how many images to take at once for those that are left: 1 where memory ended
         with more."""
         try:
