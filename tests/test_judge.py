@@ -346,6 +346,7 @@ MORE = (
     ("rate-unit-modules", 5 * 36),
     ("average", 5 * 60),
     ("norm-cap", 4 * 60),
+    ("one-photo", 5 * 60),
 )
 
 

@@ -52,6 +52,13 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Defaults that differ from the paper's SDXL ones; values in the YAML win over them."""
 
+UNQUANTISED = {
+    "full": "trains the base's own weights, which cannot be quantised",
+    "dora": "needs the base's own weights, which cannot be quantised",
+    "oft": "needs the base's own weights, which cannot be quantised",
+}
+"""Adapter type -> why the base must not be quantised."""
+
 
 class RunConfig(Strict):
     PATHS = ("model", "vae", "model_config_dir", "output")
@@ -92,10 +99,16 @@ class RunConfig(Strict):
             raise ValueError(f"output: {self.output!r} should end in the name of the run, as runs/dog does")
         if len(self.name.encode()) > LONGEST_NAME:
             raise ValueError(f"output: its last part has {len(self.name.encode())} bytes; at most {LONGEST_NAME} fit")
-        if self.adapter.type == "full" and (self.train.quantize != "none" or self.train.memory in ("nf4", "offload")):
-            raise ValueError("adapter.type: full trains the base's own weights, which cannot be quantised")
+        if self.adapter.type in UNQUANTISED and (
+            self.train.quantize != "none" or self.train.memory in ("nf4", "offload")
+        ):
+            raise ValueError(f"adapter.type: {self.adapter.type} {UNQUANTISED[self.adapter.type]}")
+        if self.train.rate_unit == "dw" and self.adapter.type in ("dora", "oft"):
+            raise ValueError(f"train.rate_unit: dw has no rates for adapter.type: {self.adapter.type}; use factor")
         if self.train.rate_unit == "dw" and self.adapter.scale == 0:
             raise ValueError("train.rate_unit: dw divides by adapter.scale, which is 0; give another scale")
+        if self.train.loss == "dco" and self.prior.kind == "images":
+            raise ValueError("train.loss: dco keeps to the base without class images; set prior.kind: none or teacher")
         if self.adapter.norm_cap is not None and self.adapter.scale == 0:
             raise ValueError("adapter.norm_cap bounds nothing, since adapter.scale is 0; give another scale")
         if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:

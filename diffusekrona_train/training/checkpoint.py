@@ -46,7 +46,14 @@ MAY_CHANGE = (
 )
 """Fields that a resumed run may set anew: how long, what is watched, where things go. All others make another run."""
 
-YOUNGER = {"train.rate_unit": "factor", "train.rate_ratio": 1.0}
+YOUNGER = {
+    "adapter.rank_scale": "rank",
+    "adapter.rho": 2,
+    "adapter.block_size": 16,
+    "train.rate_unit": "factor",
+    "train.rate_ratio": 1.0,
+    "train.dco_beta": 1000.0,
+}
 """Fields that states of older versions lack -> the value with which a run trains as it did before they were there."""
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusekrona_train.adapters import count_parameters
 from diffusekrona_train.common.device import abilities, free_bytes
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.run import UNQUANTISED
 from diffusekrona_train.models.contracts import Layer, MemoryFigures
 from diffusekrona_train.models.layers import select_layers
 
@@ -42,8 +43,8 @@ def levels(config: RunConfig) -> list[Level]:
     """Return the levels that a config allows, the fastest first."""
     kept = config.train.quantize
     ladder = [Level("plain", kept, False), Level("checkpointing", kept, True)]
-    if config.adapter.type == "full":
-        return ladder  # a trained base can neither be quantised nor leave the device
+    if config.adapter.type in UNQUANTISED:
+        return ladder  # its base's own numbers are trained or needed: neither quantised nor away from the device
     if kept == "none" or kept == config.train.memory == "nf4":
         ladder += [Level("nf4", "nf4", True)]
     if kept != "int8":

@@ -193,10 +193,10 @@ def _learnt(adapter: Path | None) -> Section | None:
     if adapter is None:
         return None
     from diffusekrona_train.adapters import spectra
-    from diffusekrona_train.adapters.formats import read_adapter
+    from diffusekrona_train.adapters.formats import OVER_BASE, read_adapter
 
     file = read_adapter(adapter)
-    if not file.layers:
+    if not file.layers or (file.spec is not None and file.spec.type in OVER_BASE):
         return None
     norms = {layer.name: spectra.norm(file.groups[layer.name]) for layer in file.layers}
     blocks: dict[str, dict[str, float]] = {}
@@ -269,4 +269,5 @@ def _export(file: Path, shown: Path, model: str) -> list[tuple[str, str]]:
         return []
     from diffusekrona_train.adapters.formats import export_command, read_adapter
 
-    return [("For tools that read only LoRA", export_command(read_adapter(file), shown, model))]
+    command = export_command(read_adapter(file), shown, model)
+    return [("For tools that read only LoRA", command)] if command else []

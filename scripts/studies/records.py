@@ -34,11 +34,15 @@ SINCE: dict[str, Any] = {
     "subject.caption_column": None,
     "subject.split": None,
     "adapter.norm_cap": None,
+    "adapter.rank_scale": "rank",
+    "adapter.rho": 2,
+    "adapter.block_size": 16,
     "train.average": None,
     "adapter.streams": None,
     "data.text_precision": "auto",
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
+    "train.dco_beta": 1000.0,
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 

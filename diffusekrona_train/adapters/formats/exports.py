@@ -17,10 +17,12 @@ from torch import Tensor
 from diffusekrona_train.adapters.formats import tensorfile
 from diffusekrona_train.adapters.formats.adapterfile import AdapterFile, write_adapter
 from diffusekrona_train.adapters.formats.merged import (
+    OVER_BASE,
     delta,
     kind_of_adapter,
     merge,
     no_rank,
+    refuse_over_base,
     to_checkpoint,
     to_merged,
 )
@@ -127,8 +129,10 @@ EXPORTERS: dict[str, Callable[..., list[str]]] = {
 def export_command(file: AdapterFile, path: Path, model: str) -> str:
     """Return the krona-convert command that makes `file`, called `path`, readable for diffusers and others: an exact
     LoRA where that is not larger than the dense difference, else a cut one; for the whole denoiser a merged pipeline
-    of `model`.
+    of `model`. Empty for a type that has no exports.
     """
+    if file.spec is not None and file.spec.type in OVER_BASE:
+        return ""
     name = "krona-convert", str(path), str(path.with_suffix(""))
     if any(layer.kind == "all" for layer in file.layers):
         return shlex.join([*name[:2], f"{name[2]}-merged", "--to", "merged", "--model", model])
@@ -148,6 +152,7 @@ def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[
 
     Raises ValueError where the exact pair would be larger than the dense difference and no rank is given.
     """
+    refuse_over_base(file)
     if rank is not None and rank < 1:
         raise ValueError(f"--rank {rank} is below 1")
     pairs, errors, norms = {}, {}, {}
