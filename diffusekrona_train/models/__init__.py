@@ -36,7 +36,7 @@ def open_model(
     vae: str | None = None,
     model_config_dir: str | None = None,
     prediction_type: str | None = None,
-    text_precision: str = "auto",
+    text_precision: str | None = None,
 ) -> ModelSource:
     """Find a model by alias, hub name, diffusers folder or single .safetensors file.
 
@@ -72,7 +72,12 @@ def open_model(
     family = family_of(config, model)
     check_denoiser(model, config)
     return ModelSource(
-        model=model, place=place, family=family, vae=vae, predicts=prediction_type, text_precision=text_precision
+        model=model,
+        place=place,
+        family=family,
+        vae=vae,
+        predicts=prediction_type,
+        text_precision=text_precision or "auto",
     )
 
 
