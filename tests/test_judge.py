@@ -340,7 +340,7 @@ def test_a_judged_study_from_yaml_to_verdict(tmp_path, monkeypatch, capsys):
 # ---- the studies that wait to be run ---------------------------------------------------------------------------------
 
 
-MORE = (("module-rates", 5 * 36), ("rate-unit", 8 * 60), ("rate-unit-modules", 5 * 36), ("average", 5 * 60), ("norm-cap", 4 * 60), ("one-photo", 5 * 60))
+MORE = (("module-rates", 5 * 36), ("rate-unit", 8 * 60), ("rate-unit-modules", 5 * 36), ("average", 5 * 60), ("norm-cap", 4 * 60), ("one-photo", 5 * 60), ("aligned", 3 * 60))
 
 
 def test_the_studies_beyond_the_paper_expand_and_share_runs(tmp_path):
@@ -349,13 +349,6 @@ def test_the_studies_beyond_the_paper_expand_and_share_runs(tmp_path):
         planner.expand(name, load_studies([name])[name], "toybox")
         assert len(planner.tasks) == runs, name
         assert name not in load_studies(["all"])
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "paper" / "planned").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_planned_study_waits_for_its_field_alone(path, tmp_path):
-    (study,) = load_studies([str(path)]).values()
-    with pytest.raises(ValueError, match="is not a known key|should be"):
-        Planner("toybox", load_base("toybox"), tmp_path, seeds=1).expand(path.stem, study, "toybox")
 
 
 def test_variants_have_the_parameters_of_lora():

@@ -106,9 +106,7 @@ class RunConfig(Strict):
         if self.train.rate_unit == "dw" and self.adapter.scale == 0:
             raise ValueError("train.rate_unit: dw divides by adapter.scale, which is 0; give another scale")
         if self.train.loss == "dco" and self.prior.kind == "images":
-            raise ValueError(
-                "train.loss: dco keeps to the base without class images; set prior.kind: none or teacher"
-            )
+            raise ValueError("train.loss: dco keeps to the base without class images; set prior.kind: none or teacher")
         if self.adapter.norm_cap is not None and self.adapter.scale == 0:
             raise ValueError("adapter.norm_cap bounds nothing, since adapter.scale is 0; give another scale")
         if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:

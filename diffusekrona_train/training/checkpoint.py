@@ -47,6 +47,7 @@ MAY_CHANGE = (
 """Fields that a resumed run may set anew: how long, what is watched, where things go. All others make another run."""
 
 YOUNGER = {
+    "adapter.align_draws": 16,
     "adapter.rank_scale": "rank",
     "adapter.rho": 2,
     "adapter.block_size": 16,
