@@ -99,7 +99,7 @@ def test_it_works_over_nf4(world):
     packed.load_state_dict(dense.state_dict())
     packed.to("cpu")
     from diffusekrona_train.adapters import build_adapter
-    from diffusekrona_train.adapters.wrappers import AdaptedLinear
+    from diffusekrona_train.adapters.grouped import AdaptedLinear
     from diffusekrona_train.config import AdapterConfig
     from diffusekrona_train.models.layers import Layer
 

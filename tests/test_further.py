@@ -8,7 +8,7 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 
 from diffusekrona_train.adapters import ADAPTERS, build_adapter, formats, plan, spectra
 from diffusekrona_train.adapters.formats.exports import EXPORTERS
-from diffusekrona_train.adapters.wrappers import AdaptedLinear
+from diffusekrona_train.adapters.grouped import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig, make_config
 from diffusekrona_train.models.layers import Layer
 
@@ -113,6 +113,24 @@ def test_over_a_base_the_adapter_begins_as_nothing_and_is_the_dense_difference(k
     torch.testing.assert_close(again.adapter.delta(), module.adapter.delta() * 2)
     y = module(x.to(torch.bfloat16).float())
     assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_fused_beside_another_adapter_it_still_means_its_own_base(kind):
+    inner = wrapped(type=kind)
+    config = AdapterConfig(type="lora", rank=2)
+    other = build_adapter(config, LAYER, plan(config, [LAYER])[LAYER.name], torch.Generator().manual_seed(7))
+    for parameter in other.parameters():
+        parameter.data.normal_(0, 0.2)
+    outer = AdaptedLinear(inner, other)
+    weight = inner.base.weight.clone()
+    wanted = weight + inner.adapter.delta() + other.delta()
+    inner.fuse()
+    outer.fuse()
+    torch.testing.assert_close(inner.base.weight, wanted)
+    outer.unfuse()
+    inner.unfuse()
+    assert torch.equal(inner.base.weight, weight)
 
 
 @pytest.mark.parametrize("rho", [1, 2, 4])

@@ -265,6 +265,24 @@ def test_a_capture_that_fails_is_one_line_and_the_step_goes_on_without(recorder,
     assert told == [said] and graphs.refused is not None
 
 
+def test_the_benchmark_replays_the_same_step():
+    run, other = contender(), contender()
+    replayed = run.captured(Tape())
+    for number in range(2):
+        other.step(number)
+    for number in range(2, 5):
+        replayed(number)
+        other.step(number)
+    masters = [one.descent.factors.master.detach() for one in (run, other)]
+    assert torch.equal(*masters)
+    bare = Bench(make_unet("sd15").requires_grad_(False), 64, 2).contender(None)
+    tape = Tape()
+    bare.captured(tape)(1)
+    assert tape.replayed == 1
+    with pytest.raises(RuntimeError, match="no CUDA graph: a replay gave other numbers"):
+        contender().captured(Wrong())
+
+
 def test_beyond_the_most_shapes_a_step_runs_as_it_is(monkeypatch):
     monkeypatch.setattr(graph, "MOST_SHAPES", 0)
     run = contender()

@@ -350,9 +350,7 @@ def test_dco_begins_with_the_gradient_of_the_squared_error_and_ends_with_none():
 
 
 def test_dco_with_class_images_is_one_line(world, tmp_path):
-    with pytest.raises(
-        ValueError, match="^train.loss: dco keeps to the base without class images; set"
-    ):
+    with pytest.raises(ValueError, match="^train.loss: dco keeps to the base without class images; set"):
         make_run(world, tmp_path / "x", train={"loss": "dco"}, prior={"kind": "images"})
 
 

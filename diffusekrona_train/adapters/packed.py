@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
+from diffusekrona_train.adapters.grouped import AdaptedLinear
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.adapters.kron import kron_macs
 from diffusekrona_train.adapters.krona import KronA
-from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
 
 Factors = dict[str, Tensor]

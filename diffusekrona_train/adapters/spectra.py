@@ -99,7 +99,10 @@ def _norm(matrix: Matrix) -> float:
 
 def lora_pair(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """Return the exact LoRA pair (up, down), the scale inside up, rank min(A.shape) * min(B.shape); None for a full
-    ΔW."""
+    ΔW.
+
+    Needs no SVD: each factor is split into itself and an identity, and (uA dA) ⊗ (uB dB) = (uA ⊗ uB)(dA ⊗ dB).
+    """
     if "diff" in tensors:
         return None
     scale, matrices = terms(tensors)
@@ -111,6 +114,7 @@ def lora_pair(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (up, down) with up @ down = matrix, the identity on the longer side."""
     identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
     return (matrix, identity) if matrix.shape[1] <= matrix.shape[0] else (identity, matrix)
 

@@ -45,7 +45,7 @@ class Drawing(Judging):
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated in one batch.")] = 1
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto"
-    quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8, where memory is short.")] = "none"
+    quantize: Annotated[str, typer.Option(help="Base model in none, nf4, int8 or fp8, where memory is short.")] = "none"
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large images in tiles.")] = False
 
 

@@ -83,10 +83,10 @@ def sample(
         str, typer.Option(help="prompt: noise from prompt and seed; seed: from the seed only, to compare prompts.")
     ] = "prompt",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8.")] = "none",
+    quantize: Annotated[str, typer.Option(help="Base model in none, nf4, int8 or fp8.")] = "none",
     no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Keep the adapter apart from the weights.")] = False,
     offload: Annotated[
-        str, typer.Option(help="none, model or sequential: move parts to the GPU when needed.")
+        str, typer.Option(help="none, blocks, model or sequential: what comes to the GPU only when needed.")
     ] = "none",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large images in tiles.")] = False,
     vae_slicing: Annotated[bool, typer.Option("--vae-slicing", help="Decode a batch one by one.")] = False,

@@ -38,6 +38,8 @@ class Abilities:
     """Fused AdamW leaves everything as it is where it is told that a gradient is not finite."""
     quantized: bool = True
     """bitsandbytes' NF4, int8 and 8-bit AdamW."""
+    float8: bool = True
+    """Weights held as float8_e4m3fn."""
     fp16: bool = True
     """Training in fp16, whose loss scale counts in fp64."""
     widest: torch.dtype = torch.float64
@@ -48,7 +50,7 @@ ABILITIES = {
     "cpu": Abilities(pinned=False, fp16=False),
     "cuda": Abilities(),
     "xpu": Abilities(),
-    "mps": Abilities(pinned=False, fused=False, quantized=False, fp16=False, widest=torch.float32),
+    "mps": Abilities(pinned=False, fused=False, quantized=False, float8=False, fp16=False, widest=torch.float32),
 }
 """Device type -> what works there; training and sampling use these types only."""
 

@@ -99,7 +99,9 @@ class RunConfig(Strict):
             raise ValueError(f"output: {self.output!r} should end in the name of the run, as runs/dog does")
         if len(self.name.encode()) > LONGEST_NAME:
             raise ValueError(f"output: its last part has {len(self.name.encode())} bytes; at most {LONGEST_NAME} fit")
-        if self.adapter.type in UNQUANTISED and (self.train.quantize != "none" or self.train.memory == "nf4"):
+        if self.adapter.type in UNQUANTISED and (
+            self.train.quantize != "none" or self.train.memory in ("nf4", "offload")
+        ):
             raise ValueError(f"adapter.type: {self.adapter.type} {UNQUANTISED[self.adapter.type]}")
         if self.train.rate_unit == "dw" and self.adapter.type in ("dora", "oft"):
             raise ValueError(f"train.rate_unit: dw has no rates for adapter.type: {self.adapter.type}; use factor")

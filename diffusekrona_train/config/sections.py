@@ -121,6 +121,11 @@ class AdapterConfig(Strict):
                 raise ValueError(f"params: {error}") from None
         return values
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every parameter of the denoiser trains, not only layers that can be adapted."""
+        return self.targets == "all"
+
     @model_validator(mode="after")
     def _no_conflicts(self) -> AdapterConfig:
         budget = [name for name in ("params", "match_lora_rank") if getattr(self, name) is not None]
@@ -170,6 +175,8 @@ class DataConfig(Strict):
     """Where latents and text embeddings are kept; none means a `cache` folder beside the run folder."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the VAE while latents are made (SDXL's own VAE overflows in fp16)."""
+    text_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Precision of the text encoders while prompts are encoded; auto: the model's own; int8 halves their memory."""
 
     @model_validator(mode="after")
     def _variants_differ(self) -> DataConfig:

@@ -47,10 +47,10 @@ class TrainConfig(Strict):
     """Seed of everything: factors, order of images, noise, timesteps."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: bf16 where the card is fast at it, else fp16, and no on a CPU."""
-    quantize: Literal["none", "nf4", "int8"] = "none"
-    """Keep the frozen denoiser in 4 or 8 bits (bitsandbytes)."""
-    memory: Literal["auto", "plain", "checkpointing", "nf4"] = "auto"
-    """auto picks plain, gradient checkpointing, or NF4 with checkpointing from the free GPU memory."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the frozen denoiser's blocks in 4 or 8 bits: nf4, int8 (bitsandbytes), fp8 (8-bit floats, scaled by row)."""
+    memory: Literal["auto", "plain", "checkpointing", "nf4", "offload"] = "auto"
+    """auto picks by the free GPU memory: plain, checkpointing, nf4 with it, or offload (nf4 or fp8 in host memory)."""
     compile: bool = False
     """torch.compile the transformer blocks; needs a C++ compiler, and minutes for the first step."""
     cuda_graph: Literal["auto"] | bool = "auto"
@@ -89,8 +89,10 @@ class TrainConfig(Strict):
     def _no_conflicts(self) -> TrainConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} is more than steps: {self.steps}")
-        if self.memory == "nf4" and self.quantize == "int8":
-            raise ValueError("memory: nf4 and quantize: int8 ask for two different bases; keep one")
+        if self.memory == "nf4" and self.quantize in ("int8", "fp8"):
+            raise ValueError(f"memory: nf4 and quantize: {self.quantize} ask for two different bases; keep one")
+        if self.memory == "offload" and self.quantize == "int8":
+            raise ValueError("memory: offload keeps the base in nf4 or fp8, not in quantize: int8; set one of them")
         return self
 
 

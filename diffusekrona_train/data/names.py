@@ -23,6 +23,15 @@ def loose(name: str) -> str:
     return plain(plain(name).casefold())
 
 
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # names that Windows keeps for itself
+
+
+def safe_name(name: str, fallback: str, limit: int = 60) -> str:
+    """Return letters, digits, `-` and `_` of a name, at most `limit`; `fallback` where nothing is left."""
+    words = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:limit].strip("-")
+    return f"{fallback}-{words}" if _DEVICES.fullmatch(words) else words or fallback
+
+
 def find_below(folder: Path, name: str) -> Path | None:
     """The entry of `folder` that the relative `name` means, None where there is none or several fit equally well.
 

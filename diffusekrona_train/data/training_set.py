@@ -89,8 +89,6 @@ class TrainingSet:
     captions: list[str]
     conditioning: list[Tensors]
     """What the family's encode_prompt gave, one row a caption; lengths may differ."""
-    vae_was_loaded: bool = False
-    text_encoders_were_loaded: bool = False
 
     def rows(self) -> list[list[list[Row]]]:
         """Of instances and class images, by bucket, what each row shows: by this a resumed run knows its pictures."""
@@ -149,16 +147,14 @@ def build_training_set(
     made = _made_with_tf32(config, device)
     images = _image_entries(config, source, [crop for group in crops for row in group for crop in row], made)
     texts = _text_entries(config, source, captions, made)
-    latents, vae_was_loaded = store.get(images, lambda: _image_maker(config, source, device))
-    embeddings, encoders_were_loaded = store.get(texts, lambda: _text_maker(source, device))
+    latents, _ = store.get(images, lambda: _image_maker(config, source, device))
+    embeddings, _ = store.get(texts, lambda: _text_maker(source, device))
 
     found = dict(zip([entry.what for entry in images], (tensors["latents"] for tensors in latents), strict=True))
     return TrainingSet(
         *(_buckets(group, found, captions, source.family) for group in crops),
         captions=captions,
         conditioning=embeddings,
-        vae_was_loaded=vae_was_loaded,
-        text_encoders_were_loaded=encoders_were_loaded,
     )
 
 
@@ -208,7 +204,8 @@ def _text_entries(
 ) -> list[Entry]:
     encoders = source.family.parts.text_encoders
     parts = _fingerprint(source, [*encoders, *source.family.parts.tokenizers])
-    precision = "+".join(dict.fromkeys(name_of(part.dtype) for part in encoders))
+    precision = "+".join(dict.fromkeys(name_of(source.text_dtype(part)) for part in encoders))
+    precision = "int8" if source.text_precision == "int8" else precision
     model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant} | made
     problem = "{!r}: the text encoders give embeddings that are not finite; are the model's files complete?"
     return [

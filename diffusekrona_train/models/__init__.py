@@ -36,6 +36,7 @@ def open_model(
     vae: str | None = None,
     model_config_dir: str | None = None,
     prediction_type: str | None = None,
+    text_precision: str | None = None,
 ) -> ModelSource:
     """Find a model by alias, hub name, diffusers folder or single .safetensors file.
 
@@ -70,7 +71,9 @@ def open_model(
     config = denoiser_config(place)
     family = family_of(config, model)
     check_denoiser(model, config)
-    return ModelSource(model=model, place=place, family=family, vae=vae, predicts=prediction_type)
+    return ModelSource(
+        model=model, place=place, family=family, vae=vae, predicts=prediction_type, text_precision=text_precision
+    )
 
 
 def denoiser_config(place: Place) -> Config:
@@ -93,6 +96,7 @@ def configured_model(config: RunConfig) -> ModelSource:
         vae=config.vae,
         model_config_dir=config.model_config_dir,
         prediction_type=config.prediction_type,
+        text_precision=config.data.text_precision,
     )
 
 

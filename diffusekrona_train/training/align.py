@@ -15,7 +15,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters import KronA
-from diffusekrona_train.adapters.inject import AdaptedLinear, Injection
+from diffusekrona_train.adapters.grouped import AdaptedLinear
+from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.training.loss import ON_DEVICE_LIMIT, Objective
 
 STREAM = "aligned"

@@ -53,6 +53,8 @@ def why_not(config: RunConfig, level: Level, device_type: str, processes: int, r
         return f"it needs an NVIDIA or AMD GPU, not {device_name(device_type)}"
     if processes > 1:
         return "it is for one process"
+    if level.offload:
+        return "blocks of the base come from host memory"
     if train.cuda_graph is True:
         return None
     if level.quantize != "none":

@@ -34,6 +34,7 @@ from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
+from diffusekrona_train.sampling.session import encode_texts
 from diffusekrona_train.training import checkpoint, graph, memory
 from diffusekrona_train.training.align import align_new
 from diffusekrona_train.training.journal import Journal, Stop
@@ -93,13 +94,13 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
     source = configured_model(config)
     check_start(config, source)
-    draw, forget = class_image_maker(config, source, dtype, device)
+    level, why, room = choose_level(config, source, accelerator, dtype)
+    draw, forget = class_image_maker(config, source, level, dtype, device)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    level, why, room = choose_level(config, source, accelerator, dtype)
-    with in_turn(accelerator, level.quantize != "none"):
+    with in_turn(accelerator, level.quantize != "none" or level.offload):
         denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
     descent = make_descent(config, injection, accelerator)
@@ -164,6 +165,8 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
     kind = training_device_type()
     refuse_unsupported(config, kind)
     name, dtype = precision(config.train.mixed_precision, kind)
+    if name == "fp16" and config.train.mixed_precision == "auto" and not configured_model(config).family.fp16:
+        name, dtype = precision("bf16", kind)
     accelerator = Accelerator(
         # The base itself has this type and inputs are cast to it: accelerate only brings fp16's loss scaler.
         mixed_precision="fp16" if name == "fp16" else "no",
@@ -196,8 +199,10 @@ def refuse_unsupported(config: RunConfig, kind: str) -> None:
     train = config.train
     asked = {"quantize": train.quantize, "memory": train.memory, "optimizer": train.optimizer}
     for name, value in asked.items():
-        if value in ("nf4", "int8", "adamw8bit") and not ABILITIES[kind].quantized:
+        if value in ("nf4", "int8", "adamw8bit", "offload") and not ABILITIES[kind].quantized:
             raise ValueError(f"train.{name}: {value} does not work on {device_name(kind)}; leave it out")
+    if train.quantize == "fp8" and not ABILITIES[kind].float8:
+        raise ValueError(f"train.quantize: fp8 does not work on {device_name(kind)}; leave it out")
 
 
 def choose_level(
@@ -222,7 +227,7 @@ def load_denoiser(
 ) -> Denoiser:
     """The frozen denoiser on the device, at a memory level."""
     train = config.train
-    denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
+    denoiser = source.load_denoiser(dtype, device, level.quantize, level.offload)
     if level.checkpointing:
         enable_checkpointing(denoiser)
     if train.channels_last:
@@ -285,6 +290,8 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     """ValueError for a tracker that is not installed, a base that cannot be trained (`ModelSource.check`), or an
     `init_from` that does not fit. Loads no weights."""
     refuse_missing_trackers(config)
+    if config.train.mixed_precision == "fp16" and not source.family.fp16:
+        raise ValueError(f"train.mixed_precision: fp16: {source.model!r} overflows in it; use bf16 or leave it out")
     source.check()
     if config.train.init_from is None:
         return
@@ -337,18 +344,23 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
 
 
 def class_image_maker(
-    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+    config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
 ) -> tuple[Renderer, Callable[[], None]]:
-    """(render, forget): `render(prompt, seed)` draws a picture with the base model, loaded at the first call."""
+    """(render, forget): `render(prompt, seed)` generates an image with the base model, loaded at the first call.
+
+    Text encoders leave before the denoiser comes, which is held as it will be in training.
+    """
     held: dict[str, Any] = {}
+    settings = settings_of(config)
 
     def draw(prompt: str, seed: int) -> Image.Image:
         if not held:
-            parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
-            parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
-            parts["denoiser"] = source.load_denoiser(dtype, device)
+            held["texts"] = encode_texts(source, [prompt, settings.negative], device)
+            parts = source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
+            parts["denoiser"] = source.load_denoiser(dtype, device, level.quantize, level.offload)
             held["pipe"] = source.family.pipeline(parts)
-        return render(held["pipe"], source.family, [(prompt, seed)], settings_of(config))[0]
+        conditioning_of = held["texts"].__getitem__
+        return render(held["pipe"], source.family, [(prompt, seed)], settings, conditioning_of=conditioning_of)[0]
 
     def forget() -> None:
         held.clear()

@@ -51,7 +51,7 @@ def go_down(run: Run) -> None:
     if lower is None:
         raise RuntimeError(memory.out_of_memory(run.level))
     run.journal.say(f"out of memory with memory: {run.level.name}; continuing with {lower.name}")
-    if lower.quantize == run.level.quantize:
+    if (lower.quantize, lower.offload) == (run.level.quantize, run.level.offload):
         setup.enable_checkpointing(run.objective.denoiser)
     else:
         injection, device = run.objective.injection, run.accelerator.device

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters import KronA, build_adapter, plan
-from diffusekrona_train.adapters.grouped import flatten
+from diffusekrona_train.adapters.grouped import AdaptedLinear, flatten
 from diffusekrona_train.adapters.kron import kron_delta
-from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
 from scripts.bench.setting import Setting, Values, free, reason

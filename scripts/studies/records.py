@@ -40,6 +40,7 @@ SINCE: dict[str, Any] = {
     "adapter.block_size": 16,
     "train.average": None,
     "adapter.streams": None,
+    "data.text_precision": "auto",
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
     "train.dco_beta": 1000.0,

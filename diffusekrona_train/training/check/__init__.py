@@ -44,7 +44,7 @@ from diffusekrona_train.training.check.needs import (
 )
 from diffusekrona_train.training.check.starter import write_init
 
-__all__ = ["check_config", "draw_sheet", "write_init"]
+__all__ = ["check_briefly", "check_config", "draw_sheet", "write_init"]
 
 MOST_DRAWN = 40
 """Photos on the contact sheet."""
@@ -79,6 +79,25 @@ def check_config(config: RunConfig) -> list[tuple[str, list[str]]]:
         ("disk", disk_lines(config, source, collection, trainable)),
         ("device", device_lines()),
     ]
+
+
+def check_briefly(config: RunConfig) -> dict[str, list[str]]:
+    """Return what a page shows of the check: `advice` on the photos, the `identifier`, and the `plan`."""
+    from diffusekrona_train.models import configured_model
+
+    photos, train = collect(config), config.train
+    advice = list(advise(plan_crops(photos.pictures, config.data, train.seed)))
+    if len(photos.pictures) == 2:
+        advice.append("few: three to ten photos from several sides show more than two")
+    advice += [f"{name}: {why}" for name, why in (*photos.skipped, *photos.remarks)]
+    source = configured_model(config)
+    views = train.steps * train.batch_size * train.gradient_accumulation / len(photos.pictures)
+    plan = [f"{train.steps} steps, in which each photo is seen {views:.0f} times", *memory_lines(config, source)[:1]]
+    return {
+        "advice": advice,
+        "identifier": identifier_lines(config, source, photos),
+        "plan": [*plan, *device_lines()],
+    }
 
 
 def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
@@ -256,7 +275,7 @@ def adapter_lines(config: RunConfig, source: ModelSource) -> tuple[int, list[str
 
     spec = config.adapter
     base = base_parameters(source)
-    if spec.targets == "all":
+    if spec.is_whole:
         return base, [f"full: all {base:,} parameters of the denoiser"]
     layers = select_layers(layers_of(source), spec)
     options = plan(spec, layers)

@@ -78,7 +78,7 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
 
     from diffusekrona_train.common.device import free_bytes, training_device_type
     from diffusekrona_train.training.graph import why_not
-    from diffusekrona_train.training.memory import GIB, choose, levels, need, room, trained_parameters
+    from diffusekrona_train.training.memory import BYTES, GIB, choose, levels, need, room, trained_parameters
 
     device = torch.device(training_device_type())
     gpu = device.type != "cpu"
@@ -105,13 +105,34 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
             )
     else:
         lines.append("no GPU in reach of torch: training would run on the CPU")
+    if any(level.offload for level in levels(config)):
+        kept = base * figures.quantized_share * BYTES.get(levels(config)[-1].quantize, 2) / GIB
+        lines.append(f"offload keeps {kept:.1f} GiB of the base in the computer's own memory")
+    lines += encoder_lines(source)
     if config.train.batch_size > 1:
         lines.append(
-            "less: train.batch_size: 1 with train.gradient_accumulation, train.memory: nf4, a lower data.resolution"
+            "less: train.batch_size: 1 with train.gradient_accumulation, train.memory: nf4 or offload, "
+            "a lower data.resolution"
         )
     else:
-        lines.append("less: train.memory: nf4, or a lower data.resolution")
+        lines.append("less: train.memory: nf4 or offload, or a lower data.resolution")
     return lines
+
+
+def encoder_lines(source: ModelSource) -> list[str]:
+    """Return what the text encoders take while prompts are encoded, before the denoiser is loaded; nothing for small
+    ones."""
+    import torch
+
+    from diffusekrona_train.training.memory import GIB
+
+    parts = [part for part in source.family.parts.text_encoders if part.dtype != torch.float32]
+    if not parts or source.alias in EMBEDDED:
+        return []
+    counts = [source.parameters_of(part) for part in parts]
+    width = 1 if source.text_precision == "int8" else source.text_dtype(parts[0]).itemsize
+    line = f"text encoders: {sum(counts) * width / GIB:.1f} GiB while prompts are encoded, once, before training"
+    return [line + ("" if width == 1 else f" ({sum(counts) / GIB:.1f} with data.text_precision: int8)")]
 
 
 def disk_lines(config: RunConfig, source: ModelSource, collection: Collection, trainable: int) -> list[str]:
