@@ -49,6 +49,7 @@ MAY_CHANGE = (
 
 YOUNGER = {
     "data.text_precision": "auto",
+    "adapter.align_draws": 16,
     "adapter.rank_scale": "rank",
     "adapter.rho": 2,
     "adapter.block_size": 16,
