@@ -149,7 +149,8 @@ def open_folder(start: Start, state: checkpoint.State | None, first: int, config
 def take_up(state: checkpoint.State | None, objective: Objective, descent: Descent, accelerator: Accelerator) -> None:
     """Put a resume state back, or without one begin along the gradient where the config asks for that."""
     if state is None:
-        return align_new(objective)
+        align_new(objective)
+        return
     checkpoint.restore(state, objective.injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if descent.average is not None:
