@@ -74,7 +74,7 @@ def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfi
     # a section whose lines are all commented out reads as null
     tree = {key: value for key, value in tree.items() if value is not None or key not in _sections()}
     try:
-        config = RunConfig.model_validate(_merge(model_defaults(tree.get("model", "sdxl")), tree))
+        config = RunConfig.model_validate(_merge(defaults_of(tree), tree))
     except ValidationError as error:
         raise ValueError(one_line(error)) from None
     check_factors(config)
@@ -89,6 +89,15 @@ def dump_config(config: RunConfig) -> str:
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a config, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema(by_alias=True)}
+
+
+def defaults_of(tree: dict[str, Any]) -> dict[str, Any]:
+    """Defaults that the models of a tree bring: how images are generated comes from the one that generates them."""
+    defaults, sample = model_defaults(tree.get("model", "sdxl")), tree.get("sample")
+    if isinstance(sample, dict) and sample.get("model"):
+        own = model_defaults(sample["model"]).get("validation", {})
+        return {**{name: values for name, values in defaults.items() if name != "validation"}, "validation": own}
+    return defaults
 
 
 def model_defaults(model: object) -> dict[str, Any]:

@@ -32,6 +32,7 @@ OLDER = "1"
 MAY_CHANGE = (
     "output",
     "validation",
+    "sample",
     "subject.images",  # what lies there is compared instead
     "subject.files",
     "prior.images",
@@ -47,6 +48,8 @@ MAY_CHANGE = (
 """Fields that a resumed run may set anew: how long, what is watched, where things go. All others make another run."""
 
 YOUNGER = {
+    "data.text_precision": "auto",
+    "adapter.align_draws": 16,
     "adapter.rank_scale": "rank",
     "adapter.rho": 2,
     "adapter.block_size": 16,
