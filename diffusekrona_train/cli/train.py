@@ -24,7 +24,7 @@ app = typer.Typer(**PLAIN, help="Train a Kronecker adapter on a few photos.")
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="The YAML of the run (krona-train init writes one).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one field.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one field.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest state in the output folder.")
     ] = False,
@@ -32,7 +32,7 @@ def train(
         Path | None, typer.Option(help="Continue from a state: runs/dog/resume/step-000100.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Say what the config would do, without training.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Show what the config would do, without training.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train an adapter: krona-train --config dog.yaml"""
