@@ -128,7 +128,7 @@ def init(
 
 
 def main() -> None:
-    """The entry point of krona-train and of `python -m diffusekrona_train`."""
+    """Run krona-train, also as `python -m diffusekrona_train`."""
     enter(app)
 
 

@@ -99,6 +99,13 @@ class Objective:
         same = instances.x_0.shape[1:] == priors.x_0.shape[1:]
         return [_joined(instances, priors)] if same else [instances, priors]
 
+    def instance(self, number: int, stream: str) -> Batch:
+        """Sample `number` of a stream of its own, alone: whatever the batch size and number of processes."""
+        train, buckets = self.config.train, self.data.instances
+        shelves = [shelf_of(bucket) for bucket in buckets]
+        drawn = draw(train.seed, number, [0], 1, shelves, draw_t=self.process.draw_t, stream=stream)
+        return self.conditioned(self._gathered(buckets[drawn.shelf], drawn, 1.0, 0.0))
+
     def _drawn(self, buckets: Sequence[Bucket], step: int, indices: range, stream: str) -> Batch:
         train = self.config.train
         drawn = draw(
