@@ -288,6 +288,7 @@ def test_what_fits_comes_first_and_the_embedded_models_always(monkeypatch, clien
     assert [(one.alias, one.fits) for one in model_fits()] == [("sdxl", True), ("sd15", True), ("toybox", True)]
     monkeypatch.setattr("diffusekrona_train.training.check.starter.free_gib", lambda: 2.5)
     assert [(one.alias, one.fits) for one in model_fits()] == [("sd15", True), ("toybox", True), ("sdxl", False)]
+    monkeypatch.undo()
     text = client.get("/new").text
     assert all(f'value="{name}"' in text for name in MODEL_ALIASES)
     before = text.split("more models</summary>")[0]
