@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffusekrona_train.adapters.formats import EXPORTERS, identify, merged, read_adapter, save_adapter
 from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.common.device import moved
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models import FAMILIES, family_named, family_of, open_model
 from diffusekrona_train.models import layers as tables
@@ -19,6 +21,7 @@ from diffusekrona_train.models.contracts import Family, Request
 from diffusekrona_train.models.quantize import quantize_linears
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.training import train
+from diffusekrona_train.training.graph import Uncapturable
 from tests.runs import draw_photos, factors, make_run, same_factors
 from tests.tiny.families import HEIGHT, TINY, WIDTH, Tiny
 
@@ -310,3 +313,21 @@ def test_a_base_is_quantised_where_its_family_says(case, kind):
     assert tables.find_layers(small, None) == case.source.layers()
     with pytest.raises(ValueError, match="finds no linear"):
         quantize_linears(small, kind, torch.float32, lambda name: False)
+
+
+CANNOT_BE_CAPTURED = {"chroma": ["aten::_to_copy"]}
+"""Families whose denoiser copies from the host in every call: they train without a CUDA graph, and say so."""
+
+
+@torch.no_grad()
+def test_whether_its_step_can_be_captured_as_a_graph(case):
+    """On a device without content, where to wait for it is an error. The first call makes what is made once."""
+    device = torch.device("meta")
+    denoiser = copy.deepcopy(case.parts["denoiser"]).to(device)
+    told = {**case.family.collate([moved(case.row(PROMPTS[0]), device, torch.float32)]), **case.told(1)}
+    told = {name: value.to(device) for name, value in told.items()}
+    x_t, t = case.noise(1).to(device), case.source.process(HEIGHT).quantile(0.5)[None].to(device)
+    case.family.predict(denoiser, x_t, t, told)
+    with Uncapturable() as mode:
+        assert case.family.predict(denoiser, x_t, t, told).shape == x_t.shape
+    assert list(mode.found) == CANNOT_BE_CAPTURED.get(case.family.name, [])

@@ -99,6 +99,9 @@ class Adapter(Fp32Module):
     def initialise(self, spec: AdapterConfig, generator: torch.Generator | None) -> None:
         """Fill the parameters, which are zero, so that the layer's output does not change yet."""
 
+    def attached(self, base: nn.Module) -> None:
+        """Take notice of the frozen layer that this adapter was put around."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, (..., out), for x (..., in), all scales included, in the type of x (or autocast's)."""
         raise NotImplementedError

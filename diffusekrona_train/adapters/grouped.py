@@ -32,6 +32,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base, self.adapter, self.fused = base, adapter, False
         self.channels_first = isinstance(self.innermost(), nn.Conv2d)
+        adapter.attached(self.innermost())
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         lane = self.adapter.lane

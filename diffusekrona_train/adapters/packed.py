@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
-from diffusekrona_train.adapters.grouped import AdaptedLinear
+from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.adapters.kron import kron_macs
 from diffusekrona_train.adapters.krona import KronA
@@ -187,7 +187,7 @@ class Seat(Injection):
         super().__init__(pack.model, pack.spec, seed, pack.options, placed=False)
         self.pack, self.slot = pack, slot
 
-    def flatten(self, spare: int = 0) -> FlatFactors:
+    def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
         """Move parameters and gradients into the slot's rows."""
         assert spare == self.pack.spare
         self.flat = FlatFactors([self.adapters], spare, home=self.pack.home(self.slot))

@@ -69,7 +69,7 @@ def convert(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Converts an adapter file; what is written is read back and compared before it takes its name."""
+    """Convert an adapter file; what is written is read back and compared before it takes its name."""
     from diffusekrona_train.adapters.formats import EXPORTERS, open_adapter, write_sidecar
     from diffusekrona_train.models import open_model
 
@@ -93,7 +93,7 @@ def convert(
 
 
 def _check_target(source: Path, target: Path, to: Target) -> None:
-    """ValueError where the name of what is to be written does not suit its format, or is the input's."""
+    """Raise ValueError where the name of what is to be written does not suit its format, or is the input's."""
     is_file = target.suffix.lower() in (".safetensors", ".sft")
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the input itself; give another name")

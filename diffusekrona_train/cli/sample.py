@@ -135,7 +135,7 @@ def _generate(call: Call, sheet: bool) -> None:
 
 
 def _home(run: Path | None, adapters: list[str]) -> Path:
-    """The run folder, the folder of the first adapter file, or the working folder."""
+    """Return the run folder, the folder of the first adapter file, or the working folder."""
     from diffusekrona_train.sampling.session import parse_use
 
     if run is not None:
@@ -144,7 +144,8 @@ def _home(run: Path | None, adapters: list[str]) -> Path:
 
 
 def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Path | None:
-    """The first word as run folder or file; with --adapter, or with --model and no such path, all words are prompts."""
+    """Take the first word as run folder or file; with --adapter, or with --model and no such path, all words are
+    prompts."""
     if not words or has_adapters:
         return None
     from diffusekrona_train.config.paths import user_path
@@ -160,7 +161,7 @@ def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Pat
 
 
 def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
-    """Mistakes in numbers and names, before torch is imported for real work."""
+    """Raise ValueError for mistakes in numbers and names, before torch is imported for real work."""
     from diffusekrona_train.models.schedulers import check_scheduler
     from diffusekrona_train.sampling.plan import parse_sweep
     from diffusekrona_train.sampling.render import SampleSettings
@@ -178,7 +179,7 @@ def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the command krona-sample."""
+    """Run the command krona-sample."""
     enter(app)
 
 

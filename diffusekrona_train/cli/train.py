@@ -91,13 +91,16 @@ def what_next(config: RunConfig, result: TrainResult) -> str:
     prompt = config.validation.prompts[0] if config.validation.prompts else config.subject.prompt
     prompt = prompt.replace("{class}", config.subject.class_noun)
     size = result.file.stat().st_size / 2**20
+    command = export_command(read_adapter(result.file), result.file, config.model)
+    readers = "ComfyUI, A1111, Forge and InvokeAI read the file as it is; for diffusers and others:"
+    if config.adapter.type in ("terms", "dora", "oft"):
+        readers = "no other tool reads this file; for those:" if command else "no other tool reads this file"
     return (
         f"done: {result.steps} steps in {minutes} min {seconds} s: {result.file} ({size:.1f} MiB)\n"
         f'try it:    krona-sample {result.file.parent} "{prompt}"\n'
         f"in code:   from diffusekrona_train import load_adapter\n"
         f'           load_adapter(pipe, "{result.file}")\n'
-        f"elsewhere: ComfyUI, A1111, Forge and InvokeAI read the file as it is; for diffusers and others:\n"
-        f"           {export_command(read_adapter(result.file), result.file, config.model)}"
+        f"elsewhere: {readers}" + (f"\n           {command}" if command else "")
     )
 
 
@@ -125,7 +128,7 @@ def init(
 
 
 def main() -> None:
-    """The entry point of krona-train and of `python -m diffusekrona_train`."""
+    """Run krona-train, also as `python -m diffusekrona_train`."""
     enter(app)
 
 

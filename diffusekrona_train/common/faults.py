@@ -27,7 +27,7 @@ _done = False
 
 
 def reach(phase: str, step: int = 0) -> None:
-    """Called by the rooms at the moments above."""
+    """Do what KRONA_FAULT says at this moment; the modules call it at the moments above."""
     global _done
     wanted = os.environ.get("KRONA_FAULT")
     if not wanted or _done:

@@ -60,8 +60,10 @@ class TrainConfig(Strict):
     """Allow TF32 matrix products on GPUs that have them."""
     channels_last: bool = False
     """Keep the denoiser in channels-last memory format."""
-    loss: Literal["mse", "huber"] = "mse"
-    """Loss between prediction and target."""
+    loss: Literal["mse", "huber", "dco"] = "mse"
+    """Loss between prediction and target; dco compares the squared error with the base model's (one more pass)."""
+    dco_beta: Annotated[float, Field(gt=0)] = 1000.0
+    """dco: how soon a sample counts less once the adapter predicts it better than the base does."""
     weighting: Literal["none", "min_snr", "debiased"] = "none"
     """Weight of a sample's loss by its timestep."""
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0
@@ -92,6 +94,12 @@ class TrainConfig(Strict):
         if self.memory == "offload" and self.quantize == "int8":
             raise ValueError("memory: offload keeps the base in nf4 or fp8, not in quantize: int8; set one of them")
         return self
+
+
+class SampleConfig(Strict):
+    PATHS = ("model",)
+    model: str | None = None
+    """Model that images are generated with, if another: the distilled one of the model that is trained."""
 
 
 class ValidationConfig(Strict):

@@ -66,7 +66,7 @@ class Store:
             remove_abandoned(folder)
 
     def get(self, entries: Sequence[Entry], open_maker: Callable[[], Maker]) -> tuple[list[dict[str, Tensor]], bool]:
-        """The tensors of all entries, and whether something had to be loaded to make one.
+        """Return the tensors of all entries, and whether something had to be loaded to make one.
 
         Shares go by position among all entries, not among the missing: other processes write while this one looks.
         """
@@ -99,7 +99,7 @@ class Store:
         return True
 
     def together(self, action: Callable[[], Result]) -> Result:
-        """`action` in every process; where it fails in one it fails in all, so that none waits for ever."""
+        """Run `action` in every process; if it fails in one it fails in all, so that none waits for ever."""
         if self.world == 1:
             return action()
         from accelerate.utils import gather_object
@@ -118,7 +118,7 @@ class Store:
 
 
 def read_entry(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of an entry; None where it is missing or damaged."""
+    """Return the tensors of an entry; None where it is missing or damaged."""
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -21,7 +21,6 @@ from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
-from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
@@ -31,15 +30,16 @@ from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.config.training import Tracker
 from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
-from diffusekrona_train.models import configured_model
+from diffusekrona_train.models import configured_model, generating_model
 from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.sampling.session import encode_texts
 from diffusekrona_train.training import checkpoint, graph, memory
+from diffusekrona_train.training.align import align_new
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
-from diffusekrona_train.training.optimizer import SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent, make_descent
 from diffusekrona_train.training.preview import Gallery
 
 TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
@@ -104,9 +104,8 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
         denoiser = load_denoiser(config, source, level, dtype, device)
     injection = inject_factors(config, denoiser)
     descent = make_descent(config, injection, accelerator)
-    process = source.process(config.data.resolution)
     objective = Objective(
-        config, source.family, denoiser, injection, data, process, dtype, device,
+        config, source.family, denoiser, injection, data, source.process(config.data.resolution), dtype, device,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     about = {
@@ -115,8 +114,7 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
         "processes": accelerator.num_processes,
         "pictures": pictures_told(data),
     }
-    if state is not None:
-        take_up(state, injection, descent, accelerator)
+    take_up(state, objective, descent, accelerator)
     first = state.step if state else 0
     tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
     for line in plan_lines(injection):
@@ -130,7 +128,7 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
         start.events.warning(line)
     graphs = graph.step_graphs(config, objective, descent, level, room, tell)
-    gallery = Gallery(config, source, objective, start.folder, start.events)
+    gallery = Gallery(config, generating_model(config, source), objective, level, start.folder, start.events)
     journal = open_folder(start, state, first, about["config"])
     return Run(
         config, start.folder, source, accelerator, level, objective, descent, graphs, gallery, journal, stop, first,
@@ -148,15 +146,18 @@ def open_folder(start: Start, state: checkpoint.State | None, first: int, config
     return Journal(start.folder, start.accelerator, start.events, first, start.config.train.steps, config, seconds)
 
 
-def take_up(state: checkpoint.State, injection: Injection, descent: Descent, accelerator: Accelerator) -> None:
-    """Puts a resume state back."""
-    checkpoint.restore(state, injection, descent.optimizer)
+def take_up(state: checkpoint.State | None, objective: Objective, descent: Descent, accelerator: Accelerator) -> None:
+    """Put a resume state back, or without one begin along the gradient where the config asks for that."""
+    if state is None:
+        align_new(objective)
+        return
+    checkpoint.restore(state, objective.injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if descent.average is not None:
         descent.average.load(state.part("extra/average"))
     if accelerator.scaler is not None and "scaler" in state.about:
         accelerator.scaler.load_state_dict(state.about["scaler"])
-    injection.assert_fp32()
+    objective.injection.assert_fp32()
 
 
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
@@ -269,13 +270,6 @@ def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
     return injection
 
 
-def make_descent(config: RunConfig, injection: Injection, accelerator: Accelerator) -> Descent:
-    """The optimiser of an injection's factors, which become views of flat buffers."""
-    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
-    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
-    return Descent(factors, config.train, accelerator, cap)
-
-
 def compile_blocks(denoiser: Denoiser) -> None:
     """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
 
@@ -300,6 +294,7 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     if config.train.mixed_precision == "fp16" and not source.family.fp16:
         raise ValueError(f"train.mixed_precision: fp16: {source.model!r} overflows in it; use bf16 or leave it out")
     source.check()
+    generating_model(config, source).check()
     if config.train.init_from is None:
         return
     try:
@@ -340,8 +335,7 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
             f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
-    # how factors begin and how far they may go says nothing about factors that have been trained
-    starts = ("init_a", "init_b", "norm_cap")
+    starts = ("init_a", "align_draws", "init_b", "norm_cap")  # says nothing about factors that have been trained
     other = [
         f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
     ]
@@ -354,10 +348,8 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
 def class_image_maker(
     config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
 ) -> tuple[Renderer, Callable[[], None]]:
-    """(render, forget): `render(prompt, seed)` generates an image with the base model, loaded at the first call.
-
-    Text encoders leave before the denoiser comes, which is held as it will be in training.
-    """
+    """(render, forget): `render(prompt, seed)` generates an image with the base model, loaded at the first call and
+    held as it will be in training; text encoders leave before it comes."""
     held: dict[str, Any] = {}
     settings = settings_of(config)
 
@@ -365,8 +357,8 @@ def class_image_maker(
         if not held:
             held["texts"] = encode_texts(source, [prompt, settings.negative], device)
             parts = source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
-            parts["denoiser"] = source.load_denoiser(dtype, device, level.quantize, level.offload)
-            held["pipe"] = source.family.pipeline(parts)
+            denoiser = source.load_denoiser(dtype, device, level.quantize, level.offload)
+            held["pipe"] = source.family.pipeline({**parts, "denoiser": denoiser})
         conditioning_of = held["texts"].__getitem__
         return render(held["pipe"], source.family, [(prompt, seed)], settings, conditioning_of=conditioning_of)[0]
 
@@ -409,6 +401,7 @@ def adapter_info(config: RunConfig, source: ModelSource, step: int) -> dict[str,
     return {
         "family": source.family.name,
         "model": source.identity,
+        **({"sample_model": generating_model(config, source).identity} if config.sample.model else {}),
         "prediction_type": source.prediction_type,
         "token": config.subject.token,
         "class": config.subject.class_noun,

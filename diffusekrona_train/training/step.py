@@ -9,7 +9,7 @@ import torch
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import free, ran_out
 from diffusekrona_train.training import graph, memory, setup
-from diffusekrona_train.training.optimizer import learning_rate_factor
+from diffusekrona_train.training.optimizer import learning_rate_factor, make_descent
 from diffusekrona_train.training.setup import Run
 
 FIRST_STEPS = 3
@@ -64,7 +64,7 @@ def go_down(run: Run) -> None:
         run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
         meters, average = run.descent.meters, run.descent.average
-        run.descent = setup.make_descent(run.config, run.objective.injection, run.accelerator)
+        run.descent = make_descent(run.config, run.objective.injection, run.accelerator)
         run.descent.optimizer.load_state_dict(moments)
         run.descent.meters = meters
         if average is not None and run.descent.average is not None:

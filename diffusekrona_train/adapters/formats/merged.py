@@ -118,6 +118,7 @@ def merge(model: nn.Module, file: AdapterFile, strength: float = 1.0) -> None:
 def delta(file: AdapterFile, layer: Layer) -> Tensor:
     """Return the dense ΔW (out, in), fp32, of a layer of an identified file."""
     assert file.spec is not None
+    refuse_over_base(file)
     adapter = ADAPTERS[file.spec.type](layer, file.options[layer.name], file.spec)
     adapter.load_file_tensors(file.groups[layer.name])
     return adapter.delta()
@@ -141,8 +142,18 @@ def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:
         raise OSError(f"{out}: {len(expected)} tensors were not written")
 
 
+OVER_BASE = ("dora", "oft")
+"""Types whose ΔW depends on the base's weight, so that a file of them says it only together with its base."""
+
+
+def refuse_over_base(file: AdapterFile) -> None:
+    """Raise ValueError for a type of OVER_BASE."""
+    if file.spec is not None and file.spec.type in OVER_BASE:
+        raise ValueError(f"{file.path}: is a {file.spec.type} adapter, which changes with its base; it has no exports")
+
+
 def kind_of_adapter(file: AdapterFile) -> str:
-    """Return krona, lora, lokr, loha or full."""
+    """Return krona, lora, … (the rows of ADAPTERS)."""
     assert file.spec is not None and file.layers, "identify the file first"
     return file.spec.type
 
