@@ -1,4 +1,4 @@
-"""inject.py, targets.py and wrappers.py, on small UNets of the real layouts and a small attention model of our own."""
+"""Injecting adapters, on small UNets of the real layouts and a small attention model of our own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffusekrona_train.adapters.grouped import AdaptedLinear
 from diffusekrona_train.adapters.inject import inject
-from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import find_layers, select_layers
 from tests.tiny import make_unet

@@ -45,14 +45,14 @@ class ZImage(SD):
     parts = Parts(
         denoiser=Part("transformer", "ZImageTransformer2DModel"),
         vae=VAE,
-        text_encoders=(Part("text_encoder", "Qwen3Model", "transformers"),),
+        text_encoders=(Part("text_encoder", "Qwen3Model", "transformers", torch.bfloat16),),
         tokenizers=(Part("tokenizer", "Qwen2Tokenizer", "transformers"),),
     )
     side_multiple = 16
+    fp16 = False
     blocks = ("noise_refiner", "context_refiner", "layers")
-    # Rough estimates for 1024 pixels (4096 tokens, 3840 wide, a checkpoint for each of 30 blocks): neither counted nor
-    # measured yet.
-    memory = MemoryFigures(plain=20.0, checkpointing=2.0, quantized_share=0.98)
+    # counted by python -m scripts.bench.known
+    memory = MemoryFigures(plain=30.0, checkpointing=2.14, quantized_share=0.997, largest_block=0.029)
 
     def matches(self, denoiser_config: Config) -> bool:
         """True for Z-Image's transformer."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -54,6 +55,8 @@ def why_not(config: RunConfig, level: Level, device_type: str, processes: int, r
         return f"it needs an NVIDIA or AMD GPU, not {device_name(device_type)}"
     if processes > 1:
         return "it is for one process"
+    if level.offload:
+        return "blocks of the base come from host memory"
     if train.cuda_graph is True:
         return None
     if level.quantize != "none":
@@ -145,18 +148,18 @@ class _Made(TorchFunctionMode):
         return result
 
 
-def _waits(func: Any, args: Any) -> bool:
+def _waits(func: OpOverload, args: object) -> bool:
     if func.name().startswith("aten::index"):  # only an index by a mask has a size that the device must tell
         return any(isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) for value in tree_iter(args))
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
-def _is_random(func: Any) -> bool:
+def _is_random(func: OpOverload) -> bool:
     # attention could drop out; no denoiser does in eval mode
     return torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name()
 
 
-def _crosses(func: Any, args: Any, result: Any) -> bool:
+def _crosses(func: OpOverload, args: object, result: Any) -> bool:
     """Return whether numbers are copied between host and device; a single one of the host is a kernel's argument."""
     given = [value for value in tree_iter(args) if isinstance(value, Tensor)]
     if func.name() in ("aten::_to_copy", "aten::copy_"):
