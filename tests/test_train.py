@@ -109,7 +109,7 @@ def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_p
 
     watch = {"every": 2, "loss": True}
     train(make_run(world, tmp_path / "a" / "run", train={"steps": 3}, validation=watch))
-    monkeypatch.setattr("diffusekrona_train.training.setup.COMPILER", "aot_eager")
+    monkeypatch.setattr("diffusekrona_train.training.base.COMPILER", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
     config = make_run(world, tmp_path / "b" / "run", train={"steps": 3, "compile": True}, validation=watch)
@@ -128,7 +128,7 @@ def test_a_compiler_that_fails_is_one_line(world, tmp_path, monkeypatch):
         raise OSError("no working C++ compiler found")
 
     torch._dynamo.reset()
-    monkeypatch.setattr("diffusekrona_train.training.setup.COMPILER", broken)
+    monkeypatch.setattr("diffusekrona_train.training.base.COMPILER", broken)
     with pytest.raises(RuntimeError, match=r"torch\.compile failed .*C\+\+ compiler.*train\.compile: false"):
         train(make_run(world, tmp_path / "run", train={"compile": True}))
 
@@ -583,7 +583,6 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(worl
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     config = make_run(world, tmp_path / "b" / "run")
     monkeypatch.setenv("KRONA_FAULT", "state:4:full")
-    monkeypatch.setattr("diffusekrona_train.common.faults._done", False)
     with pytest.raises(RuntimeError, match="step 4.*No space left.*step-000002.*--resume"):
         train(config)
     assert same_factors(factors(train(config, resume=True).file.parent), straight)

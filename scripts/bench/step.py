@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from diffusekrona_train.models.sdxl import SDXL
-from diffusekrona_train.training.setup import compile_blocks
+from diffusekrona_train.training.base import compile_blocks
 from scripts.bench.contender import Bench, Contender, load
 from scripts.bench.setting import Setting, TimeIsUp, Values, free
 from tests.tiny import make_unet
