@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusekrona_train.cli import PLAIN, enter, guarded
+from diffusekrona_train.cli.many import many
 from diffusekrona_train.cli.terminal import Terminal, first_process
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ def init(
 
     written = write_init(str(photos), class_noun, path)
     print(f"{written} written; look it over, then: krona-train --config {written} --check")
+
+
+app.command()(many)
 
 
 def main() -> None:
