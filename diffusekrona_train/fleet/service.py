@@ -94,7 +94,7 @@ class Saving(Progress):
         super().__init__()
         self.above, self.outlet = above, outlet
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         self.above.report(event, **fields)
         if event == "saved":
             self.outlet.push(fields["job"])
