@@ -97,7 +97,7 @@ class Saving(Progress):
     def report(self, event: str, **fields: object) -> None:
         self.above.report(event, **fields)
         if event == "saved":
-            self.outlet.push(fields["job"])
+            self.outlet.push(str(fields["job"]))
 
     def should_stop(self) -> bool:
         return self.above.should_stop()
