@@ -58,11 +58,11 @@ def convert(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model that the file is for, if the file does not name it: sdxl, sd15, sd21, toybox, a hub name, or "
-            "a pipeline folder. For merged and checkpoint: the base."
+            help="The model that the file is for, if the file does not name it: sdxl, sd15, sd21, toybox, a hub name "
+            "or a pipeline folder. For merged and checkpoint: the base."
         ),
     ] = None,
-    vae: Annotated[str | None, typer.Option(help="merged, checkpoint: another VAE (hub, folder, file).")] = None,
+    vae: Annotated[str | None, typer.Option(help="merged, checkpoint: another VAE (hub name, folder, file).")] = None,
     model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file --model.")] = None,
     prediction_type: Annotated[
         str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not name it.")
