@@ -13,7 +13,7 @@ from pydantic import model_validator
 from diffusekrona_train.config.base import Strict
 from diffusekrona_train.config.known import known_models
 from diffusekrona_train.config.sections import AdapterConfig, DataConfig, PriorConfig, SubjectConfig
-from diffusekrona_train.config.training import TrainConfig, ValidationConfig
+from diffusekrona_train.config.training import SampleConfig, TrainConfig, ValidationConfig
 
 LONGEST_NAME = 200
 """Bytes of a run's name: file systems take 255, and files are named after the run."""
@@ -84,6 +84,8 @@ class RunConfig(Strict):
     """Prior preservation."""
     train: TrainConfig = TrainConfig()
     """The optimisation."""
+    sample: SampleConfig = SampleConfig()
+    """What generates images with the adapter, in validation and in krona-sample."""
     validation: ValidationConfig = ValidationConfig()
     """What is rendered and measured while training."""
     output: str
@@ -111,6 +113,8 @@ class RunConfig(Strict):
             raise ValueError("train.loss: dco keeps to the base without class images; set prior.kind: none or teacher")
         if self.adapter.norm_cap is not None and self.adapter.scale == 0:
             raise ValueError("adapter.norm_cap bounds nothing, since adapter.scale is 0; give another scale")
+        if self.adapter.type == "full" and self.sample.model is not None:
+            raise ValueError("sample.model needs an adapter; adapter.type: full changes the trained model itself")
         if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:
             raise ValueError("subject.files cannot be picked from within an embedded subject; use subject.limit")
         return self

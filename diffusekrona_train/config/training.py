@@ -96,6 +96,12 @@ class TrainConfig(Strict):
         return self
 
 
+class SampleConfig(Strict):
+    PATHS = ("model",)
+    model: str | None = None
+    """Model that images are generated with, if another: the distilled one of the model that is trained."""
+
+
 class ValidationConfig(Strict):
     prompts: list[str] = ["A [V] {class} on the beach", "A [V] {class} in the snow"]
     """Prompts rendered while training; [V] stands for the identifier, {class} for the class noun."""

@@ -204,9 +204,12 @@ def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Pa
     config_file = run_folder / "config.yaml" if run_folder else None
     if config_file is not None and config_file.is_file():
         config = load_config(config_file)
+        if config.sample.model is not None:
+            return {"model": config.sample.model, "text_precision": config.data.text_precision}
         names = ("model", "revision", "variant", "vae", "model_config_dir", "prediction_type")
         return {name: getattr(config, name) for name in names} | {"text_precision": config.data.text_precision}
-    named = [subject.file.info["model"] for subject in subjects if subject.file.info.get("model")]
+    told = [subject.file.info.get("sample_model") or subject.file.info.get("model") for subject in subjects]
+    named = [str(name) for name in told if name]
     if not named:
         raise ValueError(f"{subjects[0].name} does not name its base model; give --model")
     if " sha256:" in named[0]:

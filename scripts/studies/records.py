@@ -72,7 +72,7 @@ def run_mark(config: RunConfig, model: str, photos: list[str]) -> dict[str, Any]
     `subject.images`, `files` and `limit`.
     """
     tree = config.model_dump(mode="json", by_alias=True)
-    for name in ("model", "output", "validation"):
+    for name in ("model", "output", "validation", "sample"):
         del tree[name]
     del tree["data"]["cache_dir"]
     for name in WITHOUT_INFLUENCE + (("steps",) if config.train.schedule == "constant" else ()):

@@ -30,6 +30,7 @@ from diffusekrona_train.adapters.kron import lora_truncate
 from diffusekrona_train.adapters.spectra import lora_pair, norm, terms
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
+from diffusekrona_train.models.registry import FAMILIES, family_named
 from diffusekrona_train.models.source import ModelSource
 
 __all__ = ["EXPORTERS", "delta", "exact_rank", "export_command", "lora_pairs", "merge", "row_order"]
@@ -96,19 +97,21 @@ def to_lora(
 def to_diffusers(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """Write a LoRA file in PEFT's keys, `unet.<path>.lora_A.weight`; alpha equals the rank, so that the scale is 1."""
+    """Write a LoRA file in PEFT's keys, `unet.<path>.lora_A.weight` (or transformer.), as the family's pipeline loads
+    it; alpha equals the rank, so that the scale is 1."""
     pairs, remarks = lora_pairs(file, rank)
-    tensors = {f"unet.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}
-    tensors |= {f"unet.{name}.lora_B.weight": _shaped(file, name, up) for name, (up, _) in pairs.items()}
+    part = family_named(file.family).parts.denoiser.folder if file.family in FAMILIES else "unet"
+    tensors = {f"{part}.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}
+    tensors |= {f"{part}.{name}.lora_B.weight": _shaped(file, name, up) for name, (up, _) in pairs.items()}
     ranks = {name: up.shape[1] for name, (up, _) in pairs.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{name}": value for name, value in ranks.items() if value != most}
     config = {
-        "unet.r": most,
-        "unet.lora_alpha": most,
-        "unet.rank_pattern": others,
-        "unet.alpha_pattern": others,
-        "unet.target_modules": sorted(pairs),
+        f"{part}.r": most,
+        f"{part}.lora_alpha": most,
+        f"{part}.rank_pattern": others,
+        f"{part}.alpha_pattern": others,
+        f"{part}.target_modules": sorted(pairs),
     }
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
     tensorfile.write(out, tensorfile.cast(tensors, dtype), metadata)
