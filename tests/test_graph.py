@@ -148,11 +148,20 @@ WAYS = {
         },
         "validation": {"every": 3, "loss": True, "steps": 1},
     },
+    "an average, a cap, against the base": {
+        "adapter": {"norm_cap": 0.05},
+        "train": {"steps": 5, "average": 0.8, "loss": "dco", "rate_ratio": 4.0, "learning_rate": 0.1},
+        "validation": {"every": 3, "loss": True, "steps": 1},
+    },
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.full] if name == "captions and noise" else []) for name in WAYS]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full] if name.startswith(("captions", "an average")) else [])
+        for name in WAYS
+    ],
 )
 def test_a_replayed_run_is_the_eager_one_bit_for_bit(name, world, tmp_path, taped, monkeypatch):
     replayed = train(make_run(world, tmp_path / "a" / "run", **WAYS[name])).file.parent

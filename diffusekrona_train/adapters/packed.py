@@ -259,7 +259,7 @@ class PackedAdapter(nn.Module):
         return self._of[0].disabled
 
     def attached(self, base: nn.Module) -> None:
-        """Take notice of nothing: no type that packs looks at its layer."""
+        """Do nothing: types that pack need nothing of their layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, (B, ..., out), for x (B, ..., in); the m subjects have B / m samples each."""
