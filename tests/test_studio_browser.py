@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,10 +17,16 @@ from diffusekrona_train.adapters.formats import load_adapter, read_adapter
 from diffusekrona_train.config import load_config, make_config
 from diffusekrona_train.models import open_model
 from tests import studio
-from tests.studio import DESKTOP, PHONE, POODLES, Server, browsing, drop, overflow, violations
+from tests.studio import DESKTOP, PHONE, POODLES, Server, browsing, drop, overflow, running, violations
 
 pytestmark = pytest.mark.skipif(studio.CHROMIUM is None, reason="Chromium is not installed; scripts/test.sh says so")
-STATES = ("light", "dark")
+full = pytest.mark.full
+LOOKS = [
+    (DESKTOP, "light"),
+    (PHONE, "dark"),
+    pytest.param(DESKTOP, "dark", marks=full),
+    pytest.param(PHONE, "light", marks=full),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +34,11 @@ def server(tmp_path_factory):
     runs = tmp_path_factory.mktemp("studio") / "runs"
     studio.make_run(runs / "owl", ended="finished", samples=(0, 10, 20))
     studio.make_run(runs / "cat", ended="interrupted")
-    running = Server(runs)
-    yield running
-    running.end()
+    with running(runs) as server:
+        yield server
 
 
-@pytest.mark.parametrize("scheme", STATES)
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(("size", "scheme"), LOOKS, ids=["desktop-light", "phone-dark", "desktop-dark", "phone-light"])
 def test_every_page_is_accessible_and_fits_its_window(server, size, scheme):
     with browsing(**size, color_scheme=scheme) as page:
         for path in ("/", "/new", "/runs/owl", "/runs/owl/use", "/compare", "/runs/none"):
@@ -52,9 +58,9 @@ def test_a_new_sample_appears_by_itself_and_sliders_move_with_keys(server):
         page.goto(server.url + "/runs/cat")
         page.evaluate("window.same = true")
         image = page.locator(".sample img").first
-        expect(image).to_have_attribute("src", __import__("re").compile("/samples/10/1/0"))
+        expect(image).to_have_attribute("src", re.compile("/samples/10/1/0"))
         studio.add_sample(folder, 20)
-        expect(image).to_have_attribute("src", __import__("re").compile("/samples/20/1/0"))
+        expect(image).to_have_attribute("src", re.compile("/samples/20/1/0"))
         assert page.evaluate("window.same"), "the page was not loaded again"
         page.locator(".sample input").first.focus()
         page.keyboard.press("Home")
@@ -79,7 +85,7 @@ def test_photos_are_dropped_described_and_removed(server):
         page.fill("[name=class]", "dog")
         page.fill("[name='caption:00.png']", "A [V] dog on wood")
         page.locator(".more > summary").click()
-        page.locator(".group summary", has_text="train").first.click()
+        page.locator(".group > summary", has=page.get_by_text("train", exact=True)).click()
         page.fill("[name='set:train.steps']", "12")
         expect(page.locator("#yaml")).to_contain_text("steps: 12")
         made = make_config(yaml.safe_load(page.locator("#yaml").inner_text()))
@@ -113,8 +119,6 @@ FIELDS = {
 
 def shot(page, name: str) -> None:
     """A screenshot for those who look: KRONA_SHOTS names a folder."""
-    import os
-
     if folder := os.environ.get("KRONA_SHOTS"):
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
@@ -122,11 +126,13 @@ def shot(page, name: str) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_from_three_photos_to_an_adapter_through_a_killed_server(tmp_path):
-    import re
+    with running(tmp_path / "runs") as server:
+        train_use_and_download(server, tmp_path)
 
+
+def train_use_and_download(server: Server, tmp_path: Path) -> None:
     from playwright.sync_api import expect
 
-    server = Server(tmp_path / "runs")
     folder = server.runs / "dog"
     with browsing(**DESKTOP, accept_downloads=True) as page:
         page.goto(server.url)
@@ -199,7 +205,6 @@ def test_from_three_photos_to_an_adapter_through_a_killed_server(tmp_path):
     assert (adapter.name, lora.name) == ("dog.safetensors", "dog-lora.safetensors")
     assert adapter.read_bytes() == (comfy / "dog.safetensors").read_bytes()
     check_files(adapter, lora)
-    server.end()
 
 
 def check_files(adapter: Path, lora: Path) -> None:

@@ -46,7 +46,7 @@ def metrics(folder):
 
 
 def test_a_run_leaves_everything_and_says_what_to_do_next(world, tmp_path, capsys):
-    watch = {"every": 2, "loss": True, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
+    watch = {"every": 2, "loss": True, "report": True, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
     command(make_run(world, tmp_path / "dog", train={"steps": 4, "log_every": 2}, validation=watch))
     path = tmp_path / "dog" / "dog.safetensors"
     for name in ("dog.png", "config.yaml", "metrics.jsonl", "report.html", "loss.png"):
@@ -321,6 +321,39 @@ def test_the_teacher_is_the_frozen_model_under_the_class_prompt(world, tmp_path)
     assert objective.denoiser.weight.item() == 0.5
 
 
+@pytest.mark.parametrize("prior", ["none", "teacher"])
+def test_dco_is_the_formula_with_the_frozen_model_under_the_same_prompt(world, tmp_path, prior):
+    """-log sigmoid(-beta (loss - base)) * 2 / beta, by hand; what the teacher answers stays a squared error."""
+    section = {"batch_size": 2, "loss": "dco", "dco_beta": 7.0}
+    objective = make_objective(world, tmp_path, train=section, prior={"kind": prior, "weight": 0.3})
+    plain = make_objective(world, tmp_path, train={"batch_size": 2})
+    (batch,) = plain.batches(0, 0)
+    x_t = process.add_noise(batch.x_0, batch.eps, batch.t, plain.process.alphas_cumprod)
+    caption = torch.tensor(batch.caption).view(-1, 1, 1, 1) / 10
+    own = ((0.5 * x_t + caption - batch.eps) ** 2).flatten(1).mean(1)
+    base = ((1.0 * x_t + caption - batch.eps) ** 2).flatten(1).mean(1)
+    wanted = (-torch.log(torch.sigmoid(-7.0 * (own - base))) * 2 / 7.0).sum() / 2
+    if prior == "teacher":
+        wanted = wanted + 0.3 * ((0.5 * x_t - 1.0 * x_t) ** 2).flatten(1).mean(1).sum() / 2
+    torch.testing.assert_close(objective.loss_of(objective.batches(0, 0)), wanted)
+    assert objective.denoiser.weight.item() == 0.5
+    assert objective.held_out_loss() == plain.held_out_loss()  # comparable between losses: the squared error
+
+
+def test_dco_begins_with_the_gradient_of_the_squared_error_and_ends_with_none():
+    from diffusekrona_train.training.loss import dco
+
+    for loss, share in ((1.0, 1.0), (0.0, 0.0), (2.0, 2.0)):
+        x = torch.tensor([loss], requires_grad=True)
+        dco(x, torch.tensor([1.0]), 100.0).backward()
+        assert x.grad is not None and x.grad.item() == pytest.approx(share, abs=1e-6)
+
+
+def test_dco_with_class_images_is_one_line(world, tmp_path):
+    with pytest.raises(ValueError, match="^train.loss: dco keeps to the base without class images; set"):
+        make_run(world, tmp_path / "x", train={"loss": "dco"}, prior={"kind": "images"})
+
+
 def test_caption_dropout_takes_the_empty_caption(world, tmp_path):
     every = make_objective(world, tmp_path, train={"caption_dropout": 1.0})
     some = make_objective(world, tmp_path, train={"caption_dropout": 0.5, "batch_size": 8})
@@ -491,7 +524,7 @@ def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkey
     monkeypatch.setattr("diffusekrona_train.training.preview.render", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(Objective, "held_out_loss", lambda self, at_once: 1 / 0)
     monkeypatch.setattr("diffusekrona_train.training.page.write_run_report", lambda folder: 1 / 0)
-    watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
+    watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True, "report": True})
     told = Told()
     assert same_factors(factors(train(watched, progress=told).file.parent), straight)
     said = told.text
@@ -550,7 +583,6 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(worl
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     config = make_run(world, tmp_path / "b" / "run")
     monkeypatch.setenv("KRONA_FAULT", "state:4:full")
-    monkeypatch.setattr("diffusekrona_train.common.faults._done", False)
     with pytest.raises(RuntimeError, match="step 4.*No space left.*step-000002.*--resume"):
         train(config)
     assert same_factors(factors(train(config, resume=True).file.parent), straight)

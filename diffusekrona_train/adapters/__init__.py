@@ -12,6 +12,7 @@ import torch
 
 from diffusekrona_train.adapters.base import Adapter, Fp32Module, Options, Shapes, check_tensors, to_file
 from diffusekrona_train.adapters.baselines import Full, LoHa, LoKr, LoRA
+from diffusekrona_train.adapters.further import OFT, DoRA, Terms
 from diffusekrona_train.adapters.krona import KronA
 from diffusekrona_train.adapters.plan import plan, plan_notes
 from diffusekrona_train.config import AdapterConfig
@@ -38,7 +39,16 @@ __all__ = [
     "to_file",
 ]
 
-ADAPTERS: dict[str, type[Adapter]] = {"krona": KronA, "lora": LoRA, "lokr": LoKr, "loha": LoHa, "full": Full}
+ADAPTERS: dict[str, type[Adapter]] = {
+    "krona": KronA,
+    "lora": LoRA,
+    "lokr": LoKr,
+    "loha": LoHa,
+    "full": Full,
+    "terms": Terms,
+    "dora": DoRA,
+    "oft": OFT,
+}
 
 
 def build_adapter(

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from diffusekrona_train.adapters.kron import Sides
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
+from diffusekrona_train.models.stored import StoredLinear
 
 Options = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -96,6 +98,9 @@ class Adapter(Fp32Module):
 
     def initialise(self, spec: AdapterConfig, generator: torch.Generator | None) -> None:
         """Fill the parameters, which are zero, so that the layer's output does not change yet."""
+
+    def attached(self, base: nn.Module) -> None:
+        """Take notice of the frozen layer that this adapter was put around."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, (..., out), for x (..., in), all scales included, in the type of x (or autocast's)."""
@@ -193,3 +198,12 @@ def check_tensors(name: str, tensors: dict[str, Tensor], wanted: Shapes) -> None
             raise ValueError(f"{name}: tensor {suffix} has shape {found}, not {shape}")
         if not torch.isfinite(tensors[suffix].float()).all():
             raise ValueError(f"{name}: tensor {suffix} holds NaN or infinite values")
+
+
+def check_plain(name: str, module: nn.Module, key: str = "weight") -> None:
+    """Raise ValueError unless a parameter of a module can be changed."""
+    tensor = getattr(module, key)
+    if isinstance(module, StoredLinear) or not tensor.is_floating_point() or parametrize.is_parametrized(module, key):
+        raise ValueError(
+            f"{name} is {tensor.dtype} ({type(module).__name__}): it cannot be changed; load it unquantized"
+        )

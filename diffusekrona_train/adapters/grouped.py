@@ -1,4 +1,4 @@
-"""Compute adapters of layers with the same input together: one node before them and one for each layer.
+"""Wrap linear layers with adapters, and compute those with the same input together: a node before and one for each.
 
     z = inner factors of all members on x        `_Enter`, at the first member that sees x
     y = base(x) + scale * outer factor on z      `_Plain` or `_Over`, at each member
@@ -17,9 +17,110 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusekrona_train.adapters import operator
-from diffusekrona_train.adapters.base import Adapter
+from diffusekrona_train.adapters.base import Adapter, check_plain
 from diffusekrona_train.adapters.flat import FlatFactors, Segment
-from diffusekrona_train.adapters.kron import Left
+from diffusekrona_train.adapters.kron import Left, computes_in_own_type
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen layer and what is added to it, in the layer's output type. The base may be adapted itself.
+
+    The layer is linear, or a 1x1 convolution, which is the same on channels (proj_in and proj_out of SD 1).
+    """
+
+    def __init__(self, base: nn.Module, adapter: Adapter):
+        super().__init__()
+        self.base, self.adapter, self.fused = base, adapter, False
+        self.channels_first = isinstance(self.innermost(), nn.Conv2d)
+        adapter.attached(self.innermost())
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        lane = self.adapter.lane
+        if self.fused or self.adapter.off:
+            return self.base(x, *args, **kwargs)
+        plain = not (args or kwargs or self.channels_first or torch.compiler.is_compiling())
+        if lane is not None and plain and computes_in_own_type(x):
+            return lane.forward(self.base, x)
+        y = self.base(x, *args, **kwargs)
+        if self.channels_first:
+            return y + self.adapter(x.movedim(1, -1)).movedim(-1, 1).to(y.dtype)
+        return y + self.adapter(x).to(y.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_channels if self.channels_first else self.base.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_channels if self.channels_first else self.base.out_features  # type: ignore[return-value]
+
+    def check_fusable(self) -> None:
+        """Raise ValueError if the weights cannot be changed."""
+        check_plain(self.adapter.layer.name, self.innermost())
+
+    def fuse_for_good(self) -> None:
+        """Fuse without the copy that `unfuse` needs; for a layer with one adapter, so that it is rounded once."""
+        linear = self.innermost()
+        with torch.no_grad():
+            difference = self.adapter.delta().view_as(linear.weight)  # type: ignore[arg-type]
+            linear.weight.copy_(linear.weight.float() + difference)  # type: ignore[operator,union-attr]
+        self.fused = True
+
+    def fuse(self) -> None:
+        linear = self.innermost()
+        self.check_fusable()
+        fused: list[Adapter] = linear.__dict__.setdefault("_fused_adapters", [])
+        if not fused:
+            linear.__dict__["_unfused_weight"] = linear.weight.detach().clone()  # type: ignore[operator]
+        fused.append(self.adapter)
+        _sum_into(linear)
+        self.fused = True
+
+    def unfuse(self) -> None:
+        linear = self.innermost()
+        if self.adapter not in linear.__dict__.get("_fused_adapters", []):
+            raise ValueError(f"{self.adapter.layer.name} was fused permanently; load the model again to remove it")
+        linear.__dict__["_fused_adapters"].remove(self.adapter)
+        _sum_into(linear)
+        self.fused = False
+
+    def take_out(self, model: nn.Module, name: str) -> None:
+        """Put the base in this wrapper's place, wherever it is in a stack."""
+        parent, _, child = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        while getattr(holder, child) is not self:
+            holder, child = getattr(holder, child), "base"
+        setattr(holder, child, self.base)
+
+    def innermost(self) -> nn.Module:
+        """Return the frozen layer itself, beneath all adapters."""
+        linear = self.base
+        while isinstance(linear, AdaptedLinear):
+            linear = linear.base
+        return linear
+
+
+@torch.no_grad()
+def _sum_into(linear: nn.Module) -> None:
+    """weight = original + all fused differences, in fp32, rounded once; with none left the original itself."""
+    kept, fused = linear.__dict__["_unfused_weight"], linear.__dict__["_fused_adapters"]
+    total = kept
+    for adapter in fused:
+        total = total.float() + adapter.delta().view_as(kept)
+    linear.weight.copy_(total)  # type: ignore[operator]
+    if not fused:
+        del linear.__dict__["_unfused_weight"], linear.__dict__["_fused_adapters"]
+
+
+# ---- several together -----------------------------------------------------------------------------------------------
 
 Chooser = Callable[[Tensor, Tensor, Tensor], bool]
 """(x, A, B) -> whether one operator should compute both products."""

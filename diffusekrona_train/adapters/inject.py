@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
 from diffusekrona_train.adapters.bounds import sigma_of
 from diffusekrona_train.adapters.flat import FlatFactors
-from diffusekrona_train.adapters.grouped import Chooser, flatten
-from diffusekrona_train.adapters.wrappers import AdaptedLinear, WholeModule, owners_of_parameters
+from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser, flatten
+from diffusekrona_train.adapters.whole import WholeModule, whole_modules
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import find_layers, find_projections, select_layers
 
@@ -54,10 +54,10 @@ class Injection:
         self._sites: dict[str, AdaptedLinear | WholeModule] = {}
         self.flat: FlatFactors | None = None
         self._thawed = [parameter for parameter in _foreign_parameters(model) if parameter.requires_grad]
-        if spec.type == "full" and spec.targets == "all":
+        if spec.is_whole:
             assert placed, "full fine-tuning is a part of the model"
-            self.options = options or {}
-            self._inject_whole(list(options) if options else None)
+            self._sites.update(whole_modules(model, list(options or {}), spec.scale))
+            self.options = {name: {} for name in self._sites}
         else:
             self._inject_linears(options)
         for parameter in self._thawed:
@@ -87,14 +87,6 @@ class Injection:
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, site)
 
-    def _inject_whole(self, names: list[str] | None) -> None:
-        found = owners_of_parameters(self.model)
-        if unknown := [name for name in names or [] if name not in found]:
-            raise ValueError(f"{unknown[0]} is not a module with parameters of this {type(self.model).__name__}")
-        for name in names or list(found):
-            self._sites[name] = WholeModule(name, found[name], self.spec.scale)
-        self.options = {name: {} for name in self._sites}
-
     # --- what trains
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -108,8 +100,9 @@ class Injection:
 
     def base_sigmas(self) -> dict[str, float]:
         """Return layer name -> largest singular value of its own weight (see `bounds.sigma_of`)."""
-        sites = {name: site for name, site in self._sites.items() if isinstance(site, AdaptedLinear)}
-        return {name: sigma_of(site.innermost(), site.in_features) for name, site in sites.items()}
+        sites = {name: self.model.get_submodule(name) for name in self.adapters}
+        linears = {name: site for name, site in sites.items() if isinstance(site, AdaptedLinear)}
+        return {name: sigma_of(site.innermost(), site.in_features) for name, site in linears.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]

@@ -39,16 +39,6 @@ def kron_macs(a1: int, a2: int, b1: int, b2: int) -> tuple[int, int]:
     return a1 * b1 * b2 + a1 * a2 * b2, a1 * a2 * b1 + a2 * b1 * b2
 
 
-def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the exact LoRA pair: up (a2*b2, r), down (r, a1*b1) with r = min(A.shape) * min(B.shape) and up @ down =
-    A ⊗ B.
-
-    Needs no SVD: each factor is split into itself and an identity, and (uA dA) ⊗ (uB dB) = (uA ⊗ uB)(dA ⊗ dB).
-    """
-    (up_a, down_a), (up_b, down_b) = _split(A), _split(B)
-    return kron_delta(up_a, up_b), kron_delta(down_a, down_b)
-
-
 def lora_truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return the best approximation of A ⊗ B of rank `rank`: up (a2*b2, rank), down (rank, a1*b1), and its Frobenius
     error.
@@ -142,13 +132,6 @@ def _gram_left(y: Tensor, x: Tensor) -> Tensor:
 def _gram_right(y: Tensor, x: Tensor) -> Tensor:
     """Return Σ_n y_nᵀ x_n, y (n, s, r), x (n, s, t) -> (r, t)."""
     return torch.mm(y.reshape(-1, y.shape[2]).mT, x.reshape(-1, x.shape[2]))
-
-
-def _split(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (up, down) with up @ down = factor, the identity on the longer side."""
-    rows, columns = factor.shape
-    identity = torch.eye(min(rows, columns), dtype=factor.dtype, device=factor.device)
-    return (factor, identity) if columns <= rows else (identity, factor)
 
 
 def computes_in_own_type(x: Tensor) -> bool:

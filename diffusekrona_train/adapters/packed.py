@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
-from diffusekrona_train.adapters.grouped import Chooser
+from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.adapters.kron import kron_macs
 from diffusekrona_train.adapters.krona import KronA
-from diffusekrona_train.adapters.wrappers import AdaptedLinear
 from diffusekrona_train.config import AdapterConfig
 
 Factors = dict[str, Tensor]
@@ -258,6 +257,9 @@ class PackedAdapter(nn.Module):
     def off(self) -> bool:
         """Whether the model is the base model now."""
         return self._of[0].disabled
+
+    def attached(self, base: nn.Module) -> None:
+        """Do nothing: types that pack need nothing of their layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, (B, ..., out), for x (B, ..., in); the m subjects have B / m samples each."""

@@ -12,7 +12,7 @@ from diffusekrona_train.models.layers import Layer
 
 def plan(spec: AdapterConfig, layers: list[Layer]) -> dict[str, Options]:
     """Return layer name -> options: krona {a1, a2}; lora, loha {rank, alpha}; lokr those and {factor, full_matrix,
-    decompose_both}; full {}.
+    decompose_both}; full {}; terms {rank, rho}; dora {rank, alpha}; oft {block_size}.
 
     Raises ValueError where factors do not divide a width (with the nearest divisors) or a budget cannot be met.
     """
@@ -21,11 +21,34 @@ def plan(spec: AdapterConfig, layers: list[Layer]) -> dict[str, Options]:
         return {name: {"a1": a1, "a2": a2} for name, (a1, a2) in pairs.items()}
     if spec.type == "full":
         return {layer.name: {} for layer in layers}
-    options: Options = {"rank": spec.rank, "alpha": float(spec.alpha or spec.rank)}
+    if spec.type in _PARTS:
+        _check_parts(spec, layers)
+    if spec.type == "oft":
+        return {layer.name: {"block_size": spec.block_size} for layer in layers}
+    if spec.type == "terms":
+        return {layer.name: {"rank": spec.rank, "rho": spec.rho} for layer in layers}
+    alpha = float(spec.alpha or spec.rank) * (spec.rank**0.5 if spec.rank_scale == "rs" else 1)
+    options: Options = {"rank": spec.rank, "alpha": alpha}  # files say alpha / rank, whatever the rule
     if spec.type == "lokr":
         factorization(1, spec.factor)  # names a wrong factor
         options |= {"factor": spec.factor, "full_matrix": spec.full_matrix, "decompose_both": spec.decompose_both}
     return {layer.name: dict(options) for layer in layers}
+
+
+_PARTS = {"terms": ("rho", ("in_features", "out_features")), "oft": ("block_size", ("in_features",))}
+"""Type -> the field that has to divide these widths."""
+
+
+def _check_parts(spec: AdapterConfig, layers: list[Layer]) -> None:
+    """ValueError naming the first layer that the field of a type of _PARTS does not divide."""
+    field, widths = _PARTS[spec.type]
+    value = getattr(spec, field)
+    for layer in layers:
+        for side in widths:
+            if (width := getattr(layer, side)) % value:
+                choices = " and ".join(map(str, sorted(nearest_divisors(width, value))))
+                place = f"the {side.split('_')[0]}put width {width} of {layer.name}"
+                raise ValueError(f"adapter: {field}={value} does not divide {place}; nearest divisors: {choices}")
 
 
 def plan_notes(spec: AdapterConfig, layers: list[Layer], options: dict[str, Options]) -> list[str]:

@@ -45,7 +45,20 @@ def terms(tensors: dict[str, Tensor]) -> tuple[float, list[Matrix]]:
             matrices.append(tensors[name] if whole else (tensors[f"{name}_a"], tensors[f"{name}_b"]))
             rank = rank if whole else tensors[f"{name}_b"].shape[0]
         return 1.0 if rank is None else _scale(alpha, rank), matrices
+    if "terms_a" in tensors:
+        return 1.0, [_pair_of_terms(tensors["terms_a"], tensors["terms_b"])]
+    if "dora_up" in tensors or "rotation" in tensors:
+        kind = "DoRA" if "dora_up" in tensors else "OFT"
+        raise ValueError(f"is a {kind} adapter: what it adds depends on the base model, so it cannot be exported")
     raise ValueError(f"tensors {', '.join(sorted(tensors))} do not belong to a known adapter type")
+
+
+def _pair_of_terms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ A_k ⊗ B_k as an exact thin pair: (I A_k) ⊗ (B_k I) = (I ⊗ B_k)(A_k ⊗ I), rank r rho²."""
+    identity = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+    up = [kron_delta(identity, each) for each in B]
+    down = [kron_delta(each, identity) for each in A]
+    return torch.cat(up, 1), torch.cat(down)
 
 
 def _scale(alpha: float | None, rank: int) -> float:
@@ -86,7 +99,10 @@ def _norm(matrix: Matrix) -> float:
 
 def lora_pair(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """Return the exact LoRA pair (up, down), the scale inside up, rank min(A.shape) * min(B.shape); None for a full
-    ΔW."""
+    ΔW.
+
+    Needs no SVD: each factor is split into itself and an identity, and (uA dA) ⊗ (uB dB) = (uA ⊗ uB)(dA ⊗ dB).
+    """
     if "diff" in tensors:
         return None
     scale, matrices = terms(tensors)
@@ -98,6 +114,7 @@ def lora_pair(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (up, down) with up @ down = matrix, the identity on the longer side."""
     identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
     return (matrix, identity) if matrix.shape[1] <= matrix.shape[0] else (identity, matrix)
 

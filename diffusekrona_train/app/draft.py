@@ -7,7 +7,6 @@ written, under a name made here.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from diffusekrona_train.config import RunConfig, make_config
 from diffusekrona_train.config.fields import overrides_of
 from diffusekrona_train.data import Crop, collect, crop_pixels, plan_crops, printable, toybox_subjects
 from diffusekrona_train.data.images import FORMATS, inspect_image, true_suffix
+from diffusekrona_train.data.names import safe_name
 from diffusekrona_train.report.page import Figure, picture
 from diffusekrona_train.training.status import ASKED, json_lines
 
@@ -32,7 +32,6 @@ STARTS: dict[str, dict[str, Any]] = {
     "toybox-flow": {"train": {"steps": 300, "checkpoint_every": 50}, "validation": {"every": 50}},
 }
 """What a new subject begins with beyond the config's defaults: the embedded models learn in fewer steps."""
-DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.I)  # names that Windows keeps for itself
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,6 @@ class Photo:
     box: str
     """The crop as CSS: a rectangle in percent of the photo."""
     about: str
-
-
-def safe_name(name: str, fallback: str, limit: int = 60) -> str:
-    """Return letters, digits, `-` and `_` of a name, at most `limit`; `fallback` where nothing is left."""
-    words = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:limit].strip("-")
-    return f"{fallback}-{words}" if DEVICES.fullmatch(words) else words or fallback
 
 
 class Draft:
@@ -129,10 +122,8 @@ class Draft:
         fields = self.fields()
         folder = self.root / (safe_name(fields.get("name", ""), "") or self.free_name(fields.get("class", "")))
         model = fields.get("other_model") or fields.get("model") or "toybox"
-        tree: dict[str, Any] = {
-            "model": model,
-            "subject": {"images": str(folder / "photos"), "class": fields.get("class") or "thing"},
-        }
+        subject = {"images": str(folder / "photos"), "class": fields.get("class") or "thing"}
+        tree: dict[str, Any] = {"model": model, "subject": subject}
         token = {"subject": {"token": fields["token"]}} if fields.get("token") else {}
         for source in (token, STARTS.get(model, {}), overrides_of(fields)):
             for section, values in source.items():

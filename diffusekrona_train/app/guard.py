@@ -21,10 +21,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LARGEST_BODY = 256 * 2**20
-"""Bytes of one request: a few photos."""
+LARGEST_BODY = 256 * 2**20  # bytes of one request: a few photos
 COOKIE = "krona_studio"
-LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -67,7 +65,8 @@ def is_loopback(host: str) -> bool:
 def names_of(host: str) -> frozenset[str]:
     """Return the names under which a server on `host` may be addressed, besides IP addresses."""
     name = socket.gethostname().lower()
-    return frozenset((*LOCAL, host.lower(), *(() if is_loopback(host) else (name, f"{name}.local"))))
+    local = ("localhost", "127.0.0.1", "::1", host.lower())
+    return frozenset(local if is_loopback(host) else (*local, name, f"{name}.local"))
 
 
 class Guard:
@@ -92,8 +91,7 @@ class Guard:
 
     def refusal(self, request: Request) -> Response | None:
         """Return the answer to a request that no page may see; None where it may pass."""
-        length = request.headers.get("content-length", "")
-        posts = request.method == "POST"
+        posts, length = request.method == "POST", request.headers.get("content-length", "")
         rules = (
             (421, not self.knows(request.headers.get("host", "")), "unknown Host; open the address that was printed"),
             (403, foreign(request.method, request.headers), "another site asks for this; open the studio itself"),

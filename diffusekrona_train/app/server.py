@@ -24,6 +24,7 @@ from diffusekrona_train.app.pages import HERE, Studio, failed, fragment, live, p
 from diffusekrona_train.app.worker import warm_up
 from diffusekrona_train.training import status
 from diffusekrona_train.training.check.fits import model_fits
+from diffusekrona_train.training.curves import series
 
 
 def make_app(root: Path, host: str = "127.0.0.1") -> tuple[Starlette, str | None]:
@@ -91,13 +92,9 @@ def _rows(studio: Studio) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"folder": folder, "config": None, "image": "", "small": False}
         with contextlib.suppress(ValueError):
             samples = watch.samples_of(studio, folder)
-            newest = [
-                one["images"][step]
-                for step in samples["steps"][-1:]
-                for one in samples["prompts"]
-                if step in one["images"]
-            ]
-            image = [*newest, *(photo.uri for photo in watch.photos_of(folder)[:1] if not newest), ""][0]
+            urls = [one["images"].get(step) for step in samples["steps"][-1:] for one in samples["prompts"]]
+            urls += [photo.uri for photo in watch.photos_of(folder)[:1]]
+            image = next(filter(None, urls), "")
             row |= {"config": status.config_of(folder), "image": image, "small": samples["small"]}
         found.append({**row, "status": studio.status_of(folder)})
     return found
@@ -122,10 +119,8 @@ async def compare(request: Request) -> Response:
         found = [row for row in _rows(studio_of(request)) if row["config"] is not None]
         for row in found:
             metrics, best = status.metrics_of(row["folder"]), status.best_of(row["folder"]) or {}
-            row["held"] = min(
-                (line["validation_loss"] for line in metrics if line.get("validation_loss")), default=None
-            )
-            row["seconds"] = max((line["time"] for line in metrics if line.get("time")), default=None)
+            row["held"] = min(series(metrics, "validation_loss")[1], default=None)
+            row["seconds"] = max(series(metrics, "time")[1], default=None)
             row["best"] = best.get("chosen_step")
             scores = status.scores_of(row["folder"])
             row["scores"] = {name: f"{y[x.index(row['best'])]:.3f}" for name, x, y in scores if row["best"] in x}

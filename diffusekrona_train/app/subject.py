@@ -13,7 +13,7 @@ from starlette.routing import Route
 from diffusekrona_train.app import jobs
 from diffusekrona_train.app.draft import LARGEST_PHOTO, Draft
 from diffusekrona_train.app.pages import Answer, fragment, page, posted, studio_of, text_of
-from diffusekrona_train.app.worker import check
+from diffusekrona_train.app.worker import briefly
 from diffusekrona_train.config import make_config
 from diffusekrona_train.config.fields import PREFIX, groups_of
 from diffusekrona_train.training.check.fits import model_fits, quick_fits
@@ -59,7 +59,7 @@ async def refresh(request: Request, form: FormData) -> Answer:
     lines: dict[str, list[str]] = {"advice": [], "identifier": [], "plan": []}
     if parts["photos"] and not parts["problem"]:
         try:
-            lines = await studio.worker.call(check, draft.here())
+            lines = await studio.worker.call(briefly, make_config(draft.here()))
         except (ValueError, RuntimeError, OSError) as error:
             lines["plan"] = [str(error)]
     studio.models = studio.models or await studio.worker.call(model_fits)

@@ -15,23 +15,12 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from diffusekrona_train.app.draft import safe_name
-from diffusekrona_train.app.pages import (
-    Answer,
-    Studio,
-    fragment,
-    image_file,
-    live,
-    number_of,
-    page,
-    posted,
-    run_of,
-    studio_of,
-    text_of,
-)
+from diffusekrona_train.app import pages
+from diffusekrona_train.app.pages import Answer, Studio, number_of, posted, run_of, studio_of, text_of
 from diffusekrona_train.app.worker import export_lora, generate
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.config import EMBEDDED
+from diffusekrona_train.data.names import safe_name
 from diffusekrona_train.training import status
 
 MOST_SHOWN = 24
@@ -63,22 +52,18 @@ def parts_of(request: Request) -> dict[str, str]:
     folder = run_of(request)
     making = studio_of(request).making.get(folder.name)
     known = {"busy": making == "", "error": making or "", "small": status.config_of(folder).model in EMBEDDED}
-    return {"gallery": fragment("_gallery.html", name=folder.name, groups=gallery_of(folder), **known)}
+    return {"gallery": pages.fragment("_gallery.html", name=folder.name, groups=gallery_of(folder), **known)}
 
 
 async def show(request: Request) -> Response:
     """Show the page."""
     studio, folder = studio_of(request), run_of(request)
     config, others = status.config_of(folder), [one for one in status.all_runs(studio.root) if one != folder]
-    about = {
-        "name": folder.name,
-        "steps": sorted(status.adapters_of(folder), reverse=True),
-        "others": [one.name for one in others if status.adapters_of(one) and _base(one) == _base(folder)],
-        "best": (status.best_of(folder) or {}).get("chosen_step"),
-        "prompt": f"A [V] {config.subject.class_noun} on the beach",
-        "copy_to": studio.setting("copy_to"),
-    }
-    return page(request, "use.html", parts=await run_in_threadpool(parts_of, request), **about)
+    fitting = [one.name for one in others if status.adapters_of(one) and _base(one) == _base(folder)]
+    about = {"name": folder.name, "steps": sorted(status.adapters_of(folder), reverse=True), "others": fitting}
+    about |= {"prompt": f"A [V] {config.subject.class_noun} on the beach", "copy_to": studio.setting("copy_to")}
+    about |= {"best": (status.best_of(folder) or {}).get("chosen_step")}
+    return pages.page(request, "use.html", parts=await run_in_threadpool(parts_of, request), **about)
 
 
 def _base(folder: Path) -> dict[str, Any]:
@@ -145,7 +130,7 @@ async def shown(request: Request) -> Response:
     """Answer with a generated image."""
     folder, name = run_of(request), request.path_params["file"]
     found = next((path for path in (folder / "pictures").glob("*.png") if path.name == name), folder / "none")
-    return image_file(found, folder)
+    return pages.image_file(found, folder)
 
 
 async def _file(studio: Studio, folder: Path, step: int | None, kind: str) -> tuple[Path, str]:
@@ -195,7 +180,7 @@ def lora_folder(named: str) -> Path:
 
 ROUTES = [
     Route("/runs/{name}/use", show),
-    Route("/runs/{name}/use/events", live(parts_of)),
+    Route("/runs/{name}/use/events", pages.live(parts_of)),
     Route("/runs/{name}/generate", create, methods=["POST"]),
     Route("/runs/{name}/pictures/{file}", shown),
     Route("/runs/{name}/adapter", download),

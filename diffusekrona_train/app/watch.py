@@ -15,19 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from diffusekrona_train.app import jobs
-from diffusekrona_train.app.pages import (
-    Answer,
-    Studio,
-    fragment,
-    image_file,
-    live,
-    number_of,
-    page,
-    posted,
-    run_of,
-    studio_of,
-)
+from diffusekrona_train.app import jobs, pages
+from diffusekrona_train.app.pages import Answer, Studio, number_of, posted, run_of, studio_of
 from diffusekrona_train.app.use import make_images
 from diffusekrona_train.common.run_folder import step_name
 from diffusekrona_train.config import EMBEDDED
@@ -36,26 +25,18 @@ from diffusekrona_train.report.page import Figure, picture
 from diffusekrona_train.training import status
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-SHOWN_PHOTOS = 6
+PARTS, SHOWN_PHOTOS = ("state", "numbers", "actions", "warnings", "charts"), 6
 
 
 def parts_of(request: Request) -> dict[str, str]:
     """Return the parts of the page that change by themselves."""
     studio, folder = studio_of(request), run_of(request)
-    queue, best = jobs.waiting(studio.root), status.best_of(folder)
-    failed = status.last_error(folder / jobs.MEASURE_LOG)
-    context = {
-        "status": studio.status_of(folder),
-        "csrf": studio.csrf,
-        "place": queue.index(folder.name) + 1 if folder.name in queue else 0,
-        "measuring": "running" if status.live_process(folder / jobs.MEASURE_PID) else failed,
-        "best": best,
-        "charts": status.charts_of(folder),
-        "trained": bool(status.adapters_of(folder)),
-    }
-    parts = {
-        name: fragment(f"_{name}.html", **context) for name in ("state", "numbers", "actions", "warnings", "charts")
-    }
+    queue, failed = jobs.waiting(studio.root), status.last_error(folder / jobs.MEASURE_LOG)
+    known = {"status": studio.status_of(folder), "best": status.best_of(folder), "charts": status.charts_of(folder)}
+    known |= {"place": queue.index(folder.name) + 1 if folder.name in queue else 0, "csrf": studio.csrf}
+    known |= {"measuring": "running" if status.live_process(folder / jobs.MEASURE_PID) else failed}
+    known |= {"trained": bool(status.adapters_of(folder))}
+    parts = {name: pages.fragment(f"_{name}.html", **known) for name in PARTS}
     return {**parts, "samples": json.dumps(samples_of(studio, folder))}
 
 
@@ -108,7 +89,7 @@ async def show(request: Request) -> Response:
     folder = run_of(request)
     parts, photos = await run_in_threadpool(parts_of, request), await run_in_threadpool(photos_of, folder)
     about = {"name": folder.name, "config": status.config_of(folder), "photos": photos, "strengths": STRENGTHS}
-    return page(request, "run.html", parts=parts, **about)
+    return pages.page(request, "run.html", parts=parts, **about)
 
 
 def photos_of(folder: Path) -> list[Figure]:
@@ -134,7 +115,7 @@ async def sample(request: Request) -> Response:
     if number >= len(prompts):
         raise LookupError(f"the run has {len(prompts)} prompts")
     other = _grid_file(folder, step, wanted["strength"], number) if wanted["strength"] != 1 else None
-    return image_file(other or _sample_file(folder, step, number, prompts[number][1]), folder)
+    return pages.image_file(other or _sample_file(folder, step, number, prompts[number][1]), folder)
 
 
 @posted
@@ -142,18 +123,11 @@ async def strength(request: Request, form: FormData) -> Answer:
     """Generate the run's prompts with a checkpoint at another strength."""
     folder, scale = run_of(request), number_of(form, "strength", 1, 0.05, 2)
     step, config = int(number_of(form, "step", 0, 0, 10**6)), status.config_of(folder)
-    wanted = config.validation
-    options = {
-        "scale": scale,
-        "seeds": wanted.seeds,
-        "steps": wanted.steps,
-        "guidance": wanted.guidance,
-        "negative": config.subject.fill(wanted.negative),
-        "strength_schedule": wanted.strength_schedule or None,
-        "output": _grid_folder(folder, step, scale),
-    }
-    prompts = [config.subject.fill(prompt) for prompt in wanted.prompts]
-    make_images(studio_of(request), folder, prompts, step, options)
+    wanted, fill = config.validation, config.subject.fill
+    options = {name: getattr(wanted, name) for name in ("seeds", "steps", "guidance")}
+    options |= {"scale": scale, "negative": fill(wanted.negative), "output": _grid_folder(folder, step, scale)}
+    options |= {"strength_schedule": wanted.strength_schedule or None}
+    make_images(studio_of(request), folder, list(map(fill, wanted.prompts)), step, options)
     return {"busy": True}
 
 
@@ -192,7 +166,7 @@ async def act(request: Request, form: FormData) -> Answer:
 
 ROUTES = [
     Route("/runs/{name}", show),
-    Route("/runs/{name}/events", live(parts_of)),
+    Route("/runs/{name}/events", pages.live(parts_of)),
     Route("/runs/{name}/samples/{step:int}/{strength:float}/{number:int}", sample),
     Route("/runs/{name}/strength", strength, methods=["POST"]),
     Route("/runs/{name}/do/{action}", act, methods=["POST"]),

@@ -1,7 +1,6 @@
-"""What needs torch, in one other process that keeps its imports: checks, images, exports.
+"""What needs torch, in one other process that keeps its imports: checks, images, exports. A crash costs one answer.
 
-The server answers at once and stays small; a crash here costs one answer. The process ends with the server, also where
-the server was killed.
+The process ends with the server, also where the server was killed.
 """
 
 from __future__ import annotations
@@ -12,11 +11,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+from diffusekrona_train.config import RunConfig
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +53,7 @@ def _end_with_parent() -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C is the server's
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns of kernels that no one here needs
+    warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -61,25 +64,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def check(tree: dict[str, Any]) -> dict[str, list[str]]:
-    """Return what `krona-train --check` says of a config: on its photos, its identifier, and what it will do."""
-    from diffusekrona_train.config import make_config
-    from diffusekrona_train.data import collect, plan_crops
-    from diffusekrona_train.models import configured_model
-    from diffusekrona_train.training.check import identifier_lines
-    from diffusekrona_train.training.check.advice import advise
-    from diffusekrona_train.training.check.needs import device_lines, memory_lines
+def briefly(config: RunConfig) -> dict[str, list[str]]:
+    """Return what a page shows of `krona-train --check`."""
+    from diffusekrona_train.training.check import check_briefly
 
-    config = make_config(tree)
-    photos = collect(config)
-    advice = list(advise(plan_crops(photos.pictures, config.data, config.train.seed)))
-    advice += ["few: three to ten photos from several sides show more than two"] if len(photos.pictures) == 2 else []
-    advice += [f"{name}: {why}" for name, why in (*photos.skipped, *photos.remarks)]
-    source, train = configured_model(config), config.train
-    views = train.steps * train.batch_size * train.gradient_accumulation / len(photos.pictures)
-    plan = [f"{train.steps} steps, in which each photo is seen {views:.0f} times", *memory_lines(config, source)[:1]]
-    identifier = identifier_lines(config, source, photos)
-    return {"advice": advice, "identifier": identifier, "plan": [*plan, *device_lines()]}
+    return check_briefly(config)
 
 
 def generate(source: str | None, prompts: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -93,11 +82,13 @@ def generate(source: str | None, prompts: Sequence[str], options: Mapping[str, A
 def export_lora(source: Path, target: Path) -> None:
     """Write the exact LoRA of an adapter file."""
     from diffusekrona_train.adapters.formats import EXPORTERS, open_adapter
+    from diffusekrona_train.adapters.formats.exports import exact_rank
 
-    EXPORTERS["lora"](open_adapter(source, None), target, dtype="fp32", rank=None, source=None)
+    file = open_adapter(source)
+    rank = max(map(exact_rank, file.groups.values()), default=None)  # exact, also where a dense matrix were smaller
+    EXPORTERS["lora"](file, target, dtype="fp32", rank=rank, source=None)
 
 
 def warm_up() -> None:
     """Import what generating needs, so that the first image does not wait for it."""
-    import diffusekrona_train.sampling
-    import diffusekrona_train.training.check  # noqa: F401
+    import diffusekrona_train.sampling  # noqa: F401

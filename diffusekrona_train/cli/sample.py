@@ -86,10 +86,10 @@ def sample(
         str, typer.Option(help="prompt: noise from prompt and seed; seed: from the seed only, to compare prompts.")
     ] = "prompt",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    quantize: Annotated[str, typer.Option(help="Base model in none, nf4 or int8.")] = "none",
+    quantize: Annotated[str, typer.Option(help="Base model in none, nf4, int8 or fp8.")] = "none",
     no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Keep the adapter apart from the weights.")] = False,
     offload: Annotated[
-        str, typer.Option(help="none, model or sequential: move parts to the GPU when needed.")
+        str, typer.Option(help="none, blocks, model or sequential: what comes to the GPU only when needed.")
     ] = "none",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode large images in tiles.")] = False,
     vae_slicing: Annotated[bool, typer.Option("--vae-slicing", help="Decode a batch one by one.")] = False,
@@ -138,7 +138,7 @@ def _generate(call: Call, sheet: bool) -> None:
 
 
 def _home(run: Path | None, adapters: list[str]) -> Path:
-    """The run folder, the folder of the first adapter file, or the working folder."""
+    """Return the run folder, the folder of the first adapter file, or the working folder."""
     from diffusekrona_train.sampling.session import parse_use
 
     if run is not None:
@@ -147,7 +147,8 @@ def _home(run: Path | None, adapters: list[str]) -> Path:
 
 
 def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Path | None:
-    """The first word as run folder or file; with --adapter, or with --model and no such path, all words are prompts."""
+    """Take the first word as run folder or file; with --adapter, or with --model and no such path, all words are
+    prompts."""
     if not words or has_adapters:
         return None
     from diffusekrona_train.config.paths import user_path
@@ -163,7 +164,7 @@ def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Pat
 
 
 def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
-    """Mistakes in numbers and names, before torch is imported for real work."""
+    """Raise ValueError for mistakes in numbers and names, before torch is imported for real work."""
     from diffusekrona_train.models.schedulers import check_scheduler
     from diffusekrona_train.sampling.plan import parse_sweep
     from diffusekrona_train.sampling.render import SampleSettings
@@ -181,7 +182,7 @@ def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the command krona-sample."""
+    """Run the command krona-sample."""
     enter(app)
 
 

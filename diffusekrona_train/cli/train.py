@@ -25,7 +25,7 @@ app = typer.Typer(**PLAIN, help="Train a Kronecker adapter on a few photos.")
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="The YAML of the run (krona-train init writes one).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one field.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one field.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest state in the output folder.")
     ] = False,
@@ -33,7 +33,7 @@ def train(
         Path | None, typer.Option(help="Continue from a state: runs/dog/resume/step-000100.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Say what the config would do, without training.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Show what the config would do, without training.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train an adapter: krona-train --config dog.yaml"""
@@ -92,13 +92,16 @@ def what_next(config: RunConfig, result: TrainResult) -> str:
     prompt = config.validation.prompts[0] if config.validation.prompts else config.subject.prompt
     prompt = prompt.replace("{class}", config.subject.class_noun)
     size = result.file.stat().st_size / 2**20
+    command = export_command(read_adapter(result.file), result.file, config.model)
+    readers = "ComfyUI, A1111, Forge and InvokeAI read the file as it is; for diffusers and others:"
+    if config.adapter.type in ("terms", "dora", "oft"):
+        readers = "no other tool reads this file; for those:" if command else "no other tool reads this file"
     return (
         f"done: {result.steps} steps in {minutes} min {seconds} s: {result.file} ({size:.1f} MiB)\n"
         f'try it:    krona-sample {result.file.parent} "{prompt}"\n'
         f"in code:   from diffusekrona_train import load_adapter\n"
         f'           load_adapter(pipe, "{result.file}")\n'
-        f"elsewhere: ComfyUI, A1111, Forge and InvokeAI read the file as it is; for diffusers and others:\n"
-        f"           {export_command(read_adapter(result.file), result.file, config.model)}"
+        f"elsewhere: {readers}" + (f"\n           {command}" if command else "")
     )
 
 
@@ -129,7 +132,7 @@ app.command()(many)
 
 
 def main() -> None:
-    """The entry point of krona-train and of `python -m diffusekrona_train`."""
+    """Run krona-train, also as `python -m diffusekrona_train`."""
     enter(app)
 
 

@@ -115,7 +115,7 @@ def _torch_settings() -> Callable[[], None]:
 
 
 def _compiler() -> Callable[[], None]:
-    """Nothing where torch's compiler is not loaded; who compiles loads it before `as_found`."""
+    """Do nothing if torch's compiler is not loaded; who compiles loads it before `as_found`."""
     config = sys.modules.get("torch._dynamo.config")
     limit = getattr(config, "recompile_limit", None)
 
@@ -142,7 +142,7 @@ def _random_states() -> Callable[[], None]:
 
 
 def _log_levels() -> Callable[[], None]:
-    """A library that was not loaded before gets its own default back: warnings, and progress bars."""
+    """Give a library that was not loaded before its own defaults back: warnings, and progress bars."""
     bitsandbytes = logging.getLogger("bitsandbytes")
     level = bitsandbytes.level
     before = {name: _verbosity(name) for name in LIBRARIES}
@@ -177,7 +177,7 @@ def _verbosity(name: str) -> tuple[int, bool] | None:
 
 
 def _hub_bars() -> bool | None:
-    """Whether huggingface_hub shows progress bars; None where it is not loaded."""
+    """Return whether huggingface_hub shows progress bars; None where it is not loaded."""
     utils = sys.modules.get("huggingface_hub.utils")
     return None if utils is None else not utils.are_progress_bars_disabled()
 

@@ -38,13 +38,13 @@ class Busy(ValueError):
 
 
 def own_entries(folder: Path) -> list[Path]:
-    """Files and folders of a run that are there."""
+    """Return files and folders of a run that are there."""
     names = (*OWN, f"{folder.name}.safetensors", f"{folder.name}.png")
     return [folder / name for name in names if (folder / name).exists()]
 
 
 def refuse_existing(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """ValueError where the folder holds a run that this call would mix with, or is no folder."""
+    """Raise ValueError if the folder holds a run that this call would mix with, or is not a folder."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is a file; give a folder")
     if resume and overwrite:
@@ -58,7 +58,7 @@ def refuse_existing(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(folder: Path, main: bool = True) -> Iterator[None]:
-    """Hold the folder for this run (its main process); Busy where another writes in it. A kill lets go.
+    """Lock the folder for this run (its main process); Busy if another run writes in it. A kill releases the lock.
 
     Folders that it makes and that are still empty at the end, of a run that was refused, are removed again.
     """
@@ -101,7 +101,7 @@ def forget_states(folder: Path) -> None:
 
 
 def prepare(folder: Path, start: int, config_yaml: str) -> None:
-    """Makes the folder tell of steps up to `start` alone (0: of nothing yet), and writes config.yaml."""
+    """Remove what the folder holds of steps after `start` (0: everything), and write config.yaml."""
     if start == 0:
         remove_own(folder)
     for leftover in folder.rglob(".writing-*"):
@@ -134,7 +134,7 @@ def step_of(path: Path) -> int:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut by a kill is passed over."""
+    """Return the lines of a metrics.jsonl; a last line cut by a kill is passed over."""
     if not path.is_file():
         return []
     lines = []

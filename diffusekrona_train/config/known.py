@@ -33,6 +33,8 @@ class Known:
     """Alias of the model whose configs it shares, except those in its own folder."""
     train_instead: str | None = None
     """Alias of the model to train where this one is distilled to few steps and only generates well."""
+    prompt: dict[str, list[int]] = field(default_factory=dict)
+    """What a prompt of usual length is encoded as, name -> shape: to count memory by."""
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Defaults of a run's config, by section."""
 

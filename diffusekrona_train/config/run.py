@@ -13,7 +13,7 @@ from pydantic import model_validator
 from diffusekrona_train.config.base import Strict
 from diffusekrona_train.config.known import known_models
 from diffusekrona_train.config.sections import AdapterConfig, DataConfig, PriorConfig, SubjectConfig
-from diffusekrona_train.config.training import TrainConfig, ValidationConfig
+from diffusekrona_train.config.training import SampleConfig, TrainConfig, ValidationConfig
 
 LONGEST_NAME = 200
 """Bytes of a run's name: file systems take 255, and files are named after the run."""
@@ -52,6 +52,13 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Defaults that differ from the paper's SDXL ones; values in the YAML win over them."""
 
+UNQUANTISED = {
+    "full": "trains the base's own weights, which cannot be quantised",
+    "dora": "needs the base's own weights, which cannot be quantised",
+    "oft": "needs the base's own weights, which cannot be quantised",
+}
+"""Adapter type -> why the base must not be quantised."""
+
 
 class RunConfig(Strict):
     PATHS = ("model", "vae", "model_config_dir", "output")
@@ -77,6 +84,8 @@ class RunConfig(Strict):
     """Prior preservation."""
     train: TrainConfig = TrainConfig()
     """The optimisation."""
+    sample: SampleConfig = SampleConfig()
+    """What generates images with the adapter, in validation and in krona-sample."""
     validation: ValidationConfig = ValidationConfig()
     """What is rendered and measured while training."""
     output: str
@@ -92,12 +101,20 @@ class RunConfig(Strict):
             raise ValueError(f"output: {self.output!r} should end in the name of the run, as runs/dog does")
         if len(self.name.encode()) > LONGEST_NAME:
             raise ValueError(f"output: its last part has {len(self.name.encode())} bytes; at most {LONGEST_NAME} fit")
-        if self.adapter.type == "full" and (self.train.quantize != "none" or self.train.memory == "nf4"):
-            raise ValueError("adapter.type: full trains the base's own weights, which cannot be quantised")
+        if self.adapter.type in UNQUANTISED and (
+            self.train.quantize != "none" or self.train.memory in ("nf4", "offload")
+        ):
+            raise ValueError(f"adapter.type: {self.adapter.type} {UNQUANTISED[self.adapter.type]}")
+        if self.train.rate_unit == "dw" and self.adapter.type in ("dora", "oft"):
+            raise ValueError(f"train.rate_unit: dw has no rates for adapter.type: {self.adapter.type}; use factor")
         if self.train.rate_unit == "dw" and self.adapter.scale == 0:
             raise ValueError("train.rate_unit: dw divides by adapter.scale, which is 0; give another scale")
+        if self.train.loss == "dco" and self.prior.kind == "images":
+            raise ValueError("train.loss: dco keeps to the base without class images; set prior.kind: none or teacher")
         if self.adapter.norm_cap is not None and self.adapter.scale == 0:
             raise ValueError("adapter.norm_cap bounds nothing, since adapter.scale is 0; give another scale")
+        if self.adapter.type == "full" and self.sample.model is not None:
+            raise ValueError("sample.model needs an adapter; adapter.type: full changes the trained model itself")
         if self.subject.images and self.subject.images.startswith("toybox:") and self.subject.files:
             raise ValueError("subject.files cannot be picked from within an embedded subject; use subject.limit")
         return self

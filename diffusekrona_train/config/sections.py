@@ -14,6 +14,8 @@ from diffusekrona_train.config.base import Strict, check_prompt, parse_count
 PROJECTIONS = ("q", "k", "v", "o")
 FactorPair = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
 
+InitA = Literal["normal", "normal_dim", "normal_dim_reciprocal", "kaiming_uniform", "xavier_uniform", "aligned"]
+
 
 class SubjectConfig(Strict):
     PATHS = ("images", "files")
@@ -56,8 +58,8 @@ class SubjectConfig(Strict):
 
 
 class AdapterConfig(Strict):
-    type: Literal["krona", "lora", "lokr", "loha", "full"] = "krona"
-    """Kind of adapter: krona (A x B), the baselines lora, lokr, loha, or full fine-tuning."""
+    type: Literal["krona", "lora", "lokr", "loha", "full", "terms", "dora", "oft"] = "krona"
+    """Kind of adapter: krona (A x B), the baselines lora, lokr, loha, full; terms, dora, oft are for studies only."""
     a1: Annotated[int, Field(ge=1)] = 4
     """krona: how many parts A splits the input width into (the paper's a1)."""
     a2: Annotated[int, Field(ge=1)] = 64
@@ -72,14 +74,22 @@ class AdapterConfig(Strict):
     """krona: choose a1 and a2 so that the whole stays within what LoRA of this rank would train."""
     on_indivisible: Literal["error", "nearest"] = "error"
     """krona: what to do where a1 or a2 does not divide a layer's width."""
-    init_a: Literal["normal", "normal_dim", "normal_dim_reciprocal", "kaiming_uniform", "xavier_uniform"] = "normal"
-    """krona: distribution of A at the start; normal has standard deviation 1/a2."""
+    init_a: InitA = "normal"
+    """krona: A at the start; normal has standard deviation 1/a2, aligned follows the gradient of some samples."""
+    align_draws: Annotated[int, Field(ge=1, le=1000)] = 16
+    """krona with init_a: aligned: how many samples (photo, noise, timestep) the gradient is averaged over."""
     init_b: Literal["zero", "same"] = "zero"
     """krona: B at the start; `same` initialises it like A (the ablation that the paper reports as failing)."""
     rank: Annotated[int, Field(ge=1)] = 4
-    """lora, lokr, loha: rank of the low-rank factors."""
+    """lora, lokr, loha, dora: rank of the low-rank factors; terms: how many terms."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """lora, lokr, loha: the scale is alpha / rank; none means alpha = rank."""
+    """lora, lokr, loha, dora: the scale is alpha / rank; none means alpha = rank."""
+    rank_scale: Literal["rank", "rs"] = "rank"
+    """lora, lokr, loha, dora: what alpha is divided by; rs (rsLoRA) takes the square root of the rank."""
+    rho: Annotated[int, Field(ge=1)] = 2
+    """terms: A_k is rho x in/rho and B_k out/rho x rho; 1 is a LoRA."""
+    block_size: Annotated[int, Field(ge=2)] = 16
+    """oft: side of the orthogonal blocks."""
     factor: int = -1
     """lokr: FACTORIZATION factor; -1 takes the most balanced divisors."""
     full_matrix: bool = False
@@ -111,6 +121,11 @@ class AdapterConfig(Strict):
                 raise ValueError(f"params: {error}") from None
         return values
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every parameter of the denoiser trains, not only layers that can be adapted."""
+        return self.targets == "all"
+
     @model_validator(mode="after")
     def _no_conflicts(self) -> AdapterConfig:
         budget = [name for name in ("params", "match_lora_rank") if getattr(self, name) is not None]
@@ -122,6 +137,15 @@ class AdapterConfig(Strict):
         for name in ("full_matrix", "decompose_both"):
             if getattr(self, name) and self.type != "lokr":
                 raise ValueError(f"{name} is for type: lokr, and type is {self.type}; take it out")
+        for name, kinds, default in (
+            ("rank_scale", ("lora", "lokr", "loha", "dora"), "rank"),
+            ("rho", ("terms",), 2),
+            ("block_size", ("oft",), 16),
+        ):
+            if getattr(self, name) != default and self.type not in kinds:
+                raise ValueError(f"{name} is for type: {' or '.join(kinds)}, and type is {self.type}; take it out")
+        if self.init_a == "aligned" and (self.type != "krona" or self.init_b == "same"):
+            raise ValueError("init_a: aligned is for type: krona with init_b: zero; choose another init_a")
         if self.factor != -1 and (self.type != "lokr" or self.factor < 1):
             raise ValueError(f"factor: {self.factor} is for type: lokr, where it is -1 or a positive number")
         if self.targets == "all" and self.type != "full":
@@ -151,6 +175,8 @@ class DataConfig(Strict):
     """Where latents and text embeddings are kept; none means a `cache` folder beside the run folder."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the VAE while latents are made (SDXL's own VAE overflows in fp16)."""
+    text_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Precision of the text encoders while prompts are encoded; auto: the model's own; int8 halves their memory."""
 
     @model_validator(mode="after")
     def _variants_differ(self) -> DataConfig:

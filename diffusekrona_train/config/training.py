@@ -47,10 +47,10 @@ class TrainConfig(Strict):
     """Seed of everything: factors, order of images, noise, timesteps."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: bf16 where the card is fast at it, else fp16, and no on a CPU."""
-    quantize: Literal["none", "nf4", "int8"] = "none"
-    """Keep the frozen denoiser in 4 or 8 bits (bitsandbytes)."""
-    memory: Literal["auto", "plain", "checkpointing", "nf4"] = "auto"
-    """auto picks plain, gradient checkpointing, or NF4 with checkpointing from the free GPU memory."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the frozen denoiser's blocks in 4 or 8 bits: nf4, int8 (bitsandbytes), fp8 (8-bit floats, scaled by row)."""
+    memory: Literal["auto", "plain", "checkpointing", "nf4", "offload"] = "auto"
+    """auto picks by the free GPU memory: plain, checkpointing, nf4 with it, or offload (nf4 or fp8 in host memory)."""
     compile: bool = False
     """torch.compile the transformer blocks; needs a C++ compiler, and minutes for the first step."""
     cuda_graph: Literal["auto"] | bool = "auto"
@@ -60,8 +60,10 @@ class TrainConfig(Strict):
     """Allow TF32 matrix products on GPUs that have them."""
     channels_last: bool = False
     """Keep the denoiser in channels-last memory format."""
-    loss: Literal["mse", "huber"] = "mse"
-    """Loss between prediction and target."""
+    loss: Literal["mse", "huber", "dco"] = "mse"
+    """Loss between prediction and target; dco compares the squared error with the base model's (one more pass)."""
+    dco_beta: Annotated[float, Field(gt=0)] = 1000.0
+    """dco: how soon a sample counts less once the adapter predicts it better than the base does."""
     weighting: Literal["none", "min_snr", "debiased"] = "none"
     """Weight of a sample's loss by its timestep."""
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0
@@ -87,9 +89,17 @@ class TrainConfig(Strict):
     def _no_conflicts(self) -> TrainConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} is more than steps: {self.steps}")
-        if self.memory == "nf4" and self.quantize == "int8":
-            raise ValueError("memory: nf4 and quantize: int8 ask for two different bases; keep one")
+        if self.memory == "nf4" and self.quantize in ("int8", "fp8"):
+            raise ValueError(f"memory: nf4 and quantize: {self.quantize} ask for two different bases; keep one")
+        if self.memory == "offload" and self.quantize == "int8":
+            raise ValueError("memory: offload keeps the base in nf4 or fp8, not in quantize: int8; set one of them")
         return self
+
+
+class SampleConfig(Strict):
+    PATHS = ("model",)
+    model: str | None = None
+    """Model that images are generated with, if another: the distilled one of the model that is trained."""
 
 
 class ValidationConfig(Strict):

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from diffusekrona_train.adapters.formats import inject_file
-from diffusekrona_train.common.device import pick_dtype
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.evaluation.inputs import Generated
@@ -55,13 +54,12 @@ class Bench:
         Drawn where missing. With a share (rank, processes) only this process' part is drawn, but all are named.
         """
         subjects = [subject] if subject else []
-        dtype = pick_dtype(self.memory.dtype, self.device)
         planned = plan_pictures(
             list(dict.fromkeys([*prompts, class_prompt])),
             seeds,
             self.settings,
             scale=1.0 if subject else None,
-            about=about_models(self.source, subjects, dtype, self.memory),
+            about=about_models(self.source, subjects, self.memory, self.device),
         )
         missing = [item for item in planned if not (self.folder / item.file).exists()]
         if missing:

@@ -28,18 +28,18 @@ from diffusekrona_train.sampling.session import Memory, base_model_of, subjects_
 def best_checkpoint(
     run_folder: Path | str,
     plan: Plan | None = None,
-    quantize: str = "none",
+    memory: Memory | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any] | None:
     """Measure every checkpoint of a run at the plan's strengths and choose one by RULE.
 
     None on all processes but the first. Without a plan: the run's own prompts, four seeds, shared over the processes
-    there are, the base model held in `quantize` (none, nf4, int8), and large images decoded in tiles where it is not
-    none. Writes evaluation/best.json (chosen_step, strength, rule, checkpoints with their scores, base), and the
-    strength into the chosen adapter's metadata, where krona-sample finds it.
+    there are, the base model held as `memory` says. Writes evaluation/best.json (chosen_step, strength, rule,
+    checkpoints with their scores, base), and the strength into the chosen adapter's metadata, where krona-sample finds
+    it.
     """
-    folder, memory = Path(run_folder), Memory(quantize=quantize, vae_tiling=quantize != "none")
-    plan = plan or Plan(memory=memory, progress=progress or Progress()).shared()
+    folder = Path(run_folder)
+    plan = plan or Plan(memory=memory or Memory(), progress=progress or Progress()).shared()
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: no config.yaml in it; give the folder of a run, such as runs/dog")
     files = sorted((folder / "checkpoints").glob("step-*/adapter.safetensors"))

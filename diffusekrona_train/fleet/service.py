@@ -98,10 +98,10 @@ class Saving(Progress):
         super().__init__()
         self.above, self.outlet = above, outlet
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         self.above.report(event, **fields)
         if event == "saved":
-            self.outlet.push(fields["job"])
+            self.outlet.push(str(fields["job"]))
 
     def should_stop(self) -> bool:
         return self.above.should_stop()

@@ -18,7 +18,7 @@ from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import free, ran_out
 from diffusekrona_train.models.contracts import Conditioning, Tensors
 from diffusekrona_train.training import memory
-from diffusekrona_train.training.loss import Batch
+from diffusekrona_train.training.loss import AGAINST_BASE, Batch
 from diffusekrona_train.training.optimizer import LOSS
 from diffusekrona_train.training.setup import Run
 from diffusekrona_train.training.step import learning_rate
@@ -138,8 +138,12 @@ def losses_of(pack: Pack, shares: Sequence[Share]) -> list[Tensor]:
             named = {name: value[held] for name, value in extras.items()}
             wanted = wanted.index_copy(0, held, _predicted(shares[0].run, x_t[held], t[held], some, named))
     predicted = _predicted(shares[0].run, x_t, t, rows, extras)
-    parts = zip(predicted.split(size), wanted.split(size), strict=True)
-    return [objective.judged(*part, batch) for objective, part, batch in zip(objectives, parts, batches, strict=True)]
+    bare: Sequence[Tensor | None] = [None] * len(batches)
+    if any(objective.config.train.loss in AGAINST_BASE for objective in objectives):
+        with torch.no_grad(), pack.off():
+            bare = _predicted(shares[0].run, x_t, t, rows, extras).split(size)
+    parts = zip(objectives, predicted.split(size), wanted.split(size), batches, bare, strict=True)
+    return [objective.judged(*part) for objective, *part in parts]
 
 
 def _predicted(run: Run, x_t: Tensor, t: Tensor, rows: Sequence[Tensors], extras: Tensors) -> Tensor:

@@ -20,7 +20,16 @@ from diffusekrona_train.models.local import LocalModel, embedded
 from diffusekrona_train.models.registry import FAMILIES, family_named, family_of
 from diffusekrona_train.models.source import ModelSource
 
-__all__ = ["FAMILIES", "ModelSource", "configured_model", "family_named", "family_of", "near_miss", "open_model"]
+__all__ = [
+    "FAMILIES",
+    "ModelSource",
+    "configured_model",
+    "family_named",
+    "family_of",
+    "generating_model",
+    "near_miss",
+    "open_model",
+]
 
 PACKAGED = {MODEL_ALIASES[alias]: alias for alias in ("sdxl", "sd15", "sd14", "sd21", *known_models())} | {
     "stabilityai/stable-diffusion-2-1": "sd21",  # withdrawn from the hub in November 2025, in caches still
@@ -36,6 +45,7 @@ def open_model(
     vae: str | None = None,
     model_config_dir: str | None = None,
     prediction_type: str | None = None,
+    text_precision: str | None = None,
 ) -> ModelSource:
     """Find a model by alias, hub name, diffusers folder or single .safetensors file.
 
@@ -70,7 +80,10 @@ def open_model(
     config = denoiser_config(place)
     family = family_of(config, model)
     check_denoiser(model, config)
-    return ModelSource(model=model, place=place, family=family, vae=vae, predicts=prediction_type)
+    precision = text_precision or "auto"
+    return ModelSource(
+        model=model, place=place, family=family, vae=vae, predicts=prediction_type, text_precision=precision
+    )
 
 
 def denoiser_config(place: Place) -> Config:
@@ -93,7 +106,22 @@ def configured_model(config: RunConfig) -> ModelSource:
         vae=config.vae,
         model_config_dir=config.model_config_dir,
         prediction_type=config.prediction_type,
+        text_precision=config.data.text_precision,
     )
+
+
+def generating_model(config: RunConfig, trained: ModelSource) -> ModelSource:
+    """Open the model that a run generates images with: `trained`, or sample.model. ValueError where it has other layers
+    or another text encoder than the trained one, whose adapter and embeddings it is to use."""
+    if config.sample.model is None:
+        return trained
+    found = open_model(config.sample.model, text_precision=config.data.text_precision)
+    what = f"sample.model: {config.sample.model!r}"
+    if found.family.name != trained.family.name:
+        raise ValueError(f"{what} is of family {found.family.name}, and model of {trained.family.name}; name its kin")
+    if found.layers() != trained.layers():
+        raise ValueError(f"{what} has other layers than model: {config.model!r}; name its distilled or its base model")
+    return found
 
 
 def near_miss(path: Path) -> str:

@@ -5,7 +5,6 @@ Its licence (CircleStone) is not for commercial use; the repository is open. dif
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -30,22 +29,13 @@ from diffusekrona_train.models.qwenimage import VAE, QwenVae
 from diffusekrona_train.models.sd import optional
 
 MAX_TOKENS = 512
-ORIGINAL = {
-    r"^transformer_blocks\.": "blocks.",
-    r"\.attn1\.": ".self_attn.",
-    r"\.attn2\.": ".cross_attn.",
-    r"\.to_([qkv])$": r".\1_proj",
-    r"\.to_out\.0$": ".output_proj",
-    r"\.ff\.net\.0\.proj$": ".mlp.layer1",
-    r"\.ff\.net\.2$": ".mlp.layer2",
-}
-"""Pattern in a diffusers path -> what the original release calls it."""
 
 
 class Anima(QwenVae):
     """Anima: one stream of image tokens with cross attention to the conditioned prompt."""
 
     name = "anima"
+    fp16 = False
     parts = Parts(
         denoiser=Part("transformer", "CosmosTransformer3DModel"),
         vae=VAE,
@@ -60,6 +50,15 @@ class Anima(QwenVae):
     )
     streams = {"transformer_blocks": "image"}
     feed_forward = {r"ff\.net\.\d(\.proj)?": "image"}
+    originals = {
+        r"^transformer_blocks\.": "blocks.",
+        r"\.attn1\.": ".self_attn.",
+        r"\.attn2\.": ".cross_attn.",
+        r"\.to_([qkv])$": r".\1_proj",
+        r"\.to_out\.0$": ".output_proj",
+        r"\.ff\.net\.0\.proj$": ".mlp.layer1",
+        r"\.ff\.net\.2$": ".mlp.layer2",
+    }
     version, architecture = "anima", "anima"
     # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.
     memory = MemoryFigures(plain=14.0, checkpointing=1.5, quantized_share=0.97)
@@ -132,19 +131,7 @@ class Anima(QwenVae):
 
     def file_name(self, layer: str, layers_per_block: int = 2) -> str:
         """Return lora_unet_ and the original path, the one form that ComfyUI reads for Anima."""
-        return names.underscored("lora_unet_", original_path(layer))
-
-    def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
-        """Return diffusers' and the original path: bare, below transformer. and diffusion_model., kohya's and
-        LyCORIS's."""
-        return names.usual_names(layer, original_path(layer), prefixes=["transformer", "diffusion_model"])
-
-
-def original_path(name: str) -> str:
-    """Return the original path of a diffusers path: transformer_blocks.3.attn1.to_q -> blocks.3.self_attn.q_proj."""
-    for pattern, new in ORIGINAL.items():
-        name = re.sub(pattern, new, name)
-    return name
+        return names.underscored("lora_unet_", self.original(layer))
 
 
 def _resize_without_torchvision() -> None:

@@ -104,6 +104,8 @@ class MemoryFigures:
     """The same with gradient checkpointing."""
     quantized_share: float
     """Share of the denoiser's parameters that `Family.quantizes` lets into 4 or 8 bits, 0 to 1."""
+    largest_block: float = 0.05
+    """Share of the denoiser's parameters that are such in its largest block."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,11 @@ class Family(Protocol):
 
     @property
     def memory(self) -> MemoryFigures: ...
+
+    @property
+    def fp16(self) -> bool:
+        """Whether the denoiser can compute in fp16; where its numbers overflow there, it is refused."""
+        ...
 
     def matches(self, denoiser_config: Config) -> bool:
         """Return whether a denoiser with this config (with `_class_name`) is of the family."""

@@ -53,6 +53,11 @@ class Flux1(FlowTransformer):
         r"ff_context\.net\.\d(\.proj)?": "text",
         r"proj_(mlp|out)": "",  # proj_out holds the attention's output too
     }
+    originals = {
+        r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$": r"double_blocks.\1.img_attn.proj",
+        r"^transformer_blocks\.(\d+)\.attn\.to_add_out$": r"double_blocks.\1.txt_attn.proj",
+        r"^single_transformer_blocks\.(\d+)\.proj_out$": r"single_blocks.\1.linear2",
+    }
     pipeline_class = "FluxPipeline"
     version, architecture = "flux1", "flux-1-dev"
     # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.

@@ -54,6 +54,12 @@ class Flux2(FlowTransformer):
     streams = {"transformer_blocks": "image", "single_transformer_blocks": "both"}
     feed_forward = {r"ff\.linear_(in|out)": "image", r"ff_context\.linear_(in|out)": "text"}
     fused = {"attn.to_qkv_mlp_proj": "qkv"}
+    originals = {
+        r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj$": r"single_blocks.\1.linear1",
+        r"^single_transformer_blocks\.(\d+)\.attn\.to_out$": r"single_blocks.\1.linear2",
+        r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$": r"double_blocks.\1.img_attn.proj",
+        r"^transformer_blocks\.(\d+)\.attn\.to_add_out$": r"double_blocks.\1.txt_attn.proj",
+    }
     pipeline_class = "Flux2Pipeline"
     version, architecture = "flux_2_dev", "flux-2-dev"
     # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.
@@ -126,6 +132,7 @@ class Klein(Flux2):
     in 4 steps without guidance."""
 
     name = "flux2-klein"
+    fp16 = False
     parts = Parts(
         denoiser=TRANSFORMER,
         vae=VAE,

@@ -43,6 +43,11 @@ class Krea2(QwenVae):
     )
     streams = {"transformer_blocks": "both"}
     feed_forward = {r"ff\.(gate|up|down)": ""}
+    originals = {
+        r"^transformer_blocks\.": "blocks.",
+        r"\.attn\.to_([qkv])$": r".attn.w\1",
+        r"\.attn\.to_out\.0$": ".attn.wo",
+    }
     pipeline_class = "Krea2Pipeline"
     version, architecture = "krea2", "krea-2"
     # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.

@@ -75,14 +75,6 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def describe_layer(name: str, in_features: int, out_features: int) -> Layer:
-    """Describe a linear as `describe`; ValueError for any other name."""
-    found = describe(name, in_features, out_features) or describe_projection(name, in_features)
-    if found is None:
-        raise ValueError(f"{name} is not an attention or feed-forward linear of a transformer block")
-    return found
-
-
 def described(linears: Linears) -> list[Layer]:
     """Return the rows of all linears that `describe` knows, in their order."""
     return [layer for name, widths in linears.items() if (layer := describe(name, *widths))]
@@ -256,7 +248,7 @@ def find_projections(model: nn.Module) -> list[Layer]:
 
 def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
     """Choose likewise from a list of layers, such as a table of a model that is not built. Raises as `find_layers`."""
-    if spec.targets == "all":
+    if spec.is_whole:
         return layers
     chosen = [layer for layer in layers if _has_role(layer, spec)]
     if not chosen:

@@ -1,4 +1,5 @@
-"""Quantise the frozen denoiser to 4 or 8 bits: its transformer linears become bitsandbytes' ones, on CPU or GPU.
+"""Quantise the frozen denoiser to 4 or 8 bits: its transformer linears become bitsandbytes' ones, on CPU or GPU, or
+fp8's (models/stored.py).
 
 Embeddings, convolutions and the small time projections keep their type: they hold few parameters and shape every block.
 """
@@ -11,17 +12,21 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from diffusekrona_train.models.stored import store_linears
+
 
 def quantize_linears(model: nn.Module, kind: str, compute_dtype: torch.dtype, wanted: Callable[[str], bool]) -> int:
-    """Replace in place every linear whose dotted name is `wanted`; 'nf4' or 'int8'. Returns how many.
+    """Replace in place every linear whose dotted name is `wanted`; 'nf4', 'int8' or 'fp8'. Returns how many.
 
     The numbers are rounded when the model moves to a device (on the CPU: at `.to("cpu")`), so call it before.
     ValueError for another kind, and where no linear is wanted.
     """
+    if kind == "fp8":
+        return store_linears(model, kind, wanted)
+    if kind not in ("nf4", "int8"):
+        raise ValueError(f"quantize {kind!r} is unknown; use none, nf4, int8 or fp8")
     import bitsandbytes as bnb
 
-    if kind not in ("nf4", "int8"):
-        raise ValueError(f"quantize {kind!r} is unknown; use none, nf4 or int8")
     targets = [name for name, module in model.named_modules() if type(module) is nn.Linear and wanted(name)]
     if not targets:
         raise ValueError(f"quantize: {kind} finds no linear to replace in this {type(model).__name__}")

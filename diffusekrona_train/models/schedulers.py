@@ -63,9 +63,22 @@ def check_ddpm(config: Config) -> None:
         )
 
 
+def check_replaces(name: str, model_scheduler: Config) -> str:
+    """Return `name` if that scheduler can take the place of the model's own, given its config; otherwise ValueError."""
+    own = model_scheduler.get("_class_name")
+    if own == "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(
+            f"scheduler {check_scheduler(name)!r} is for models that predict noise or v; this one predicts a flow and "
+            f"has its own, {own}: leave the scheduler out"
+        )
+    return check_scheduler(name)
+
+
 def build_scheduler(name: str, model_scheduler: Loaded) -> Any:
-    """Build scheduler `name` with the model's betas, prediction type and timestep spacing."""
+    """Build scheduler `name` with the model's betas, prediction type and timestep spacing. ValueError as
+    `check_replaces`."""
     import diffusers
 
-    cls, options = SCHEDULERS[check_scheduler(name)]
+    check_replaces(name, model_scheduler.config)
+    cls, options = SCHEDULERS[name]
     return getattr(diffusers, cls).from_config(dict(model_scheduler.config), **options)

@@ -51,6 +51,7 @@ class SD:
     blocks = ("down_blocks", "mid_block", "up_blocks")
     # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without cuDNN's workspaces and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
+    fp16 = True
     memory = MemoryFigures(plain=6.5, checkpointing=1.2, quantized_share=0.75)
 
     def matches(self, denoiser_config: Config) -> bool:

@@ -53,6 +53,10 @@ class SD3(FlowTransformer):
     streams = {"transformer_blocks": "image"}
     feed_forward = {r"ff\.net\.\d(\.proj)?": "image", r"ff_context\.net\.\d(\.proj)?": "text"}
     dead = (r"attn\.add_q_proj",)
+    originals = {
+        r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$": r"joint_blocks.\1.x_block.attn.proj",
+        r"^transformer_blocks\.(\d+)\.attn\.to_add_out$": r"joint_blocks.\1.context_block.attn.proj",
+    }
     pipeline_class = "StableDiffusion3Pipeline"
     version, architecture = "sd3", "stable-diffusion-3"
     # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from diffusekrona_train.common.device import DTYPES
 from diffusekrona_train.config import EMBEDDED
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models.checks import check_latents, check_numbers
@@ -35,6 +37,8 @@ class ModelSource:
     vae: str | None = None
     predicts: str | None = None
     """The user's prediction_type, for models whose files do not have one."""
+    text_precision: str = "auto"
+    """How text encoders are held: auto, fp32, bf16, or int8 (by bitsandbytes, computed in bf16)."""
     _layers: list[Layer] = field(default_factory=list, repr=False)
     _whole: set[str] = field(default_factory=set, repr=False)
 
@@ -97,6 +101,10 @@ class ModelSource:
             return tables.base_parameters(self.alias)
         return sum(shape.numel() for shape in self._meta_shapes.values())
 
+    def parameters_of(self, part: Part) -> int:
+        """Count the parameters of a part, without loading a weight."""
+        return sum(value.numel() for value in self._meta_model(part).parameters())
+
     @functools.cached_property
     def _meta_shapes(self) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in self._meta_model(self.family.parts.denoiser).named_parameters()}
@@ -153,14 +161,22 @@ class ModelSource:
         return {part: loaders[part]() for part in (parts or PARTS)}
 
     def load_denoiser(
-        self, dtype: torch.dtype | None = None, device: Device = "cpu", quantize: str = "none"
+        self,
+        dtype: torch.dtype | None = None,
+        device: Device = "cpu",
+        quantize: str = "none",
+        offload: bool = False,
     ) -> Denoiser:
-        """Load the denoiser, frozen; quantize 'nf4' or 'int8' keeps the linears that its family names in 4 or 8
-        bits."""
+        """Load the denoiser, frozen; quantize 'nf4', 'int8' or 'fp8' keeps the linears that its family names in 4 or 8
+        bits, `offload` keeps them in host memory, from where they come to `device` block by block."""
         quiet()
-        home = device if quantize == "none" else "cpu"  # quantised layers round their numbers when they move
+        home = device if quantize == "none" and not offload else "cpu"  # what is quantised rounds where it moves
         model: Denoiser = self._part(self.family.parts.denoiser, dtype or torch.float32, home)
-        if quantize != "none":
+        if offload:
+            from diffusekrona_train.models.stored import store_linears
+
+            store_linears(model, quantize, self.family.quantizes, torch.device(device))
+        elif quantize != "none":
             from diffusekrona_train.models.quantize import quantize_linears
 
             quantize_linears(model, quantize, dtype or torch.float32, self.family.quantizes)
@@ -178,7 +194,22 @@ class ModelSource:
 
     def _load_text_encoders(self, dtype: torch.dtype | None, device: Device) -> list[nn.Module]:
         # transformers reads a config's own dtype (fp16 files stay fp16) unless a dtype is passed
-        return [_frozen(self._part(part, dtype or part.dtype), device) for part in self.family.parts.text_encoders]
+        return [self._text_encoder(part, dtype, device) for part in self.family.parts.text_encoders]
+
+    def _text_encoder(self, part: Part, dtype: torch.dtype | None, device: Device) -> nn.Module:
+        model: nn.Module = self._part(part, dtype or self.text_dtype(part))
+        if dtype is None and self.text_precision == "int8":
+            from diffusekrona_train.models.quantize import quantize_linears
+
+            quantize_linears(model, "int8", torch.bfloat16, _in_a_block)
+        return _frozen(model, device)
+
+    def text_dtype(self, part: Part) -> torch.dtype:
+        """Return the type that a text encoder is held in while prompts are encoded: what `text_precision` says, else
+        the family's own, fp32 for the small ones of the package."""
+        if self.text_precision != "auto":
+            return DTYPES.get(self.text_precision, torch.bfloat16)
+        return torch.float32 if self.alias in EMBEDDED else part.dtype
 
     def _load_tokenizers(self) -> list[Any]:
         return [self.place.load_part(part.folder, class_of(part)) for part in self.family.parts.tokenizers]
@@ -197,6 +228,11 @@ class ModelSource:
             raise ValueError(
                 f"model {self.model!r}: its scheduler cannot be used: {' '.join(str(error).split())}"
             ) from None
+
+
+def _in_a_block(name: str) -> bool:
+    """Return whether a linear of a text encoder is in one of its repeated layers."""
+    return re.search(r"\.\d+\.", name) is not None
 
 
 def class_of(part: Part) -> Any:

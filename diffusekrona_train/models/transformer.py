@@ -28,10 +28,14 @@ class FlowTransformer(SD):
     """Path of repeated blocks -> whose tokens they see: image, text or both; a text projection inside is text."""
     feed_forward: Mapping[str, str] = {}
     """Pattern of a feed-forward's linear inside a block -> its stream, "" for the block's own."""
+    gated: str = r"(.+)\.(gate|up)"
+    """Pattern of the feed-forwards' linears that are given the same input; its first group is what they share."""
     fused: Mapping[str, str] = {}
     """Path inside a block of a linear that holds several projections -> their letters."""
     dead: Sequence[str] = ()
     """Patterns of what leads nowhere inside the last block of the first kind: its gradient is always zero."""
+    originals: Mapping[str, str] = {}
+    """Pattern in a diffusers path -> what the original release calls it, applied in turn."""
     pipeline_class = ""
     version = ""
     architecture = ""
@@ -81,7 +85,9 @@ class FlowTransformer(SD):
         block, rest, stream = match["block"], match["rest"], self.streams[match["kind"]]
         for pattern, whose in self.feed_forward.items():
             if re.fullmatch(pattern, rest):
-                return Layer(name, in_features, out_features, "ffn", "ffn", whose or stream, block, name)
+                pair = re.fullmatch(self.gated, name)
+                group = pair[1] if pair else name
+                return Layer(name, in_features, out_features, "ffn", "ffn", whose or stream, block, group)
         if rest in self.fused:
             return Layer(name, in_features, out_features, self.fused[rest], "self", stream, block, name)
         found = names.describe(name, in_features, out_features)
@@ -129,8 +135,17 @@ class FlowTransformer(SD):
         return names.underscored("lycoris_", layer)
 
     def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
-        """Return the diffusers path bare, below transformer. and diffusion_model., kohya's and LyCORIS's."""
-        return names.usual_names(layer, prefixes=["transformer", "diffusion_model"])
+        """Return the diffusers path and, where one original linear is this layer, its path: bare, below transformer.
+        and diffusion_model., kohya's, LyCORIS's and OneTrainer's."""
+        paths = dict.fromkeys([layer, self.original(layer)])
+        usual = names.usual_names(*paths, prefixes=["transformer", "diffusion_model"])
+        return [*usual, *(names.underscored("lora_transformer_", path) for path in paths)]
+
+    def original(self, layer: str) -> str:
+        """Return the original path of a diffusers path by `originals`; itself where it is a part of a fused linear."""
+        for pattern, new in self.originals.items():
+            layer = re.sub(pattern, new, layer)
+        return layer
 
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
         """Return the base as other trainers name it."""

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diffusekrona_train.common.device import free, pick_device, pick_dtype
+from diffusekrona_train.common.device import free, pick_device
 from diffusekrona_train.common.process import as_found, step_by_step
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config.prompts import prompt_warnings, unread_part
 from diffusekrona_train.models import ModelSource, open_model
 from diffusekrona_train.models.contracts import Loaded
+from diffusekrona_train.models.schedulers import check_replaces
 from diffusekrona_train.models.tokenizers import local_tokenizers
 from diffusekrona_train.sampling import plan, session
 from diffusekrona_train.sampling.each import EachStudio
@@ -174,6 +175,8 @@ def open_call(request: SampleRequest, progress: Progress) -> Call:
     device = pick_device(crowd.local_process_index if crowd else 0)
     rank, world = (crowd.process_index, crowd.num_processes) if crowd else (0, 1)
     planned = _planned(request, model, subjects, device)
+    for name in {item.settings.scheduler for item in planned} - {None}:
+        check_replaces(str(name), model.scheduler_config)
     call = Call(request, model, subjects, planned, progress, device, rank, world)
     readers = local_tokenizers(model) or (model.load("tokenizers")["tokenizers"] if call.missing else [])
     call.planned = [_with_unread(item, readers) for item in planned]
@@ -233,7 +236,6 @@ def _planned(
     names = ("steps", "guidance", "scheduler", "height", "width", "negative", "noise", "strength_schedule")
     wanted = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     settings = replace(session.default_settings(model, subjects), **wanted)
-    dtype = pick_dtype(request.memory.dtype, device)
 
     def planned(prompts: Sequence[str], subjects: list[Subject], first: int = 0) -> list[plan.Planned]:
         return plan.plan_pictures(
@@ -243,7 +245,7 @@ def _planned(
             scale=(1.0 if request.scale is None else request.scale) if subjects else None,
             sweeps=[plan.parse_sweep(text) for text in request.sweeps],
             with_base=request.base,
-            about=session.about_models(model, subjects, dtype, request.memory),
+            about=session.about_models(model, subjects, request.memory, device),
             first=first,
         )
 

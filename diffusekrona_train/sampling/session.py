@@ -26,12 +26,14 @@ from diffusekrona_train.sampling.plan import Planned
 from diffusekrona_train.sampling.render import SampleSettings, render
 from diffusekrona_train.sampling.strengths import scheduled
 
-OFFLOADS = ("none", "model", "sequential")
+OFFLOADS = ("none", "blocks", "model", "sequential")
+"""Blocks: those of the denoiser are in host memory, in the form that `quantize` names."""
+QUANTIZED = ("none", "nf4", "int8", "fp8")
 
 
 DRAWING = (
-    "out of device memory while generating. Use --quantize nf4 and --vae-tiling, a smaller --batch-size or smaller "
-    "images, and close other programs on the device"
+    "out of device memory while generating. Use --quantize nf4 (with --offload blocks) and --vae-tiling, a smaller "
+    "--batch-size or smaller images, and close other programs on the device"
 )
 
 
@@ -62,8 +64,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Memory:
-    """How the model is kept in memory. dtype: auto, fp32, bf16, fp16; offload: a row of OFFLOADS; quantize: none, nf4,
-    int8."""
+    """How the model is kept in memory. dtype: auto, fp32, bf16, fp16; offload: a row of OFFLOADS; quantize: a row of
+    QUANTIZED."""
 
     dtype: str = "auto"
     quantize: str = "none"
@@ -74,16 +76,18 @@ class Memory:
 
     @property
     def fuses(self) -> bool:
-        """Return whether adapters are fused into the weights; 4-bit and 8-bit weights cannot be."""
-        return self.fuse and self.quantize == "none"
+        """Return whether adapters are fused into the weights; 4-bit, 8-bit and offloaded weights cannot be."""
+        return self.fuse and self.quantize == "none" and self.offload != "blocks"
 
     def __post_init__(self) -> None:
-        choices = {"dtype": ("auto", *DTYPES), "quantize": ("none", "nf4", "int8"), "offload": OFFLOADS}
+        choices = {"dtype": ("auto", *DTYPES), "quantize": QUANTIZED, "offload": OFFLOADS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)!r}: there are {', '.join(known)}")
         if self.offload == "sequential" and self.quantize != "none":
             raise ValueError("--offload sequential cannot move a quantised base; use --offload model or no --quantize")
+        if self.offload == "blocks" and self.quantize == "int8":
+            raise ValueError("--offload blocks keeps the base in none, nf4 or fp8, not in --quantize int8")
 
 
 def find_adapter(source: Path, checkpoint: int | None = None) -> Path:
@@ -200,9 +204,12 @@ def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Pa
     config_file = run_folder / "config.yaml" if run_folder else None
     if config_file is not None and config_file.is_file():
         config = load_config(config_file)
+        if config.sample.model is not None:
+            return {"model": config.sample.model, "text_precision": config.data.text_precision}
         names = ("model", "revision", "variant", "vae", "model_config_dir", "prediction_type")
-        return {name: getattr(config, name) for name in names}
-    named = [subject.file.info["model"] for subject in subjects if subject.file.info.get("model")]
+        return {name: getattr(config, name) for name in names} | {"text_precision": config.data.text_precision}
+    told = [subject.file.info.get("sample_model") or subject.file.info.get("model") for subject in subjects]
+    named = [str(name) for name in told if name]
     if not named:
         raise ValueError(f"{subjects[0].name} does not name its base model; give --model")
     if " sha256:" in named[0]:
@@ -239,16 +246,34 @@ def default_settings(source: ModelSource, subjects: Sequence[Subject]) -> Sample
     return SampleSettings(own.get("steps", 50), own.get("guidance", 7.5), height=side, width=side)
 
 
+def sampling_dtype(source: ModelSource, memory: Memory, device: torch.device) -> torch.dtype:
+    """Return the type to generate in: bf16 in place of fp16 where the model overflows in fp16, ValueError where fp16 is
+    asked of it."""
+    dtype = pick_dtype(memory.dtype, device)
+    if dtype != torch.float16 or source.family.fp16:
+        return dtype
+    if memory.dtype == "fp16":
+        raise ValueError(f"--dtype fp16: {source.model!r} overflows in it; use bf16")
+    return torch.bfloat16
+
+
+def fuses(source: ModelSource, memory: Memory, device: torch.device) -> bool:
+    """Return whether adapters are fused: not into bf16 that nobody asked for, which rounds a small change away."""
+    unasked = memory.dtype == "auto" and sampling_dtype(source, memory, device) == torch.bfloat16
+    return memory.fuses and not unasked
+
+
 def about_models(
-    source: ModelSource, subjects: Sequence[Subject], dtype: torch.dtype, memory: Memory
+    source: ModelSource, subjects: Sequence[Subject], memory: Memory, device: torch.device
 ) -> dict[str, Any]:
     """Describe the models for an image's record: names and hashes, no path."""
     adapters = [
         {"file": subject.name, "sha256": sha256(subject.file.path)[:16], "strength": subject.strength}
         for subject in subjects
     ]
+    dtype, fused = sampling_dtype(source, memory, device), fuses(source, memory, device)
     return {"model": source.identity, "adapters": adapters, "dtype": name_of(dtype), "quantize": memory.quantize} | {
-        "fused": memory.fuses
+        "fused": fused
     }
 
 
@@ -268,9 +293,9 @@ class Studio:
         self.source, self.family, self.memory = source, source.family, memory
         self._conditioning = encode_texts(source, texts, device)
         self._scale: float | str | None = "not set"
-        dtype = pick_dtype(memory.dtype, device)
-        place = device if memory.offload == "none" else torch.device("cpu")
-        self.denoiser = source.load_denoiser(dtype, place, memory.quantize)
+        dtype = sampling_dtype(source, memory, device)
+        place = device if memory.offload in ("none", "blocks") else torch.device("cpu")
+        self.denoiser = source.load_denoiser(dtype, place, memory.quantize, memory.offload == "blocks")
         self.subjects = list(subjects)
         self.injections = [inject_file(self.denoiser, subject.file) for subject in subjects]
         parts = source.load("vae", "scheduler", dtype=torch.float32, device=place)
@@ -299,7 +324,7 @@ class Studio:
 
     def offload(self) -> None:
         """Hand the modules to accelerate's hooks; after fusing, which needs the weights themselves."""
-        if self.memory.offload == "none" or self._offloaded:
+        if self.memory.offload in ("none", "blocks") or self._offloaded:
             return
         if self._device.type not in ("cuda", "xpu"):
             found = "the CPU shares its memory with it" if self._device.type == "mps" else "there is no GPU"
@@ -320,7 +345,7 @@ class Studio:
         `varies`: an image has a schedule of strengths; fused adapters are then fused again at each switch.
         """
         varies = varies or len(set(scales)) > 1
-        fuse = self.memory.fuses and (self.memory.offload == "none" or not varies)
+        fuse = fuses(self.source, self.memory, self._device) and (self.memory.offload == "none" or not varies)
         keep = keep or varies
 
         @while_drawing()

@@ -39,10 +39,16 @@ class Base:
     """A context in which the denoiser has no adapter."""
 
 
-def load_base(config: RunConfig, source: ModelSource, accelerator: Accelerator, dtype: torch.dtype) -> Base:
-    """Load the model of one run, its frozen numbers in `dtype`."""
-    level, why, room = choose_level(config, source, accelerator, dtype)
-    with in_turn(accelerator, level.quantize != "none"):
+def load_base(
+    config: RunConfig,
+    source: ModelSource,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    chosen: tuple[memory.Level, str, float | None] | None = None,
+) -> Base:
+    """Load the model of one run, its frozen numbers in `dtype`; `chosen` is what `choose_level` answers."""
+    level, why, room = chosen or choose_level(config, source, accelerator, dtype)
+    with in_turn(accelerator, level.quantize != "none" or level.offload):
         denoiser = load_denoiser(config, source, level, dtype, accelerator.device)
     return Base(source, level, why, room, denoiser, lambda config: inject_factors(config, denoiser))
 
@@ -69,7 +75,7 @@ def load_denoiser(
 ) -> Denoiser:
     """The frozen denoiser on the device, at a memory level."""
     train = config.train
-    denoiser = source.load_denoiser(dtype, device, quantize=level.quantize)
+    denoiser = source.load_denoiser(dtype, device, level.quantize, level.offload)
     if level.checkpointing:
         enable_checkpointing(denoiser)
     if train.channels_last:

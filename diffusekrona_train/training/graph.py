@@ -15,10 +15,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -53,6 +55,8 @@ def why_not(config: RunConfig, level: Level, device_type: str, processes: int, r
         return f"it needs an NVIDIA or AMD GPU, not {device_name(device_type)}"
     if processes > 1:
         return "it is for one process"
+    if level.offload:
+        return "blocks of the base come from host memory"
     if train.cuda_graph is True:
         return None
     if level.quantize != "none":
@@ -112,6 +116,15 @@ class Uncapturable(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, None] = {}
+        self._made = _Made(self.found)
+
+    def __enter__(self) -> Self:
+        self._made.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._made.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -120,21 +133,39 @@ class Uncapturable(TorchDispatchMode):
         return result
 
 
-def _waits(func: Any, args: Any) -> bool:
+class _Made(TorchFunctionMode):
+    """Note tensors that are made on the device of Python's numbers: that copy is not dispatched."""
+
+    def __init__(self, found: dict[str, None]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        makes = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        if makes and not (args and isinstance(args[-1], Tensor)) and result.device.type != "cpu":
+            self.found[f"torch.{func.__name__}"] = None
+        return result
+
+
+def _waits(func: OpOverload, args: object) -> bool:
     if func.name().startswith("aten::index"):  # only an index by a mask has a size that the device must tell
         return any(isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) for value in tree_iter(args))
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
-def _is_random(func: Any) -> bool:
+def _is_random(func: OpOverload) -> bool:
     # attention could drop out; no denoiser does in eval mode
     return torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name()
 
 
-def _crosses(func: Any, args: Any, result: Any) -> bool:
-    if func.name() not in ("aten::_to_copy", "aten::copy_"):
-        return False
-    return any(isinstance(value, Tensor) and value.device.type != result.device.type for value in tree_iter(args))
+def _crosses(func: OpOverload, args: object, result: Any) -> bool:
+    """Return whether numbers are copied between host and device; a single one of the host is a kernel's argument."""
+    given = [value for value in tree_iter(args) if isinstance(value, Tensor)]
+    if func.name() in ("aten::_to_copy", "aten::copy_"):
+        return any(value.device.type != result.device.type for value in given)
+    hosts = [value for value in given if value.device.type == "cpu"]
+    return len(hosts) < len(given) and any(value.dim() for value in hosts)
 
 
 class StepGraphs:

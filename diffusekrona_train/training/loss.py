@@ -100,6 +100,13 @@ class Objective:
         same = instances.x_0.shape[1:] == priors.x_0.shape[1:]
         return [_joined(instances, priors)] if same else [instances, priors]
 
+    def instance(self, number: int, stream: str) -> Batch:
+        """Sample `number` of a stream of its own, alone: whatever the batch size and number of processes."""
+        train, buckets = self.config.train, self.data.instances
+        shelves = [shelf_of(bucket) for bucket in buckets]
+        drawn = draw(train.seed, number, [0], 1, shelves, draw_t=self.process.draw_t, stream=stream)
+        return self.conditioned(self._gathered(buckets[drawn.shelf], drawn, 1.0, 0.0))
+
     def _drawn(self, buckets: Sequence[Bucket], step: int, indices: range, stream: str) -> Batch:
         train = self.config.train
         drawn = draw(
@@ -177,16 +184,36 @@ class Objective:
                 part = slice(-batch.teacher, None)
                 answer = self._predicted(x_t[part], batch.t[part], batch.taught)
             wanted = torch.cat([wanted[: -batch.teacher], answer])
-        return self.judged(self._predicted(x_t, batch.t, batch.conditioning), wanted, batch, weighted=weighted)
+        prediction = self._predicted(x_t, batch.t, batch.conditioning)
+        bare = None
+        if weighted and self.config.train.loss in AGAINST_BASE:
+            with torch.no_grad(), self.injection.disabled():
+                bare = self._predicted(x_t, batch.t, batch.conditioning)
+        return self.judged(prediction, wanted, batch, bare, weighted=weighted)
 
     def judged(
-        self, prediction: torch.Tensor, wanted: torch.Tensor, batch: Batch, *, weighted: bool = True
+        self,
+        prediction: torch.Tensor,
+        wanted: torch.Tensor,
+        batch: Batch,
+        bare: torch.Tensor | None = None,
+        *,
+        weighted: bool = True,
     ) -> torch.Tensor:
-        """Return the loss of each sample, (B,) fp32, for predictions and targets (B, C, h, w)."""
+        """Return the loss of each sample, (B,) fp32, for predictions and targets (B, C, h, w).
+
+        `bare` is what the model without its adapter predicts, for a loss that is measured against it.
+        """
         train = self.config.train
-        loss = LOSSES[train.loss](prediction, wanted)
+        distance, against = LOSSES.get(train.loss, mse), AGAINST_BASE.get(train.loss)
+        loss = distance(prediction, wanted)
         if not weighted:
             return loss
+        if against is not None:  # of what the teacher answers, the base's own distance is 0
+            assert bare is not None
+            base = distance(bare, wanted)
+            own = len(batch) - batch.teacher
+            loss = torch.cat([against(loss[:own], base[:own], train.dco_beta), loss[own:]])
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share
 
     def _predicted(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -245,4 +272,16 @@ def huber(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (2 * HUBER_C * ((distance + HUBER_C**2).sqrt() - HUBER_C)).flatten(1).mean(1)
 
 
+def dco(loss: torch.Tensor, base: torch.Tensor, beta: float) -> torch.Tensor:
+    """Direct consistency optimisation (arXiv 2402.12004): -log sigmoid(-beta (loss - base)) * 2 / beta, (B,).
+
+    `base` is the loss of the model without the adapter on the same noisy picture: what the adapter improves already
+    counts less and less. With the factor 2 / beta the gradient is that of `loss` where nothing is learnt yet, so that
+    clipping and the weights of other terms mean the same.
+    """
+    return torch.nn.functional.softplus(beta * (loss - base)) * (2 / beta)
+
+
 LOSSES = {"mse": mse, "huber": huber}
+AGAINST_BASE = {"dco": dco}
+"""Losses that compare each sample's mean squared error with the base model's: fn(loss, base's loss, beta) -> (B,)."""

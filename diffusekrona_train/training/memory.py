@@ -1,4 +1,4 @@
-"""Precision, and how a run is made to fit: plain, gradient checkpointing, or NF4 with checkpointing."""
+"""How a run is made to fit: plain, gradient checkpointing, NF4 with it, or blocks of the base in host memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from diffusekrona_train.adapters import count_parameters
 from diffusekrona_train.common.device import abilities, free_bytes
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.run import UNQUANTISED
 from diffusekrona_train.models.contracts import Layer, MemoryFigures
 from diffusekrona_train.models.layers import select_layers
 
@@ -29,16 +30,25 @@ class Level:
     name: str
     quantize: str
     checkpointing: bool
+    offload: bool = False
+    """Whether the blocks of the base are in host memory, and on the device only while they are used."""
+
+    def works_on(self, device: torch.device) -> bool:
+        """Return whether a type of device can hold the base so."""
+        able = abilities(device)
+        return {"none": True, "fp8": able.float8}.get(self.quantize, able.quantized)
 
 
 def levels(config: RunConfig) -> list[Level]:
-    """The levels that a config allows, the fastest first."""
+    """Return the levels that a config allows, the fastest first."""
     kept = config.train.quantize
-    ladder = [Level("plain", kept, False), Level("checkpointing", kept, True), Level("nf4", "nf4", True)]
-    if config.adapter.type == "full" or kept != "none":
-        ladder.pop()  # a trained base cannot be quantised, a quantised one is what was asked for
-    if config.train.memory == "nf4" and kept == "nf4":
-        return [Level("nf4", "nf4", True)]
+    ladder = [Level("plain", kept, False), Level("checkpointing", kept, True)]
+    if config.adapter.type in UNQUANTISED:
+        return ladder  # its base's own numbers are trained or needed: neither quantised nor away from the device
+    if kept == "none" or kept == config.train.memory == "nf4":
+        ladder += [Level("nf4", "nf4", True)]
+    if kept != "int8":
+        ladder += [Level("offload", "nf4" if kept == "none" else kept, True, offload=True)]
     return ladder
 
 
@@ -51,14 +61,15 @@ def choose(
     figures: MemoryFigures,
     trained: int = 0,
 ) -> tuple[Level, str]:
-    """The level to start with and a line that says why. `samples`: pictures in a forward pass, class images too."""
+    """Return the level to start with and a line that says why. `samples`: images in a forward pass, class images
+    too."""
     ladder = levels(config)
     if config.train.memory != "auto":
         return next(level for level in ladder if level.name == config.train.memory), f"memory: {config.train.memory}"
     if (available := free_bytes(device)) is None:
         return ladder[0], f"memory: {ladder[0].name} (on the {device.type})"
     free = available / GIB
-    ladder = [level for level in ladder if abilities(device).quantized or level.quantize == "none"]
+    ladder = [level for level in ladder if level.works_on(device)]
     needs = [(level, need(level, config, base_parameters, samples, dtype, figures, trained)) for level in ladder]
     level, least = next((pair for pair in needs if pair[1] <= free), needs[-1])
     return level, f"memory: {level.name} (about {least:.1f} GiB needed, {free:.1f} GiB free)"
@@ -73,7 +84,7 @@ def need(
     figures: MemoryFigures,
     trained: int,
 ) -> float:
-    """GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
+    """Return the GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
     megapixels = samples * (config.data.resolution / 1024) ** 2
     step = estimate(level, base_parameters, megapixels, dtype, figures)
     return step + trained * trained_bytes(config) / GIB
@@ -89,23 +100,27 @@ def room(
     figures: MemoryFigures,
     trained: int,
 ) -> float | None:
-    """GiB that `level` leaves free on the device, before the model is loaded; None where the device does not say."""
+    """Return the GiB that `level` leaves free on the device, before the model is loaded; None where the device does not
+    say."""
     if (available := free_bytes(device)) is None:
         return None
     return available / GIB - need(level, config, base_parameters, samples, dtype, figures, trained)
 
 
-BYTES = {"int8": 1.04, "nf4": 0.56}
+BLOCKS_HELD = 2
+"""Blocks on the device where the others are in host memory: the one in use and the next."""
+BYTES = {"int8": 1.04, "fp8": 1.01, "nf4": 0.56}
 """Bytes a quantised number, with its scales."""
 
 
 def estimate(
     level: Level, base_parameters: int, megapixels: float, dtype: torch.dtype, figures: MemoryFigures
 ) -> float:
-    """GiB that a step needs at `level`; `figures` are the family's."""
+    """Return the GiB that a step needs at `level`; `figures` are the family's."""
     width = torch.finfo(dtype).bits / 8
-    share = figures.quantized_share if level.quantize != "none" else 0.0
-    bytes_each = (1 - share) * width + share * BYTES.get(level.quantize, width)
+    share = figures.quantized_share if level.quantize != "none" or level.offload else 0.0
+    held = min(share, BLOCKS_HELD * figures.largest_block) if level.offload else share
+    bytes_each = (1 - share) * width + held * BYTES.get(level.quantize, width)
     # bitsandbytes' 8-bit linears keep their inputs past checkpointing
     checkpointed = level.checkpointing and level.quantize != "int8"
     activations = figures.checkpointing if checkpointed else figures.plain
@@ -113,13 +128,13 @@ def estimate(
 
 
 def decoding(config: RunConfig) -> float:
-    """GiB that decoding one image of the run's size takes, beside what training holds."""
+    """Return the GiB that decoding one image of the run's size takes, beside what training holds."""
     width = 4 if config.data.vae_precision == "fp32" else 2
     return DECODING * width / 4 * (config.data.resolution / 1024) ** 2
 
 
 def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, figures: MemoryFigures) -> int:
-    """How many images validation generates in a batch: what fits into the memory that is free now, decoding included.
+    """Return how many images validation generates in a batch: what fits into the memory free now, decoding included.
 
     Without gradients a row needs less than a checkpointed step does; guidance makes two rows of an image. 1 on a CPU,
     which gains nothing, and where the device does not say.
@@ -133,33 +148,33 @@ def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, 
 
 
 def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:
-    """How many numbers a config trains, from the model's layers and size."""
+    """Return how many numbers a config trains, from the model's layers and size."""
     spec = config.adapter
-    if spec.type == "full" and spec.targets == "all":
+    if spec.is_whole:
         return base_parameters
     return count_parameters(spec, select_layers(layers, spec))
 
 
 def trained_bytes(config: RunConfig) -> int:
-    """Bytes a trained number: its fp32 master and gradient, two moments, and its running average if there is one."""
+    """Return the bytes of a trained number: fp32 master, gradient, two moments, and a running average if any."""
     return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8) + (0 if config.train.average is None else 4)
 
 
 def below(level: Level, config: RunConfig, device: torch.device) -> Level | None:
-    """The next level down that works on `device`, None at the bottom or where the config names its level."""
-    ladder = [other for other in levels(config) if abilities(device).quantized or other.quantize == "none"]
+    """Return the next level down that works on `device`, None at the bottom or where the config names its level."""
+    ladder = [other for other in levels(config) if other.works_on(device)]
     place = next(i for i, other in enumerate(ladder) if other.name == level.name)
     return ladder[place + 1] if config.train.memory == "auto" and place + 1 < len(ladder) else None
 
 
 def out_of_memory(level: Level | None = None) -> str:
-    """What to tell a user when nothing is left to try; without a level, before the first step."""
+    """Return the message when nothing is left to try; without a level, before the first step."""
     if level is None:
         return (
-            "out of device memory while the run was set up. Lower data.resolution, set data.vae_precision: bf16 or "
-            "train.memory: nf4, and end other programs on the device"
+            "out of device memory while the run was set up. Lower data.resolution, set data.vae_precision: bf16, "
+            "data.text_precision: int8 or train.memory: nf4, and end other programs on the device"
         )
     return (
         f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise "
-        "train.gradient_accumulation), lower data.resolution, or set train.memory: nf4"
+        "train.gradient_accumulation), lower data.resolution, or set train.memory: offload"
     )

@@ -1,7 +1,7 @@
-"""What a run shows of itself: pictures of the validation prompts at fixed seeds, and the preview at the end.
+"""Show a run while it trains: images of the validation prompts at fixed seeds, and the preview at the end.
 
-Rendered by the one sampling path with the run's own denoiser and cached text embeddings: no second model is loaded, and
-only the decoder comes on top of what training holds.
+Rendered by the one sampling path with the run's own denoiser and cached text embeddings: only the decoder comes on top
+of what training holds, and with sample.model two blocks of its denoiser.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import Any
 
 from PIL import Image
 
+from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import DTYPES, free, ran_out
 from diffusekrona_train.common.files import atomic
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.common.run_folder import step_name
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.models.contracts import Loaded
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.sampling.strengths import scheduled
 from diffusekrona_train.training.loss import Objective
-from diffusekrona_train.training.memory import images_at_once
+from diffusekrona_train.training.memory import Level, images_at_once
 
 
 class Interrupted(Exception):
@@ -32,18 +34,27 @@ class Interrupted(Exception):
 class Gallery:
     """Renders the validation prompts of a run into samples/step-…/NN-seed.png, each process its share."""
 
-    def __init__(self, config: RunConfig, source: ModelSource, objective: Objective, folder: Path, progress: Progress):
+    def __init__(
+        self,
+        config: RunConfig,
+        source: ModelSource,
+        objective: Objective,
+        level: Level,
+        folder: Path,
+        progress: Progress,
+    ):
         self.config, self.source, self.objective, self.folder = config, source, objective, folder
-        self.progress = progress
+        self.level, self.progress = level, progress
         self.jobs = [
             (config.subject.fill(prompt), seed)
             for prompt in config.validation.prompts
             for seed in config.validation.seeds
         ]
         self._parts: dict[str, Any] = {}
+        self._other: Injection | None = None
 
     def render(self, step: int, stopping: Callable[[], bool]) -> None:
-        """Writes the pictures of `step`; raises whatever goes wrong, Interrupted when `stopping()` turns true."""
+        """Write the images of `step`; raise whatever goes wrong, Interrupted when `stopping()` turns true."""
         faults.reach("validation", step)
         mine = list(range(len(self.jobs)))[self.objective.rank :: self.objective.processes]
         place = self.folder / "samples" / step_name(step)
@@ -59,20 +70,20 @@ class Gallery:
             if stopping():
                 raise Interrupted
 
-        pipe, objective, done = self._pipeline(), self.objective, set[int]()
+        (pipe, injection), objective, done = self._pipeline(), self.objective, set[int]()
         free()
         at_once = images_at_once(self.config, objective.dtype, objective.device, objective.family.memory)
         try:
             pipe.vae.to(objective.device)
-            schedule, apply = self.config.validation.strength_schedule, objective.injection.set_strength
+            schedule = self.config.validation.strength_schedule
             while left := [number for number in mine if number not in done]:
-                with scheduled(objective.denoiser, schedule, pipe.scheduler, apply):
+                with scheduled(injection.model, schedule, pipe.scheduler, injection.set_strength):
                     at_once = self._rendered(pipe, left, at_once, on_image)
         finally:
             pipe.vae.to("cpu")
             free()
 
-    def _rendered(self, pipe: Any, numbers: list[int], at_once: int, on_image: Callable) -> int:
+    def _rendered(self, pipe: Loaded, numbers: list[int], at_once: int, on_image: Callable) -> int:
         """Render jobs in batches; return how many images to take at once for those that are left: 1 where memory ended
         with more."""
         try:
@@ -92,14 +103,29 @@ class Gallery:
         free()
         return 1
 
-    def _pipeline(self) -> Any:
+    def _pipeline(self) -> tuple[Any, Injection]:
+        """Return the pipeline and the adapter in its denoiser: the run's own, or those of sample.model."""
         if not self._parts:
             kind = DTYPES[self.config.data.vae_precision]
             self._parts = self.source.load("vae", dtype=kind) | self.source.load("scheduler")
-        return self.objective.family.pipeline({"denoiser": self.objective.denoiser, **self._parts})
+        injection = self.objective.injection
+        if self.config.sample.model is not None:
+            injection = self._in_the_other(injection)
+        return self.objective.family.pipeline({"denoiser": injection.model, **self._parts}), injection
+
+    def _in_the_other(self, trained: Injection) -> Injection:
+        """Return the trained factors in the denoiser of sample.model, whose blocks stay in host memory: it comes beside
+        the one in training."""
+        if self._other is None:
+            quantize = self.level.quantize if self.level.quantize != "int8" else "fp8"
+            objective = self.objective
+            denoiser = self.source.load_denoiser(objective.dtype, objective.device, quantize, offload=True)
+            self._other = inject(denoiser, trained.spec, options=trained.options)
+        self._other.load_state_dict(trained.state_dict())
+        return self._other
 
     def preview(self, step: int, path: Path) -> None:
-        """The pictures of `step` as one labelled sheet at `path`; nothing where none were rendered."""
+        """Write the images of `step` as one labelled sheet at `path`; nothing if none were generated."""
         from diffusekrona_train.report.sheet import contact_sheet
 
         rows: dict[str, list] = {}

@@ -14,6 +14,7 @@ from diffusekrona_train.common import faults, run_folder
 from diffusekrona_train.common.device import free, ran_out
 from diffusekrona_train.common.progress import EventLog, Progress, Stopped, TrainResult
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.sampling.session import Memory
 from diffusekrona_train.training import checkpoint, memory, setup
 from diffusekrona_train.training.base import Base
 from diffusekrona_train.training.loop import loop, refresh_report
@@ -122,6 +123,12 @@ def finish(run: Run) -> Path:
     return path
 
 
+def held_as(level: memory.Level) -> Memory:
+    """Return how to hold the base while images are generated: what fits training fits."""
+    small = level.quantize != "none"
+    return Memory(quantize=level.quantize, offload="blocks" if level.offload else "none", vae_tiling=small)
+
+
 def name_the_best(run: Run) -> None:
     """Measure all checkpoints and report which one is best; a failure costs only the answer."""
     from diffusekrona_train.evaluation import best_checkpoint
@@ -133,7 +140,7 @@ def name_the_best(run: Run) -> None:
     run.objective.denoiser = run.objective.injection = None
     free()
     try:
-        best = best_checkpoint(run.folder, quantize=run.level.quantize, progress=progress)  # what fits training fits
+        best = best_checkpoint(run.folder, memory=held_as(run.level), progress=progress)
     except Exception as error:
         progress.warning(f"keep_best: the checkpoints were not measured ({type(error).__name__}: {error})")
         return

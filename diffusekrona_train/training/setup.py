@@ -20,7 +20,6 @@ from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
-from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
@@ -30,14 +29,16 @@ from diffusekrona_train.config.prompts import prompt_warnings
 from diffusekrona_train.config.training import Tracker
 from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
-from diffusekrona_train.models import configured_model
+from diffusekrona_train.models import configured_model, generating_model
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
+from diffusekrona_train.sampling.session import encode_texts
 from diffusekrona_train.training import checkpoint, graph, memory
-from diffusekrona_train.training.base import Base, load_base
+from diffusekrona_train.training.align import align_new
+from diffusekrona_train.training.base import Base, choose_level, load_base
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
-from diffusekrona_train.training.optimizer import SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent, make_descent
 from diffusekrona_train.training.preview import Gallery
 
 TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
@@ -90,17 +91,17 @@ def assemble(start: Start, state: checkpoint.State | None, base: Base | None = N
     stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
     source = base.source if base else configured_model(config)
     check_start(config, source)
-    draw, forget = class_image_maker(config, source, dtype, device, base)
+    chosen = (base.level, base.why, base.room) if base else choose_level(config, source, accelerator, dtype)
+    draw, forget = class_image_maker(config, source, chosen[0], dtype, device, base)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    base = base or load_base(config, source, accelerator, dtype)
+    base = base or load_base(config, source, accelerator, dtype, chosen)
     injection = base.inject(config)
     descent = make_descent(config, injection, accelerator)
-    process = source.process(config.data.resolution)
     objective = Objective(
-        config, source.family, base.denoiser, injection, data, process, dtype, device,
+        config, source.family, base.denoiser, injection, data, source.process(config.data.resolution), dtype, device,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     about = {
@@ -109,8 +110,7 @@ def assemble(start: Start, state: checkpoint.State | None, base: Base | None = N
         "processes": accelerator.num_processes,
         "pictures": pictures_told(data),
     }
-    if state is not None:
-        take_up(state, injection, descent, accelerator)
+    take_up(state, objective, descent, accelerator)
     first = state.step if state else 0
     tell(f"{base.why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
     for line in plan_lines(injection):
@@ -124,7 +124,7 @@ def assemble(start: Start, state: checkpoint.State | None, base: Base | None = N
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
         start.events.warning(line)
     graphs = graph.step_graphs(config, objective, descent, base.level, base.room, tell)
-    gallery = Gallery(config, source, objective, start.folder, start.events)
+    gallery = Gallery(config, generating_model(config, source), objective, base.level, start.folder, start.events)
     journal = open_folder(start, state, first, about["config"])
     return Run(
         config, start.folder, source, accelerator, base.level, objective, descent, graphs, gallery, journal, stop,
@@ -142,15 +142,18 @@ def open_folder(start: Start, state: checkpoint.State | None, first: int, config
     return Journal(start.folder, start.accelerator, start.events, first, start.config.train.steps, config, seconds)
 
 
-def take_up(state: checkpoint.State, injection: Injection, descent: Descent, accelerator: Accelerator) -> None:
-    """Puts a resume state back."""
-    checkpoint.restore(state, injection, descent.optimizer)
+def take_up(state: checkpoint.State | None, objective: Objective, descent: Descent, accelerator: Accelerator) -> None:
+    """Put a resume state back, or without one begin along the gradient where the config asks for that."""
+    if state is None:
+        align_new(objective)
+        return
+    checkpoint.restore(state, objective.injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if descent.average is not None:
         descent.average.load(state.part("extra/average"))
     if accelerator.scaler is not None and "scaler" in state.about:
         accelerator.scaler.load_state_dict(state.about["scaler"])
-    injection.assert_fp32()
+    objective.injection.assert_fp32()
 
 
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
@@ -159,6 +162,8 @@ def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, tor
     kind = training_device_type()
     refuse_unsupported(config, kind)
     name, dtype = precision(config.train.mixed_precision, kind)
+    if name == "fp16" and config.train.mixed_precision == "auto" and not configured_model(config).family.fp16:
+        name, dtype = precision("bf16", kind)
     accelerator = Accelerator(
         # The base itself has this type and inputs are cast to it: accelerate only brings fp16's loss scaler.
         mixed_precision="fp16" if name == "fp16" else "no",
@@ -191,15 +196,10 @@ def refuse_unsupported(config: RunConfig, kind: str) -> None:
     train = config.train
     asked = {"quantize": train.quantize, "memory": train.memory, "optimizer": train.optimizer}
     for name, value in asked.items():
-        if value in ("nf4", "int8", "adamw8bit") and not ABILITIES[kind].quantized:
+        if value in ("nf4", "int8", "adamw8bit", "offload") and not ABILITIES[kind].quantized:
             raise ValueError(f"train.{name}: {value} does not work on {device_name(kind)}; leave it out")
-
-
-def make_descent(config: RunConfig, injection: Injection, accelerator: Accelerator) -> Descent:
-    """The optimiser of an injection's factors, which become views of flat buffers."""
-    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
-    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
-    return Descent(factors, config.train, accelerator, cap)
+    if train.quantize == "fp8" and not ABILITIES[kind].float8:
+        raise ValueError(f"train.quantize: fp8 does not work on {device_name(kind)}; leave it out")
 
 
 def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
@@ -211,7 +211,10 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
     """ValueError for a tracker that is not installed, a base that cannot be trained (`ModelSource.check`), or an
     `init_from` that does not fit. Loads no weights."""
     refuse_missing_trackers(config)
+    if config.train.mixed_precision == "fp16" and not source.family.fp16:
+        raise ValueError(f"train.mixed_precision: fp16: {source.model!r} overflows in it; use bf16 or leave it out")
     source.check()
+    generating_model(config, source).check()
     if config.train.init_from is None:
         return
     try:
@@ -252,8 +255,7 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
             f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
-    # how factors begin and how far they may go says nothing about factors that have been trained
-    starts = ("init_a", "init_b", "norm_cap")
+    starts = ("init_a", "align_draws", "init_b", "norm_cap")  # says nothing about factors that have been trained
     other = [
         f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
     ]
@@ -264,20 +266,28 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
 
 
 def class_image_maker(
-    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device, base: Base | None = None
+    config: RunConfig,
+    source: ModelSource,
+    level: memory.Level,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: Base | None = None,
 ) -> tuple[Renderer, Callable[[], None]]:
-    """(render, forget): `render(prompt, seed)` makes an image with `base`, or a model loaded at the first call."""
+    """(render, forget): `render(prompt, seed)` generates an image with `base`, or a model loaded at the first call and
+    held as it will be in training; text encoders leave before it comes."""
     held: dict[str, Any] = {}
+    settings = settings_of(config)
     bare = base.bare if base else contextlib.nullcontext
 
     def draw(prompt: str, seed: int) -> Image.Image:
         if not held:
-            parts = source.load("text_encoders", "tokenizers", dtype=dtype, device=device)
-            parts |= source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
-            parts["denoiser"] = base.denoiser if base else source.load_denoiser(dtype, device)
-            held["pipe"] = source.family.pipeline(parts)
+            held["texts"] = encode_texts(source, [prompt, settings.negative], device)
+            parts = source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
+            denoiser = base.denoiser if base else source.load_denoiser(dtype, device, level.quantize, level.offload)
+            held["pipe"] = source.family.pipeline({**parts, "denoiser": denoiser})
+        conditioning_of = held["texts"].__getitem__
         with bare():
-            return render(held["pipe"], source.family, [(prompt, seed)], settings_of(config))[0]
+            return render(held["pipe"], source.family, [(prompt, seed)], settings, conditioning_of=conditioning_of)[0]
 
     def forget() -> None:
         held.clear()
@@ -318,6 +328,7 @@ def adapter_info(config: RunConfig, source: ModelSource, step: int) -> dict[str,
     return {
         "family": source.family.name,
         "model": source.identity,
+        **({"sample_model": generating_model(config, source).identity} if config.sample.model else {}),
         "prediction_type": source.prediction_type,
         "token": config.subject.token,
         "class": config.subject.class_noun,

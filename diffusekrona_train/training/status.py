@@ -205,7 +205,9 @@ def status_of(folder: Path) -> Status:
             pace = (done["time"] - began["time"]) / (status.step - began.get("start", 0))
             status.seconds_left = max(0.0, pace * (status.steps - status.step) - (time.time() - done["time"]))
     if status.state == "failed":
-        status.error = str(last.get("error")) if last.get("name") == "failed" else last_error(folder / LOG) or status.error
+        status.error = (
+            str(last.get("error")) if last.get("name") == "failed" else last_error(folder / LOG) or status.error
+        )
     return status
 
 

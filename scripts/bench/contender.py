@@ -16,6 +16,7 @@ from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models import family_of
 from diffusekrona_train.models.contracts import Process
 from diffusekrona_train.models.process import Ddpm, Flow
+from diffusekrona_train.training.graph import CudaRecorder, Recorder, StepGraphs, leaves, put, staying
 from diffusekrona_train.training.loss import Batch, Objective
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.bench.setting import Setting
@@ -149,29 +150,36 @@ class Contender:
         if self.descent is not None:
             self.descent.step(5e-4)
 
-    def captured(self) -> Callable[[int], None]:
-        """`step` with both passes replayed as one CUDA graph, over a batch that each step is copied into."""
-        (first,) = self.objective.batches(0, 0)
-        names = [name for name, value in vars(first).items() if isinstance(value, torch.Tensor)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.passes(first)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.passes(first)
-        if self.descent is not None:
-            self.descent.clear()
+    def captured(self, recorder: Recorder | None = None) -> Callable[[int], None]:
+        """`step` replayed as CUDA graphs, as `train.cuda_graph` does it; the bare denoiser's passes likewise.
+
+        Raises RuntimeError with the reason where it cannot be captured.
+        """
+        recorder = recorder or CudaRecorder(self.objective.device)
+        if self.descent is None:
+            return self._captured_bare(recorder)
+        graphs, descent = StepGraphs(self.objective, self.descent, recorder), self.descent
 
         def step(number: int) -> None:
-            (batch,) = self.objective.batches(number, 0)
-            with torch.no_grad():
-                for name in names:
-                    getattr(first, name).copy_(getattr(batch, name))
-            graph.replay()
-            self.finish()
+            graphs.passes(self.objective.batches(number, 0))
+            descent.prepare(5e-4, False)
+            graphs.apply()
+
+        for number in range(2):
+            step(number)
+        if graphs.refused is not None:
+            raise RuntimeError(f"no CUDA graph: {graphs.refused}")
+        return step
+
+    def _captured_bare(self, recorder: Recorder) -> Callable[[int], None]:
+        (first,) = self.objective.batches(0, 0)
+        stay = staying(first)
+        recorder.warm(lambda: self.passes(stay))
+        replay = recorder.capture(lambda: self.passes(stay))
+
+        def step(number: int) -> None:
+            put(list(leaves([stay])), list(leaves(self.objective.batches(number, 0))))
+            replay()
 
         return step
 

@@ -34,10 +34,16 @@ SINCE: dict[str, Any] = {
     "subject.caption_column": None,
     "subject.split": None,
     "adapter.norm_cap": None,
+    "adapter.align_draws": 16,
+    "adapter.rank_scale": "rank",
+    "adapter.rho": 2,
+    "adapter.block_size": 16,
     "train.average": None,
     "adapter.streams": None,
+    "data.text_precision": "auto",
     "train.rate_unit": "factor",
     "train.rate_ratio": 1.0,
+    "train.dco_beta": 1000.0,
 }
 """Config fields younger than the first records: dotted name -> the value that trains as before the field was there.
 
@@ -66,7 +72,7 @@ def run_mark(config: RunConfig, model: str, photos: list[str]) -> dict[str, Any]
     `subject.images`, `files` and `limit`.
     """
     tree = config.model_dump(mode="json", by_alias=True)
-    for name in ("model", "output", "validation"):
+    for name in ("model", "output", "validation", "sample"):
         del tree[name]
     del tree["data"]["cache_dir"]
     for name in WITHOUT_INFLUENCE + (("steps",) if config.train.schedule == "constant" else ()):

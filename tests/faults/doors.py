@@ -31,6 +31,8 @@ DOORS = {
     "eval": "diffusekrona_train.cli.evaluate",
     "inspect": "diffusekrona_train.cli.inspect",
     "convert": "diffusekrona_train.cli.convert",
+    "studio": "diffusekrona_train.cli.studio",
+    "page": "tests.faults.studio",
 }
 QUIET = {
     "HF_HUB_OFFLINE": "1",

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from tests.faults import adapters, between, config, disks, foreign, images, modelfiles, models, runs, sampling, stops
+from tests.faults import (
+    adapters,
+    between,
+    config,
+    disks,
+    foreign,
+    images,
+    modelfiles,
+    models,
+    runs,
+    sampling,
+    stops,
+    studio,
+)
 from tests.faults.harness import Case
 
 TABLES = {
@@ -11,6 +24,7 @@ TABLES = {
     "adapters": (adapters, foreign),
     "runs": (runs, disks, between, models, modelfiles),
     "sampling": (sampling, stops),
+    "studio": (studio,),
 }
 AREAS = tuple(TABLES)
 

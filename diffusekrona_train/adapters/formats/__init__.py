@@ -27,10 +27,12 @@ from diffusekrona_train.adapters.formats.loading import (
     set_scale,
     unload,
 )
+from diffusekrona_train.adapters.formats.merged import OVER_BASE
 from diffusekrona_train.adapters.formats.sidecar import write_sidecar
 
 __all__ = [
     "EXPORTERS",
+    "OVER_BASE",
     "AdapterFile",
     "export_command",
     "fill",

@@ -168,7 +168,7 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
         family, options = info["family"], dict(info["options"])
         per_block = int(info["layers_per_block"])
         is_known = family in FAMILIES
-        describe = whole_module if spec.targets == "all" or not is_known else family_named(family).describe
+        describe = whole_module if spec.is_whole or not is_known else family_named(family).describe
         widths = [(int(width_in), int(width_out)) for width_in, width_out in info["widths"]]
         rows = [
             describe(name, *pair) or tables.describe_projection(name, pair[0])

@@ -17,10 +17,12 @@ from torch import Tensor
 from diffusekrona_train.adapters.formats import tensorfile
 from diffusekrona_train.adapters.formats.adapterfile import AdapterFile, write_adapter
 from diffusekrona_train.adapters.formats.merged import (
+    OVER_BASE,
     delta,
     kind_of_adapter,
     merge,
     no_rank,
+    refuse_over_base,
     to_checkpoint,
     to_merged,
 )
@@ -28,6 +30,7 @@ from diffusekrona_train.adapters.kron import lora_truncate
 from diffusekrona_train.adapters.spectra import lora_pair, norm, terms
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
+from diffusekrona_train.models.registry import FAMILIES, family_named
 from diffusekrona_train.models.source import ModelSource
 
 __all__ = ["EXPORTERS", "delta", "exact_rank", "export_command", "lora_pairs", "merge", "row_order"]
@@ -94,19 +97,21 @@ def to_lora(
 def to_diffusers(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """Write a LoRA file in PEFT's keys, `unet.<path>.lora_A.weight`; alpha equals the rank, so that the scale is 1."""
+    """Write a LoRA file in PEFT's keys, `unet.<path>.lora_A.weight` (or transformer.), as the family's pipeline loads
+    it; alpha equals the rank, so that the scale is 1."""
     pairs, remarks = lora_pairs(file, rank)
-    tensors = {f"unet.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}
-    tensors |= {f"unet.{name}.lora_B.weight": _shaped(file, name, up) for name, (up, _) in pairs.items()}
+    part = family_named(file.family).parts.denoiser.folder if file.family in FAMILIES else "unet"
+    tensors = {f"{part}.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}
+    tensors |= {f"{part}.{name}.lora_B.weight": _shaped(file, name, up) for name, (up, _) in pairs.items()}
     ranks = {name: up.shape[1] for name, (up, _) in pairs.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{name}": value for name, value in ranks.items() if value != most}
     config = {
-        "unet.r": most,
-        "unet.lora_alpha": most,
-        "unet.rank_pattern": others,
-        "unet.alpha_pattern": others,
-        "unet.target_modules": sorted(pairs),
+        f"{part}.r": most,
+        f"{part}.lora_alpha": most,
+        f"{part}.rank_pattern": others,
+        f"{part}.alpha_pattern": others,
+        f"{part}.target_modules": sorted(pairs),
     }
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
     tensorfile.write(out, tensorfile.cast(tensors, dtype), metadata)
@@ -127,8 +132,10 @@ EXPORTERS: dict[str, Callable[..., list[str]]] = {
 def export_command(file: AdapterFile, path: Path, model: str) -> str:
     """Return the krona-convert command that makes `file`, called `path`, readable for diffusers and others: an exact
     LoRA where that is not larger than the dense difference, else a cut one; for the whole denoiser a merged pipeline
-    of `model`.
+    of `model`. Empty for a type that has no exports.
     """
+    if file.spec is not None and file.spec.type in OVER_BASE:
+        return ""
     name = "krona-convert", str(path), str(path.with_suffix(""))
     if any(layer.kind == "all" for layer in file.layers):
         return shlex.join([*name[:2], f"{name[2]}-merged", "--to", "merged", "--model", model])
@@ -148,6 +155,7 @@ def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[
 
     Raises ValueError where the exact pair would be larger than the dense difference and no rank is given.
     """
+    refuse_over_base(file)
     if rank is not None and rank < 1:
         raise ValueError(f"--rank {rank} is below 1")
     pairs, errors, norms = {}, {}, {}

@@ -32,8 +32,9 @@ def to_merged(
     denoiser, pipe = parts["denoiser"], source.family.pipeline(parts)
     _check_room(out, denoiser.parameters())
     with atomic(out) as folder:
-        pipe.save_pretrained(folder)
-        _compare(denoiser, folder / "unet", out)
+        pipe.save_pretrained(str(folder))
+        _name_the_folder(folder, out)
+        _compare(denoiser, folder / source.family.parts.denoiser.folder, out)
     return [f"{len(file.layers)} layers of {kind_of_adapter(file)} summed into {source.identity}"]
 
 
@@ -117,9 +118,17 @@ def merge(model: nn.Module, file: AdapterFile, strength: float = 1.0) -> None:
 def delta(file: AdapterFile, layer: Layer) -> Tensor:
     """Return the dense ΔW (out, in), fp32, of a layer of an identified file."""
     assert file.spec is not None
+    refuse_over_base(file)
     adapter = ADAPTERS[file.spec.type](layer, file.options[layer.name], file.spec)
     adapter.load_file_tensors(file.groups[layer.name])
     return adapter.delta()
+
+
+def _name_the_folder(folder: Path, out: Path) -> None:
+    """Let the index of a modular pipeline, which names the folder that it was saved to, name the final one."""
+    index = folder / "modular_model_index.json"
+    if index.is_file():
+        index.write_text(index.read_text(encoding="utf-8").replace(str(folder), str(out)), encoding="utf-8")
 
 
 def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:
@@ -133,8 +142,18 @@ def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:
         raise OSError(f"{out}: {len(expected)} tensors were not written")
 
 
+OVER_BASE = ("dora", "oft")
+"""Types whose ΔW depends on the base's weight, so that a file of them says it only together with its base."""
+
+
+def refuse_over_base(file: AdapterFile) -> None:
+    """Raise ValueError for a type of OVER_BASE."""
+    if file.spec is not None and file.spec.type in OVER_BASE:
+        raise ValueError(f"{file.path}: is a {file.spec.type} adapter, which changes with its base; it has no exports")
+
+
 def kind_of_adapter(file: AdapterFile) -> str:
-    """Return krona, lora, lokr, loha or full."""
+    """Return krona, lora, … (the rows of ADAPTERS)."""
     assert file.spec is not None and file.layers, "identify the file first"
     return file.spec.type
 

@@ -39,6 +39,9 @@ NEEDED = {
     "loha": [["hada_w1_a"], ["hada_w1_b"], ["hada_w2_a"], ["hada_w2_b"]],
     "lokr": [["lokr_w1", "lokr_w1_a", "lokr_w1_b"], ["lokr_w2", "lokr_w2_a", "lokr_w2_b"]],
     "rows": [["rows_lokr_w1"], ["rows_lokr_w2"]],
+    "terms": [["terms_a"], ["terms_b"]],
+    "dora": [["dora_up"], ["dora_down"], ["dora_magnitude"]],
+    "oft": [["rotation"]],
 }
 """Kind -> its parts; a part is its first suffix, or (LoKr) the two others together. Kind full has `diff`, `diff_b` …"""
 
@@ -248,6 +251,8 @@ def _network(
     """Return ss_network_module, _args, _dim and _alpha as strings (the args a dict)."""
     largest = max(groups, key=lambda name: options.get(name, {}).get("rank", 0))
     rank, alpha = options.get(largest, {}).get("rank", 1), options.get(largest, {}).get("alpha", 1)
+    if kind in ("terms", "dora", "oft"):  # no other tool reads these
+        return "diffusekrona", {"algo": kind}, str(rank), f"{float(alpha):g}"
     if kind == "lora":
         return "networks.lora", {}, str(rank), f"{float(alpha):g}"
     whole = all("lokr_w1" in group and "lokr_w2" in group for group in groups.values())

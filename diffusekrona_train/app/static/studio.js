@@ -3,6 +3,7 @@
 const $ = (selector, root = document) => root.querySelector(selector);
 const csrf = $("meta[name=csrf]").content;
 const later = (wait, work) => { let timer; return (...given) => { clearTimeout(timer); timer = setTimeout(() => work(...given), wait); }; };
+const formOf = (values) => Object.entries(values).reduce((form, [name, value]) => { form.set(name, value); return form; }, new FormData());
 
 function say(text) {
   $("#toast").textContent = text;
@@ -29,7 +30,6 @@ function put(id, html) {
   place.innerHTML = html;
   if (focused) place.querySelectorAll("a, button, input, summary")[name]?.focus();
 }
-
 // ---- a run's samples: for each prompt a slider over steps and one over strengths ----
 const grid = $("#grid") && {
   root: $("#grid"), strengths: $("#grid").dataset.strengths.split(" ").map(Number), cards: [], data: null, wanted: null,
@@ -56,8 +56,7 @@ const grid = $("#grid") && {
     $("figcaption", card).textContent = one.prompt;
     const [step, strength] = card.querySelectorAll("input"), [stepOut, strengthOut] = card.querySelectorAll("output");
     const made = { number, step, strength, stepOut, strengthOut, image: $("img", card), waits: $(".waits", card), touched: false };
-    step.addEventListener("input", () => this.moved(made));
-    strength.addEventListener("input", () => this.moved(made));
+    for (const slider of [step, strength]) slider.addEventListener("input", () => this.moved(made));
     this.cards.push(made);
     this.root.append(card);
   },
@@ -65,8 +64,7 @@ const grid = $("#grid") && {
     const all = $("#together").checked ? this.cards : [card];
     for (const other of all) {
       other.touched = true;
-      other.step.value = card.step.value;
-      other.strength.value = card.strength.value;
+      [other.step.value, other.strength.value] = [card.step.value, card.strength.value];
       this.show(other);
     }
     this.ask(card);
@@ -93,15 +91,11 @@ const grid = $("#grid") && {
   }),
   async make([step, strength]) {
     if (this.data.busy) { this.wanted = [step, strength]; return; }
-    const body = new FormData();
-    body.set("step", step);
-    body.set("strength", strength);
-    const answer = await post(this.root.dataset.post, body);
+    const answer = await post(this.root.dataset.post, formOf({ step, strength }));
     if (answer.error) $("#grid-note").textContent = answer.error;
   },
 };
 if (grid) grid.update(JSON.parse($("#samples").textContent));
-
 // ---- what has changed comes by itself ----
 if ($("main").dataset.events) {
   const source = new EventSource($("main").dataset.events);
@@ -109,7 +103,6 @@ if ($("main").dataset.events) {
   source.addEventListener("gone", () => { source.close(); location.href = "/"; });
   addEventListener("pagehide", () => source.close());
 }
-
 // ---- forms that stay on their page ----
 for (const form of document.querySelectorAll("form[data-quiet]")) {
   form.addEventListener("submit", async (event) => {
@@ -121,7 +114,6 @@ for (const form of document.querySelectorAll("form[data-quiet]")) {
 for (const slider of document.querySelectorAll(".slider input")) {
   slider.addEventListener("input", () => { slider.nextElementSibling.textContent = slider.value; });
 }
-
 // ---- a new subject ----
 const drop = $("#drop"), subject = $("#subject");
 if (drop) {
@@ -144,9 +136,7 @@ if (drop) {
     const button = event.target.closest(".remove");
     if (!button) return;
     event.preventDefault();
-    const body = new FormData();
-    body.set("photo", button.value);
-    const answer = await post("/new/remove", body);
+    const answer = await post("/new/remove", formOf({ photo: button.value }));
     if (answer.error) say(answer.error);
     refresh();
   });
@@ -154,9 +144,7 @@ if (drop) {
     const wrong = [];
     for (const [index, file] of [...files].entries()) {
       say(`Adding ${index + 1} of ${files.length}…`);
-      const body = new FormData();
-      body.set("photos", file);
-      const answer = await post(drop.action, body);
+      const answer = await post(drop.action, formOf({ photos: file }));
       if (answer.error) wrong.push(answer.error);
     }
     say(wrong.join("; "));

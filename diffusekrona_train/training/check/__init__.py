@@ -24,6 +24,7 @@ from diffusekrona_train.data import (
     plan_crops,
     printable,
 )
+from diffusekrona_train.models import generating_model
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.report.sheet import contact_sheet, fit
@@ -44,12 +45,12 @@ from diffusekrona_train.training.check.needs import (
 )
 from diffusekrona_train.training.check.starter import write_init
 
-__all__ = ["check_config", "draw_sheet", "write_init"]
+__all__ = ["check_briefly", "check_config", "draw_sheet", "write_init"]
 
 MOST_DRAWN = 40
 """Photos on the contact sheet."""
 CELL = 256
-"""Side of a picture on the contact sheet, in pixels."""
+"""Side of a photo on the contact sheet, in pixels."""
 MOST_REASONS = 20
 """Lines on what was skipped and why, and on what was done to photos."""
 COLOURS = ("#e8710a", "#1a73e8", "#188038", "#a142f4")
@@ -81,8 +82,27 @@ def check_config(config: RunConfig) -> list[tuple[str, list[str]]]:
     ]
 
 
+def check_briefly(config: RunConfig) -> dict[str, list[str]]:
+    """Return what a page shows of the check: `advice` on the photos, the `identifier`, and the `plan`."""
+    from diffusekrona_train.models import configured_model
+
+    photos, train = collect(config), config.train
+    advice = list(advise(plan_crops(photos.pictures, config.data, train.seed)))
+    if len(photos.pictures) == 2:
+        advice.append("few: three to ten photos from several sides show more than two")
+    advice += [f"{name}: {why}" for name, why in (*photos.skipped, *photos.remarks)]
+    source = configured_model(config)
+    views = train.steps * train.batch_size * train.gradient_accumulation / len(photos.pictures)
+    plan = [f"{train.steps} steps, in which each photo is seen {views:.0f} times", *memory_lines(config, source)[:1]]
+    return {
+        "advice": advice,
+        "identifier": identifier_lines(config, source, photos),
+        "plan": [*plan, *device_lines()],
+    }
+
+
 def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
-    """How many images, in which sizes, with whose captions, and everything that was left out."""
+    """Return how many images there are, in which sizes, with whose captions, and everything that was left out."""
     sizes = Counter(f"{picture.width} x {picture.height}" for picture in collection.pictures).most_common(4)
     where = config.subject.images or "subject.files"
     lines = [f"{len(collection.pictures)} from {printable(where)} ({', '.join(f'{n} of {s}' for s, n in sizes)}, …)"]
@@ -103,7 +123,7 @@ def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
 
 
 def _by_reason(told: Iterable[tuple[str, str]]) -> list[str]:
-    """`a.md, b.md and 3 more: why`, a line for each reason."""
+    """Return `a.md, b.md and 3 more: why`, a line for each reason."""
     names: dict[str, list[str]] = {}
     for name, why in told:
         names.setdefault(why, []).append(name)
@@ -115,7 +135,7 @@ def _by_reason(told: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def draw_sheet(config: RunConfig, crops: list[list[Crop]], path: Path) -> Path:
-    """A PNG with each photo, its crops drawn on it, beside the crops themselves."""
+    """Return a PNG of each photo with its crops outlined, beside the crops themselves."""
     rows = []
     for row in crops[:MOST_DRAWN]:
         first = row[0]
@@ -131,7 +151,7 @@ def draw_sheet(config: RunConfig, crops: list[list[Crop]], path: Path) -> Path:
 
 
 def _with_boxes(crops: list[Crop], photo: Image.Image) -> Image.Image:
-    """The photo, small, what no crop shows pale, a frame around each crop."""
+    """Return the photo, small, with what no crop shows pale and a frame around each crop."""
     factor = min(1.0, 512 / max(photo.size))
     size = max(1, round(photo.width * factor)), max(1, round(photo.height * factor))
     photo = photo.resize(size, Image.Resampling.LANCZOS)
@@ -150,7 +170,7 @@ def _with_boxes(crops: list[Crop], photo: Image.Image) -> Image.Image:
 
 
 def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
-    """What the model is, and a warning where the resolution is not the one it was made for."""
+    """Return what the model is, and a warning where the resolution is not the one it was made for."""
     parameters = base_parameters(source)
     lines = [f"{source.identity}: family {source.family.name}, {parameters:,} parameters, {source.prediction_type}"]
     if source.default_resolution != config.data.resolution:
@@ -166,6 +186,19 @@ def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
     if isinstance(source.place, HubModel) and not _is_cached(source.place):
         size = known.download_gb if known is not None else parameters * 2.6 / 1e9
         lines.append(f"its weights are not on this machine: about {size:.1f} GB are downloaded first{_room(size)}")
+    return lines + _generating(config, source)
+
+
+def _generating(config: RunConfig, source: ModelSource) -> list[str]:
+    """Return what generates images where it is another model, its licence and download."""
+    other = generating_model(config, source)
+    if other is source:
+        return []
+    known, lines = known_model(other.identity), [f"images are generated with {other.identity}"]
+    if known is not None:
+        lines[0] += f", licence: {known.licence}{GATED if known.gated else ''}"
+        if isinstance(other.place, HubModel) and not _is_cached(other.place):
+            lines.append(f"about {known.download_gb:.1f} GB more are downloaded for it{_room(known.download_gb)}")
     return lines
 
 
@@ -192,7 +225,7 @@ def _is_cached(place: HubModel) -> bool:
 
 
 def prompt_lines(config: RunConfig, collection: Collection) -> list[str]:
-    """Captions and prompts as the text encoder reads them."""
+    """Return captions and prompts as the text encoder reads them."""
     captions = Counter(text for picture in collection.pictures for text in picture.captions).most_common()
     lines = [f"caption of {count}: {_quoted(text)}" for text, count in captions[:5]]
     if len(captions) > 5:
@@ -219,7 +252,8 @@ def _quoted(text: str) -> str:
 
 
 def identifier_lines(config: RunConfig, source: ModelSource, collection: Collection) -> list[str]:
-    """Tokens of the identifier in each encoder, whether it means something already, and captions that are too long."""
+    """Return tokens of the identifier in each encoder, whether it means something already, and captions that are too
+    long."""
     token = config.subject.token
     if token.lower() == config.subject.class_noun.lower():
         return [f"{token!r} is the class noun itself: the subject would overwrite the whole class; take a rare word"]
@@ -250,13 +284,13 @@ def identifier_lines(config: RunConfig, source: ModelSource, collection: Collect
 
 
 def adapter_lines(config: RunConfig, source: ModelSource) -> tuple[int, list[str]]:
-    """(trainable parameters, lines on layers and factors)."""
+    """Return (trainable parameters, lines on layers and factors)."""
     from diffusekrona_train.adapters import count_parameters, plan, plan_notes
     from diffusekrona_train.models.layers import select_layers
 
     spec = config.adapter
     base = base_parameters(source)
-    if spec.targets == "all":
+    if spec.is_whole:
         return base, [f"full: all {base:,} parameters of the denoiser"]
     layers = select_layers(layers_of(source), spec)
     options = plan(spec, layers)

@@ -18,21 +18,21 @@ from diffusekrona_train.models.source import ModelSource
 
 
 def base_parameters(source: ModelSource) -> int:
-    """Parameters of the denoiser: from its layer table where there is one, which needs no diffusers."""
+    """Count the denoiser's parameters: from its layer table if there is one, which needs no diffusers."""
     from diffusekrona_train.models import layers as tables
 
     return tables.base_parameters(source.alias) if source.alias in tables.TABLES else source.base_parameters()
 
 
 def layers_of(source: ModelSource) -> list[Layer]:
-    """All layers of the denoiser that can be adapted, from its layer table where there is one."""
+    """Return all layers of the denoiser that can be adapted, from its layer table where there is one."""
     from diffusekrona_train.models import layers as tables
 
     return tables.layer_table(source.alias) if source.alias in tables.TABLES else source.layers()
 
 
 def step_lines(config: RunConfig, collection: Collection) -> list[str]:
-    """Steps, passes over the photos, and the same in kohya's way of counting."""
+    """Return steps, passes over the photos, and the same in kohya's way of counting."""
     train = config.train
     photos, pass_views = len(collection.pictures), sum(picture.repeats for picture in collection.pictures)
     batch = train.batch_size * train.gradient_accumulation * world_size()
@@ -61,7 +61,8 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
 
 
 def _as_kohya(collection: Collection, guess: int) -> tuple[str, int]:
-    """(`10 repeats x 3 photos`, views an epoch): by the folders' own repeats, or by `guess` where none are given."""
+    """Return (`10 repeats x 3 photos`, views an epoch): by the folders' own repeats, or by `guess` where none are
+    given."""
     times = Counter(picture.repeats for picture in collection.pictures)
     if not collection.repeats_are_given:
         times = Counter({guess: len(collection.pictures)})
@@ -73,12 +74,12 @@ def _as_kohya(collection: Collection, guess: int) -> tuple[str, int]:
 
 
 def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
-    """Estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
+    """Return estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
     import torch
 
     from diffusekrona_train.common.device import free_bytes, training_device_type
     from diffusekrona_train.training.graph import why_not
-    from diffusekrona_train.training.memory import GIB, choose, levels, need, room, trained_parameters
+    from diffusekrona_train.training.memory import BYTES, GIB, choose, levels, need, room, trained_parameters
 
     device = torch.device(training_device_type())
     gpu = device.type != "cpu"
@@ -105,17 +106,38 @@ def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
             )
     else:
         lines.append("no GPU in reach of torch: training would run on the CPU")
+    if any(level.offload for level in levels(config)):
+        kept = base * figures.quantized_share * BYTES.get(levels(config)[-1].quantize, 2) / GIB
+        lines.append(f"offload keeps {kept:.1f} GiB of the base in the computer's own memory")
+    lines += encoder_lines(source)
     if config.train.batch_size > 1:
         lines.append(
-            "less: train.batch_size: 1 with train.gradient_accumulation, train.memory: nf4, a lower data.resolution"
+            "less: train.batch_size: 1 with train.gradient_accumulation, train.memory: nf4 or offload, "
+            "a lower data.resolution"
         )
     else:
-        lines.append("less: train.memory: nf4, or a lower data.resolution")
+        lines.append("less: train.memory: nf4 or offload, or a lower data.resolution")
     return lines
 
 
+def encoder_lines(source: ModelSource) -> list[str]:
+    """Return what the text encoders take while prompts are encoded, before the denoiser is loaded; nothing for small
+    ones."""
+    import torch
+
+    from diffusekrona_train.training.memory import GIB
+
+    parts = [part for part in source.family.parts.text_encoders if part.dtype != torch.float32]
+    if not parts or source.alias in EMBEDDED:
+        return []
+    counts = [source.parameters_of(part) for part in parts]
+    width = 1 if source.text_precision == "int8" else source.text_dtype(parts[0]).itemsize
+    line = f"text encoders: {sum(counts) * width / GIB:.1f} GiB while prompts are encoded, once, before training"
+    return [line + ("" if width == 1 else f" ({sum(counts) / GIB:.1f} with data.text_precision: int8)")]
+
+
 def disk_lines(config: RunConfig, source: ModelSource, collection: Collection, trainable: int) -> list[str]:
-    """What cache and run folder will hold, against what is free."""
+    """Return what cache and run folder will hold, against what is free."""
     side = config.data.resolution
     latent = math.prod(source.family.latent_shape(source.vae_config, side, side))
     pictures = len(collection.pictures) + (config.prior.count if config.prior.kind == "images" else 0)
@@ -149,7 +171,7 @@ LACKS = {
 
 
 def device_lines() -> list[str]:
-    """The device that training would take; where a GPU is there and torch cannot use it, how to mend that."""
+    """Return the device that training would take; where a GPU is there and torch cannot use it, how to mend that."""
     import torch
 
     from diffusekrona_train.common.device import ABILITIES, device_name, training_device_type
@@ -177,7 +199,7 @@ def device_lines() -> list[str]:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the system shows an NVIDIA GPU, whatever torch thinks."""
+    """Return whether the system shows an NVIDIA GPU, whatever torch thinks."""
     if Path("/proc/driver/nvidia/version").exists() or any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     tool = shutil.which("nvidia-smi")
