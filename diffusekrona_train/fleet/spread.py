@@ -19,7 +19,7 @@ from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.fleet.call import Call
 from diffusekrona_train.fleet.jobs import JobError, Tree, shown_id
 from diffusekrona_train.fleet.photos import is_url
-from diffusekrona_train.fleet.service import Done, Source
+from diffusekrona_train.fleet.service import Done, Source, train_here
 
 POLL_SECONDS = 0.2
 LOSSES = 3
