@@ -195,8 +195,9 @@ class Crew:
         name = f"{self.started}"
         self.started += 1
         actor = self.ray.remote(Worker).options(**self.options).remote(self.call, self.queue, name)
+        process = self.ray.get(actor.pid.remote())  # before it works: an actor does one thing at a time
         self.running[actor.work.remote()] = (name, actor)
-        self.progress.report("message", text=f"actor {name}: process {self.ray.get(actor.pid.remote())}")
+        self.progress.report("message", text=f"actor {name}: process {process}")
 
     def _feed(self) -> bool:
         """Pass on the jobs that are there; return whether these were all."""
