@@ -262,6 +262,23 @@ def test_a_lokr_that_lycoris_saves_adds_what_it_added_there(case, tmp_path, monk
         torch.testing.assert_close(merged.delta(file, layer), added[layer.name], rtol=1e-3, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_merged_pipeline_predicts_what_the_adapter_does(case, tmp_path):
+    denoiser, spec = case.parts["denoiser"], AdapterConfig(a1=4, a2=4, init_b="same")
+    injection = inject(denoiser, spec, seed=2)
+    save_adapter(tmp_path / "own.safetensors", injection, {"model": "x", "token": "sks", "class": "dog"})
+    t, conditioning = case.source.process(HEIGHT).quantile(0.5)[None], case.family.collate([case.row(PROMPTS[0])])
+    told = {**conditioning, **case.told(1)}
+    wanted = case.family.predict(denoiser, case.noise(1), t, told)
+    injection.eject()
+    file = identify(read_adapter(tmp_path / "own.safetensors"), case.source.layers(), case.family.name)
+    EXPORTERS["merged"](file, tmp_path / "merged", dtype="fp32", source=case.source)
+    assert not [path for path in (tmp_path / "merged").glob("*.json") if ".writing" in path.read_text()]
+    again = open_model(str(tmp_path / "merged")).load("denoiser", dtype=torch.float32)["denoiser"]
+    torch.testing.assert_close(case.family.predict(again, case.noise(1), t, told), wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(case.family.predict(denoiser, case.noise(1), t, told), wanted, rtol=1e-3, atol=1e-4)
+
+
 def _matrix(denoiser, layer):
     """What a linear does to a vector, adapted or not, as a matrix (out, in)."""
     linear = denoiser.get_submodule(layer.name)

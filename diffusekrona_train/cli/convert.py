@@ -46,7 +46,7 @@ def convert(
         Target,
         typer.Option(
             help="native: ours with its JSON; lokr: plain LoKr (ComfyUI, A1111, Forge); lora: exact LoRA in kohya "
-            "keys, for whatever does not read LoKr; diffusers: LoRA in PEFT keys, which ComfyUI, A1111, Forge and "
+            "keys, for readers without LoKr; diffusers: LoRA in PEFT keys, which ComfyUI, A1111, Forge and "
             "InvokeAI do not read; merged: a pipeline folder; checkpoint: a merged single file for ComfyUI and A1111."
         ),
     ],
@@ -58,14 +58,14 @@ def convert(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model that the file is for, where the file does not say: sdxl, sd15, sd21, toybox, a hub name or "
-            "a pipeline folder. For merged and checkpoint: the base."
+            help="The model that the file is for, if the file does not name it: sdxl, sd15, sd21, toybox, a hub name "
+            "or a pipeline folder. For merged and checkpoint: the base."
         ),
     ] = None,
     vae: Annotated[str | None, typer.Option(help="merged, checkpoint: another VAE (hub name, folder, file).")] = None,
     model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file --model.")] = None,
     prediction_type: Annotated[
-        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
+        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not name it.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

@@ -12,7 +12,7 @@ from diffusekrona_train.cli import PLAIN, enter, guarded, read_prompts_file, wit
 from diffusekrona_train.cli.terminal import Terminal
 from diffusekrona_train.config.strengths import LARGEST
 
-app = typer.Typer(**PLAIN, no_args_is_help=True)
+app = typer.Typer(**PLAIN, no_args_is_help=True, help="Measure images, suites, adapters and checkpoints.")
 
 Photos = Annotated[str | None, typer.Option(help="The subject's photos: folder, data set, or toybox:NAME.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of scores.json and report.html.")]
@@ -230,8 +230,8 @@ def _beyond_chance(gaps: dict[str, Any]) -> str:
     sure = {name: gap["value"] for name, gap in gaps.items() if gap["larger_than_chance"]}
     better = [METRICS[name].title for name, value in sure.items() if (value > 0) == METRICS[name].higher_is_better]
     worse = [METRICS[name].title for name in sure if METRICS[name].title not in better]
-    told = [f"{word} in {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
-    return "; ".join(told) or "no difference"
+    parts = [f"{word} in {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
+    return "; ".join(parts) or "no difference"
 
 
 def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:

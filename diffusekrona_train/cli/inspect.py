@@ -133,7 +133,7 @@ def models(json_: Json = False, debug: Debug = False) -> None:
 @app.command()
 @guarded
 def grid(model: Model = "sdxl", ffn: Ffn = False, json_: Json = False, debug: Debug = False) -> None:
-    """Return the paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
+    """Print the paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
     from diffusekrona_train.models.layers import select_layers
 
     spec = _spec(model, {"ffn": ffn})

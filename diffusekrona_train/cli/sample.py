@@ -35,6 +35,9 @@ def sample(
     adapter: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:STRENGTH; repeat it for [V1], [V2] … in this order.")
     ] = None,
+    each: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:STRENGTH for each prompt: its own adapter, one batch.")
+    ] = None,
     scale: Annotated[
         float | None,
         typer.Option(
@@ -94,7 +97,7 @@ def sample(
 ) -> None:
     """Generate images: krona-sample runs/dog "A [V] dog on the beach" --num-images 4 --sheet"""
     words = list(source_and_prompts or [])
-    run = _take_source(words, bool(adapter), model)
+    run = _take_source(words, bool(adapter or each), model)
     prompts = [*words, *(prompt or []), *read_prompts_file(prompts_file)]
     if not prompts:
         raise ValueError('no prompt is given; write krona-sample RUN_OR_FILE "A [V] dog on the beach"')
@@ -110,8 +113,8 @@ def sample(
     request = SampleRequest(
         run, prompts, adapter or [], checkpoint, token or [], class_noun, model, revision, variant, vae,
         model_config_dir, range(seed, seed + num_images), scale, **wanted, sweeps=sweep or [], base=base,
-        memory=memory, batch_size=batch_size, output=output or _home(run, adapter or []) / "pictures",
-        overwrite=overwrite, prediction_type=prediction_type,
+        memory=memory, batch_size=batch_size, output=output or _home(run, each or adapter or []) / "pictures",
+        overwrite=overwrite, prediction_type=prediction_type, each=each or [],
     )  # fmt: skip
     with as_found():
         call = open_call(request, Terminal(images=True))

@@ -55,10 +55,19 @@ class Processes(Protocol):
 
 
 class Store:
-    """Entries read from disk or made, over the processes of an accelerator (one process without)."""
+    """Entries read from disk or made, over the processes of an accelerator (one process without).
 
-    def __init__(self, folder: Path, accelerator: Processes | None, log: Callable[[str], object]) -> None:
-        self.folder, self.accelerator = folder, accelerator
+    `gather` joins the lists of all processes, in the order of their ranks; default: accelerate's gather_object.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Processes | None,
+        log: Callable[[str], object],
+        gather: Callable[[list[str]], list[str]] | None = None,
+    ) -> None:
+        self.folder, self.accelerator, self.gather = folder, accelerator, gather
         self.rank = accelerator.process_index if accelerator else 0
         self.world = accelerator.num_processes if accelerator else 1
         self.log = log if self.rank == 0 else lambda text: None
@@ -102,14 +111,16 @@ class Store:
         """Run `action` in every process; if it fails in one it fails in all, so that none waits for ever."""
         if self.world == 1:
             return action()
-        from accelerate.utils import gather_object
+        gather = self.gather
+        if gather is None:
+            from accelerate.utils import gather_object as gather
 
         result, failure = None, None
         try:
             result = action()
         except Exception as error:
             failure = error
-        messages = [message for message in gather_object([str(failure) if failure else ""]) if message]
+        messages = [message for message in gather([str(failure) if failure else ""]) if message]
         if failure:
             raise failure
         if messages:

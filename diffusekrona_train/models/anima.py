@@ -35,6 +35,7 @@ class Anima(QwenVae):
     """Anima: one stream of image tokens with cross attention to the conditioned prompt."""
 
     name = "anima"
+    fp16 = False
     parts = Parts(
         denoiser=Part("transformer", "CosmosTransformer3DModel"),
         vae=VAE,
