@@ -139,6 +139,7 @@ def test_two_processes_a_larger_batch_and_a_second_run_begin_with_the_same_a(wor
     assert not any(torch.equal(value, begun("random")[name]) for name, value in begun("one").items())
 
 
+@pytest.mark.full
 def test_a_resumed_run_does_not_align_again(world, tmp_path):
     straight = factors(train(make_run(world, tmp_path / "a" / "run", adapter=ALIGNED)).file.parent)
     config = make_run(world, tmp_path / "b" / "run", adapter=ALIGNED, train={"steps": 2})

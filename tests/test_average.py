@@ -147,6 +147,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(world, tmp_path, 
         train(changed, resume=True)
 
 
+@pytest.mark.full
 def test_a_level_down_keeps_the_average(world, tmp_path, monkeypatch):
     """Running out of memory rebuilds the optimiser; the average comes along."""
     from diffusekrona_train.training.loss import Objective

@@ -49,6 +49,12 @@ class Family:
 class Source:
     """A model source that counts what was loaded."""
 
+    text_precision = "auto"
+
+    @staticmethod
+    def text_dtype(part):
+        return part.dtype
+
     def __init__(self, identity="fake", vae="vae", sizes=True):
         self.identity, self.vae, self.family, self.loaded = identity, vae, Family(sizes), []
         self.place = SimpleNamespace(path=None)

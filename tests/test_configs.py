@@ -23,7 +23,7 @@ toybox toybox-flow sdxl sdxl-12gb sdxl-8gb sd15 sd14 sd21 authors-release prior-
 multi-gpu
 multi-node baseline-lora-as-counted baseline-lokr-as-counted baseline-loha-as-counted baseline-lora-same-layers
 baseline-lokr-same-layers baseline-loha-same-layers
-klein-4b klein-9b flux2-dev qwen-image krea-2 flux1-dev chroma1 sd3.5-medium anima
+z-image z-image-12gb z-image-8gb klein-4b klein-9b flux2-dev qwen-image krea-2 flux1-dev chroma1 sd3.5-medium anima
 """.split()
 
 
@@ -39,16 +39,21 @@ def test_config_is_valid_commented_and_survives_a_round_trip(path):
     assert make_config(parse_yaml(dump_config(config))) == config
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem in known_models()], ids=lambda path: path.stem)
+OF_KNOWN = [path for path in CONFIGS if load_config(path).model in known_models()]
+
+
+@pytest.mark.parametrize("path", OF_KNOWN, ids=lambda path: path.stem)
 def test_a_known_models_config_is_checked_without_a_network(path, tmp_path):
     """Licence, download, layers and memory, from the configs in the package."""
     photos = draw_photos(tmp_path / "photos", sizes=((1024, 1024),))
     changes = {"subject": {"images": str(photos), "class": "dog"}, "output": str(tmp_path / path.stem)}
     config = make_config({**parse_yaml(path.read_text()), **changes})
-    told, model = "\n".join(line for _, lines in check_config(config) for line in lines), known_models()[path.stem]
+    told, model = "\n".join(line for _, lines in check_config(config) for line in lines), known_models()[config.model]
     assert f"licence: {model.licence}" in told and ("accept it" in told) == model.gated
     assert f"{model.download_gb:.1f} GB are downloaded first" in told and "GiB checkpointing" in told
     assert model.train_instead is None, "a config is for a model to train"
+    if other := config.sample.model:
+        assert f"generated with {known_models()[other].hub}" in told and "GB more are downloaded for it" in told
 
 
 def test_outputs_are_distinct():

@@ -47,6 +47,24 @@ def test_each_job_becomes_what_it_would_alone(world, tmp_path, kind):
     assert not same_factors(*different)
 
 
+def test_what_is_beside_the_structure_is_each_jobs_own(world, tmp_path):
+    """A is aligned with a job's own photos while others have slots; averages, rates in dW and caps are a row's own."""
+    own: list[dict] = [
+        {"train.average": 0.5},
+        {"train.rate_unit": "dw", "learning_rate": 1e-3},
+        {"train.loss": "dco", "train.dco_beta": 50.0, "steps": 3},
+    ]
+    jobs = [{**job, **more} for job, more in zip(fleets.jobs_of(world, 3), own, strict=True)]
+    tree = fleets.common(world, {"a1": 4, "a2": 4, "init_a": "aligned", "align_draws": 3, "norm_cap": 0.05})
+    ends = fleets.trained(jobs, tmp_path / "packed", world, config=tree, pack=2)
+    assert {done.end for done in ends.values()} == {"trained"}
+    for job in jobs:  # a singular vector magnifies the rounding of the gradients
+        mine, own = factors(tmp_path / "packed" / job["id"]), fleets.alone(job, tmp_path / "alone", tree)
+        assert mine.keys() == own.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(value, own[name], rtol=1e-2, atol=1e-4)
+
+
 def test_photos_of_other_shapes_have_passes_of_their_own(world, tmp_path):
     jobs = [{**job, "data.buckets": True, "steps": 3} for job in fleets.jobs_of(world, 3)]
     tree = fleets.common(world)

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, train
-from scripts.bench import first, setting
+from scripts.bench import first, peers, setting
 from scripts.bench.__main__ import chosen
 from scripts.bench.contender import Bench
 from scripts.bench.kernels import Kernels
@@ -150,6 +152,28 @@ def test_a_piece_that_hangs_is_ended_with_all_that_it_has_started(tmp_path):
     while state.exists() and state.read_text().split()[2] != "Z":  # a busy machine takes a while to end it
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_stand_in_for_torchvision_prepares_a_photo_as_diffusers_script_asks(monkeypatch):
+    """Against slices of the pixels: a 21 x 12 photo, its shorter side to 10 pixels, the square in the middle."""
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    peers.stand_in_for_torchvision()
+    transforms, functional = (sys.modules[name] for name in names[1:])
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 21, 3), dtype=np.uint8))
+    small = transforms.Resize(10, interpolation=transforms.InterpolationMode.LANCZOS)(photo)
+    assert small.size == (17, 10)  # int(10 * 21 / 12)
+    middle = transforms.CenterCrop(10)(small)
+    wanted = np.asarray(photo.resize((17, 10), Image.Resampling.LANCZOS))[:, 4:14]  # round(3.5), to the even number
+    assert np.array_equal(np.asarray(middle), wanted)
+    tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])(middle)
+    assert np.allclose(tensor.numpy(), wanted.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    y, x, _, _ = transforms.RandomCrop(10).get_params(small, (10, 10))
+    assert y == 0 and 0 <= x <= 7
+    assert np.array_equal(np.asarray(functional.crop(small, 0, 2, 10, 10)), np.asarray(small)[:, 2:12])
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

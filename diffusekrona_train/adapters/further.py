@@ -171,7 +171,8 @@ class OFT(OverBase):
         rows, columns = torch.triu_indices(side, side, 1, device=upper.device)
         upper[:, rows, columns] = self.rotation
         skew = upper - upper.mT
-        return torch.linalg.solve(torch.eye(side, device=skew.device) + skew, -2 * skew, left=False)
+        # I + Q is never singular, and to check for it would wait for the device
+        return torch.linalg.solve_ex(torch.eye(side, device=skew.device) + skew, -2 * skew, left=False)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.options["block_size"]

@@ -100,8 +100,9 @@ class Injection:
 
     def base_sigmas(self) -> dict[str, float]:
         """Return layer name -> largest singular value of its own weight (see `bounds.sigma_of`)."""
-        sites = {name: site for name, site in self._sites.items() if isinstance(site, AdaptedLinear)}
-        return {name: sigma_of(site.innermost(), site.in_features) for name, site in sites.items()}
+        sites = {name: self.model.get_submodule(name) for name in self.adapters}
+        linears = {name: site for name, site in sites.items() if isinstance(site, AdaptedLinear)}
+        return {name: sigma_of(site.innermost(), site.in_features) for name, site in linears.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]

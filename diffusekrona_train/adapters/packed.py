@@ -258,6 +258,9 @@ class PackedAdapter(nn.Module):
         """Whether the model is the base model now."""
         return self._of[0].disabled
 
+    def attached(self, base: nn.Module) -> None:
+        """Do nothing: types that pack need nothing of their layer."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, (B, ..., out), for x (B, ..., in); the m subjects have B / m samples each."""
         pack, kind = self._of

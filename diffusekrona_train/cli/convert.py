@@ -58,8 +58,8 @@ def convert(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model that the file is for, if the file does not name it: sdxl, sd15, sd21, toybox, a hub name or "
-            "a pipeline folder. For merged and checkpoint: the base."
+            help="The model that the file is for, if the file does not name it: sdxl, sd15, sd21, toybox, a hub name "
+            "or a pipeline folder. For merged and checkpoint: the base."
         ),
     ] = None,
     vae: Annotated[str | None, typer.Option(help="merged, checkpoint: another VAE (hub name, folder, file).")] = None,

@@ -68,7 +68,8 @@ def _ends(call: Call, jobs: str, board: Terminal) -> Iterator[Done]:
 
 
 def _summary(ends: dict[str, int]) -> str:
-    return ", ".join(f"{count} {end}" for end, count in ends.items()) or "no jobs"
+    order = ("trained", "skipped", "cancelled", "stopped", "failed")
+    return ", ".join(f"{ends[end]} {end}" for end in order if end in ends) or "no jobs"
 
 
 class Board(Terminal):

@@ -48,17 +48,23 @@ def personalise(
     return step_by_step(train_all(call, Rows(iter(rows)), progress or Progress()))
 
 
-def train_all(call: Call, source: Source, progress: Progress) -> Iterator[Done]:
-    """Train all jobs of a checked call on this machine; at the end the model is freed."""
+def train_all(call: Call, source: Source, progress: Progress, *, events: str = "events.jsonl") -> Iterator[Done]:
+    """Train all jobs of a checked call; at the end the model is freed. `events`: the file in the output that gets what
+    happens, a line of JSON each."""
+    if call.on == "ray":
+        from diffusekrona_train.fleet.spread import train_on_ray
+
+        yield from train_on_ray(call, source, progress)
+        return
     from diffusekrona_train.common.device import free
     from diffusekrona_train.fleet.outlet import open_outlet
     from diffusekrona_train.fleet.service import Fleet
 
     outlet = open_outlet(call.output)
     outlet.root.mkdir(parents=True, exist_ok=True)
-    events = EventLog(progress)
-    events.open(outlet.root / "events.jsonl")
-    fleet = Fleet(source, call.common, outlet, call.pack, events, overwrite=call.overwrite)
+    log = EventLog(progress)
+    log.open(outlet.root / events)
+    fleet = Fleet(source, call, outlet, log)
     try:
         yield from fleet.ends()
     finally:

@@ -143,7 +143,7 @@ def _value(override: str, equals: str, text: str) -> Any:
         raise ValueError(f"--set {override!r}: {error}") from None
 
 
-def put(tree: Tree, path: str, value: Any) -> None:
+def put(tree: Tree, path: str, value: object) -> None:
     """Set a dotted field in a tree; ValueError where a part of the path is a value."""
     *sections, last = path.split(".")
     for section in sections:
@@ -202,7 +202,7 @@ def make_job(row: Mapping[str, Any], common: Tree, number: int = 0) -> Job:
     return job
 
 
-def _set(tree: Tree, key: str, value: Any) -> None:
+def _set(tree: Tree, key: str, value: object) -> None:
     """Set what a job says: a short name, a dotted field or a section."""
     path = SHORT.get(key, key)
     for dotted, one in _fields(path, value):

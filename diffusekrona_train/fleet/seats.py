@@ -42,7 +42,7 @@ class JobProgress(Progress):
         """Return whether somebody made the file `cancel` in the job's folder."""
         return (self.folder / CANCEL_FILE).exists()
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         if event == "loss" and fields.get("loss") is not None:
             self.loss = fields["loss"]
         if event != "step":

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,8 +17,10 @@ from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data import collect, collect_prior
 from diffusekrona_train.fleet import folder as place
 from diffusekrona_train.fleet.call import Call
+from diffusekrona_train.fleet.hook import Webhook
 from diffusekrona_train.fleet.jobs import Job, JobError, Tree, job_hash, make_job
 from diffusekrona_train.fleet.outlet import Outlet
+from diffusekrona_train.fleet.page import keep_photo, write_fleet_page
 from diffusekrona_train.fleet.photos import fetch, is_elsewhere
 from diffusekrona_train.fleet.seats import Rider, Seats
 from diffusekrona_train.models import configured_model
@@ -27,6 +29,8 @@ from diffusekrona_train.training import run
 
 BUSY_SECONDS = 0.5
 """How long to wait before a job is asked for again that another process holds."""
+SHOW_SECONDS = 15.0
+"""How often fleet.html is written."""
 REPORT_SECONDS = 1.0
 """How often the state of all slots is reported."""
 
@@ -94,10 +98,10 @@ class Saving(Progress):
         super().__init__()
         self.above, self.outlet = above, outlet
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         self.above.report(event, **fields)
         if event == "saved":
-            self.outlet.push(fields["job"])
+            self.outlet.push(str(fields["job"]))
 
     def should_stop(self) -> bool:
         return self.above.should_stop()
@@ -114,20 +118,19 @@ class Waiting:
 class Fleet:
     """The jobs of one call."""
 
-    def __init__(
-        self, source: Source, common: Tree, outlet: Outlet, slots: int, progress: Progress, *, overwrite: bool = False
-    ):
-        self.source, self.common, self.outlet, self.progress = source, common, outlet, progress
-        self.overwrite = overwrite
-        self.seats = Seats(slots, Saving(progress, outlet))
+    def __init__(self, source: Source, call: Call, outlet: Outlet, progress: Progress):
+        self.source, self.call, self.outlet, self.progress = source, call, outlet, progress
+        self.seats = Seats(call.pack, Saving(progress, outlet))
+        self.hook = Webhook(call.webhook, progress.warning) if call.webhook else None
         self.failures = place.Failures(outlet.root)
         self.seen: dict[str, tuple[str, str]] = {}
         self.waiting: list[Waiting] = []
         self.exhausted = False
         self.counts: dict[str, int] = {}
-        self._reported = 0.0
         self._began = time.monotonic()
+        self._reported, self._shown, self._steps = self._began, 0.0, 0
         self._held: dict[str, ExitStack] = {}
+        self._wrong: set[str] = set()
 
     # ---- the loop ----
 
@@ -145,6 +148,10 @@ class Fleet:
             self.seats.end()
             for stack in self._held.values():
                 stack.close()
+            if self.hook is not None:
+                self.hook.close()
+            self._show(running=False)
+            self.outlet.push_lists()
 
     def _fill(self) -> Iterator[Done]:
         """Give free slots to the next jobs."""
@@ -181,7 +188,7 @@ class Fleet:
         try:
             if isinstance(row, JobError):
                 raise row
-            job = make_job(row, self.common, number)
+            job = make_job(row, self.call.common, number)
             said = (job.id, json.dumps(row, sort_keys=True))
             if (before := self.seen.setdefault(job.id.lower(), said)) is said:
                 if (other := place.same_but_for_case(self.outlet.root, job.id)) is not None:
@@ -210,7 +217,7 @@ class Fleet:
             record = self._accepted(folder, mark)
             if record is not None:
                 stack.close()
-                self.failures.drop(job.id)
+                self._settle(job.id)
                 adapter = self.outlet.adapter(job.id)
                 return self._ended(Done(job.id, "skipped", adapter, steps=record.steps, loss=record.loss))
             rider = self.seats.open(job, config, mark, folder)
@@ -222,7 +229,7 @@ class Fleet:
             stack.close()
             return self._failed(job.id, _reason(error))
         self._held[job.id] = stack
-        self.failures.drop(job.id)
+        self._settle(job.id)
         begin = "resumed" if rider.step else "started"
         self.progress.report("job", job=job.id, state=begin, step=rider.step, steps=rider.steps, slot=rider.slot)
         return self._finished(rider) if rider.step >= rider.steps else None
@@ -236,6 +243,7 @@ class Fleet:
         pictures = collect(config).pictures
         if config.prior.kind == "images" and config.prior.images is not None:
             pictures = pictures + collect_prior(config, Path(config.prior.images).expanduser()).pictures
+        keep_photo(folder, config, pictures)
         rows = [(picture.sha256, picture.captions, picture.repeats) for picture in pictures]
         return config, job_hash(config, self.seats.model(config).identity, rows)
 
@@ -244,13 +252,13 @@ class Fleet:
         try:
             record = place.read_record(folder)
         except ValueError:
-            if not self.overwrite:
+            if not self.call.overwrite:
                 raise
             record = None
         if self.outlet.done(folder.name, record, mark):
             return record
         why_not = place.other_job(folder, record, mark)
-        if why_not is not None and not self.overwrite:
+        if why_not is not None and not self.call.overwrite:
             raise ValueError(why_not)
         if why_not is not None or record is None:
             run_folder.remove_own(folder)
@@ -258,6 +266,7 @@ class Fleet:
         return None
 
     def _step(self) -> Iterator[Done]:
+        self._steps += 1
         for rider, error in self.seats.step():
             yield self._counted(self._broken_off(rider, error))
         for rider in [rider for rider in self.seats.riders if rider.step >= rider.steps]:
@@ -306,18 +315,23 @@ class Fleet:
         self.seats.close(rider)
         self._held.pop(rider.job.id).close()
 
+    def _settle(self, name: str) -> None:
+        """Forget what an earlier call wrote of a job that is fine now; a second job under its id keeps its line."""
+        if name not in self._wrong:
+            self.failures.drop(name)
+
     def _failed(self, name: str, reason: str) -> Done:
+        self._wrong.add(name)
         self.failures.add(name, reason)
         return self._ended(Done(name, "failed", reason=reason))
 
     def _ended(self, done: Done) -> Done:
-        about = {
-            "steps": done.steps,
-            "seconds": round(done.seconds, 3),
-            "device_seconds": round(done.device_seconds, 3),
-        }
-        more = {"loss": done.loss, "adapter": str(done.adapter) if done.adapter else None, "reason": done.reason}
-        self.progress.report("job", job=done.id, state=done.end, **about, **more)
+        told = asdict(done)
+        about = {"job": told.pop("id"), "state": told.pop("end"), **told}
+        about["adapter"] = str(done.adapter) if done.adapter else None
+        self.progress.report("job", **about)
+        if self.hook is not None and done.end in ("trained", "failed", "cancelled"):
+            self.hook.send(about)
         return done
 
     def _counted(self, done: Done) -> Done:
@@ -328,17 +342,27 @@ class Fleet:
 
     def report(self) -> None:
         """Report who is in which slot, and how many are done."""
-        self._reported = time.monotonic()
+        now = time.monotonic()
+        rate, self._steps = self._steps / max(now - self._reported, 1e-9), 0
+        self._reported = now
         self.outlet.keep()
         running: list[dict[str, Any]] = [
             {"job": rider.job.id, "slot": rider.slot, "step": rider.step, "steps": rider.steps,
              "loss": rider.progress.loss}
             for rider in sorted(self.seats.riders, key=lambda rider: rider.slot)
         ]  # fmt: skip
-        seconds = round(self._reported - self._began, 3)
-        self.progress.report(
-            "pack", slots=self.seats.count, running=running, waiting=len(self.waiting), seconds=seconds, **self.counts
-        )
+        about = {"waiting": len(self.waiting), "seconds": round(now - self._began, 3), "steps_a_second": round(rate, 3)}
+        self.progress.report("pack", slots=self.seats.count, running=running, **about, **self.counts)
+        if now - self._shown >= SHOW_SECONDS:
+            self._show(running=True)
+
+    def _show(self, running: bool) -> None:
+        """Write fleet.html; a failure costs only the page."""
+        self._shown = time.monotonic()
+        try:
+            write_fleet_page(self.outlet.root, dollars_an_hour=self.call.dollars_an_hour, running=running)
+        except Exception as error:
+            self.progress.warning(f"fleet.html was not written ({type(error).__name__}: {error})")
 
 
 def _reason(error: BaseException) -> str:

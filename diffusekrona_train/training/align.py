@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters import KronA
 from diffusekrona_train.adapters.grouped import AdaptedLinear
 from diffusekrona_train.adapters.inject import Injection
+from diffusekrona_train.adapters.packed import Seat
 from diffusekrona_train.training.loss import ON_DEVICE_LIMIT, Objective
 
 STREAM = "aligned"
@@ -47,10 +48,12 @@ def align(objective: Objective) -> None:
     size = sum(adapter.layer.in_features * adapter.layer.out_features for adapter in _adapters(injection).values()) * 4
     home = objective.device if size <= ON_DEVICE_LIMIT else torch.device("cpu")
     factor = FP16_SCALE if objective.dtype == torch.float16 else 1.0
+    injection.set_strength(1.0)  # a seat of a pack is now the one that the model shows
+    backward = injection.pack.backward if isinstance(injection, Seat) else torch.Tensor.backward
     with collected(injection, home) as gradients:
         for number in range(objective.config.adapter.align_draws):
             batch = objective.instance(number, STREAM)
-            (objective.per_sample(batch).sum() * factor).backward()
+            backward(objective.per_sample(batch).sum() * factor)
     flat.clear()
     for name, adapter in _adapters(injection).items():
         gradient = gradients.get(name)

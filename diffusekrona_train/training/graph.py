@@ -15,11 +15,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -115,11 +116,35 @@ class Uncapturable(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, None] = {}
+        self._made = _Made(self.found)
+
+    def __enter__(self) -> Self:
+        self._made.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._made.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if _waits(func, args) or _is_random(func) or _crosses(func, args, result):
             self.found[func.name()] = None
+        return result
+
+
+class _Made(TorchFunctionMode):
+    """Note tensors that are made on the device of Python's numbers: that copy is not dispatched."""
+
+    def __init__(self, found: dict[str, None]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        makes = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        if makes and not (args and isinstance(args[-1], Tensor)) and result.device.type != "cpu":
+            self.found[f"torch.{func.__name__}"] = None
         return result
 
 
@@ -134,10 +159,13 @@ def _is_random(func: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name()
 
 
-def _crosses(func: OpOverload, args: object, result: Tensor) -> bool:
-    if func.name() not in ("aten::_to_copy", "aten::copy_"):
-        return False
-    return any(isinstance(value, Tensor) and value.device.type != result.device.type for value in tree_iter(args))
+def _crosses(func: OpOverload, args: object, result: Any) -> bool:
+    """Return whether numbers are copied between host and device; a single one of the host is a kernel's argument."""
+    given = [value for value in tree_iter(args) if isinstance(value, Tensor)]
+    if func.name() in ("aten::_to_copy", "aten::copy_"):
+        return any(value.device.type != result.device.type for value in given)
+    hosts = [value for value in given if value.device.type == "cpu"]
+    return len(hosts) < len(given) and any(value.dim() for value in hosts)
 
 
 class StepGraphs:

@@ -147,12 +147,12 @@ class Descent:
     def _count(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor) -> None:
         weight = torch.ones_like(loss)
         if self.accelerator.scaler is not None:
-            weight = torch.where(loss.isfinite(), BAD_IN_A_ROW / OVERFLOWS_IN_A_ROW, weight)
+            weight = weight.masked_fill(loss.isfinite(), BAD_IN_A_ROW / OVERFLOWS_IN_A_ROW)
         total, number, skipped, streak, worst, _ = self.meters
         good = ~bad
-        streak = torch.where(bad, streak + weight, 0.0)
+        streak = (streak + weight).masked_fill(good, 0.0)
         new = [
-            total + torch.where(good, loss, 0.0),
+            total + loss.masked_fill(bad, 0.0),
             number + good,
             skipped + bad,
             streak,

@@ -78,6 +78,8 @@ def _settings(config: RunConfig, metrics: list[dict]) -> Section:
     shape = {
         "krona": f"a1 = {adapter.a1}, a2 = {adapter.a2}",
         "full": "every weight of the chosen layers",
+        "oft": f"blocks of {adapter.block_size}",
+        "terms": f"{adapter.rank} terms, rho {adapter.rho}",
         "lokr": f"factor {adapter.factor}, rank {adapter.rank}",
     }.get(adapter.type, f"rank {adapter.rank}")
     if adapter.params or adapter.match_lora_rank:

@@ -59,7 +59,10 @@ json.dump({"times": times, "peak": [peak() / 2**30 if on_gpu else None for peak 
 
 
 def stand_in_for_torchvision() -> None:
-    """Where torchvision is missing, offer the few transforms of it that diffusers' script uses, with its results."""
+    """Where torchvision is missing, offer the few of its transforms that diffusers' script uses.
+
+    Their results are torchvision's, but for which crop is taken at random.
+    """
     if importlib.util.find_spec("torchvision"):
         return
     import diffusers  # noqa: F401  looks itself whether torchvision is there, and must not find this
@@ -111,7 +114,7 @@ class CenterCrop(RandomCrop):
 
     @staticmethod
     def get_params(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        return (image.height - size[0]) // 2, (image.width - size[1]) // 2, *size
+        return round((image.height - size[0]) / 2), round((image.width - size[1]) / 2), *size
 
 
 class RandomHorizontalFlip:

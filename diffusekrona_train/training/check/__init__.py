@@ -24,6 +24,7 @@ from diffusekrona_train.data import (
     plan_crops,
     printable,
 )
+from diffusekrona_train.models import generating_model
 from diffusekrona_train.models.hub import HubModel
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.report.sheet import contact_sheet, fit
@@ -185,6 +186,19 @@ def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
     if isinstance(source.place, HubModel) and not _is_cached(source.place):
         size = known.download_gb if known is not None else parameters * 2.6 / 1e9
         lines.append(f"its weights are not on this machine: about {size:.1f} GB are downloaded first{_room(size)}")
+    return lines + _generating(config, source)
+
+
+def _generating(config: RunConfig, source: ModelSource) -> list[str]:
+    """Return what generates images where it is another model, its licence and download."""
+    other = generating_model(config, source)
+    if other is source:
+        return []
+    known, lines = known_model(other.identity), [f"images are generated with {other.identity}"]
+    if known is not None:
+        lines[0] += f", licence: {known.licence}{GATED if known.gated else ''}"
+        if isinstance(other.place, HubModel) and not _is_cached(other.place):
+            lines.append(f"about {known.download_gb:.1f} GB more are downloaded for it{_room(known.download_gb)}")
     return lines
 
 
