@@ -33,6 +33,7 @@ COMMANDS = {
     "krona-eval": "evaluate",
     "krona-inspect": "inspect",
     "krona-convert": "convert",
+    "krona-studio": "studio",
 }
 """Command -> its module in `diffusekrona_train.cli`."""
 NAMES = {"string": "text", "number": "number", "boolean": "true or false"}

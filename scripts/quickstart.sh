@@ -2,22 +2,27 @@
 # Train the embedded model on a poodle and show the result: no GPU, no weights to download, a few minutes on two cores.
 #   scripts/quickstart.sh                        run it again to continue; finished work is reused
 #   scripts/quickstart.sh --model toybox-flow    the same with the embedded flow transformer
+#   scripts/quickstart.sh --studio               the same in the browser: opens krona-studio, which trains the poodle
 # PYTHON names the interpreter for a new .venv; SKIP_INSTALL=1 uses .venv as it is; STEPS=100 trains for fewer steps (300).
 set -euo pipefail
-model=toybox
+model=toybox package=.
 case "$*" in
     "") ;;
+    --studio) package='.[studio]' ;;
     "--model toybox" | "--model toybox-flow") model=$2 ;;
     *)
-        echo "error: $*: give nothing, or --model with toybox or toybox-flow" >&2
+        echo "error: $*: give nothing, --studio, or --model with toybox or toybox-flow" >&2
         exit 2
         ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
-prepare_venv .
+prepare_venv "$package"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a model is faster on one thread than on two
 bin=.venv/bin run=runs/$model steps=${STEPS:-300}
+if [ "$package" != . ]; then
+    exec $bin/krona-studio runs --demo
+fi
 
 if [ -f $run/$model.safetensors ]; then
     echo "$run/$model.safetensors exists: not trained again (to start over, remove $run)"

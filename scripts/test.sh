@@ -24,5 +24,5 @@ step .venv/bin/zensical build --strict
 step .venv/bin/pyright --pythonpath "$python"
 step "$python" -m pytest -n 2 --dist loadfile "$@"   # one-thread processes
 if ! command -v chromium chromium-browser google-chrome >/dev/null; then
-    echo "not checked: report pages in a browser (Chromium is not installed)"
+    echo "not checked: report pages and the studio in a browser (Chromium is not installed)"
 fi

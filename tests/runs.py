@@ -34,14 +34,17 @@ def make_world(folder: Path, kind: str = "sdxl") -> Path:
 
 
 def make_run(world: Path, output: Path, **sections: Any) -> RunConfig:
-    """A config of 6 steps at 64 pixels; sections are merged over it, as train={"steps": 9}."""
+    """A config of 6 steps at 64 pixels; sections are merged over it, as train={"steps": 9}.
+
+    It writes no report, which would take half of its time: tests that look at one ask for it.
+    """
     tree = {
         "model": str(world / "model"),
         "subject": {"images": str(world / "photos"), "class": "dog"},
         "adapter": {"a1": 4, "a2": 4},
         "data": {"resolution": 64, "cache_dir": str(world / "cache")},
         "train": {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 2, "log_every": 1},
-        "validation": {"every": 0, "steps": 2, "loss": False},
+        "validation": {"every": 0, "steps": 2, "loss": False, "report": False},
         "output": str(output),
     }
     for name, values in sections.items():

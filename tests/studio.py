@@ -96,6 +96,8 @@ def drop(page: Any, files: list[Path]) -> None:
         for (const [name, text] of files) data.items.add(
             new File([Uint8Array.from(atob(text), letter => letter.charCodeAt(0))], name, {type: 'image/png'}));
         return data; }"""
+    page.wait_for_selector("#drop")
+    page.wait_for_load_state()  # the page's script listens by then
     data = page.evaluate_handle(script, given)
     page.dispatch_event("#drop", "drop", {"dataTransfer": data})
 

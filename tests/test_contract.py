@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffusekrona_train.adapters.formats import EXPORTERS, identify, merged, read_adapter, save_adapter
 from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.common.device import moved
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models import FAMILIES, family_named, family_of, open_model
 from diffusekrona_train.models import layers as tables
@@ -19,6 +21,7 @@ from diffusekrona_train.models.contracts import Family, Request
 from diffusekrona_train.models.quantize import quantize_linears
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.training import train
+from diffusekrona_train.training.graph import Uncapturable
 from tests.runs import draw_photos, factors, make_run, same_factors
 from tests.tiny.families import HEIGHT, TINY, WIDTH, Tiny
 
@@ -259,6 +262,23 @@ def test_a_lokr_that_lycoris_saves_adds_what_it_added_there(case, tmp_path, monk
         torch.testing.assert_close(merged.delta(file, layer), added[layer.name], rtol=1e-3, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_merged_pipeline_predicts_what_the_adapter_does(case, tmp_path):
+    denoiser, spec = case.parts["denoiser"], AdapterConfig(a1=4, a2=4, init_b="same")
+    injection = inject(denoiser, spec, seed=2)
+    save_adapter(tmp_path / "own.safetensors", injection, {"model": "x", "token": "sks", "class": "dog"})
+    t, conditioning = case.source.process(HEIGHT).quantile(0.5)[None], case.family.collate([case.row(PROMPTS[0])])
+    told = {**conditioning, **case.told(1)}
+    wanted = case.family.predict(denoiser, case.noise(1), t, told)
+    injection.eject()
+    file = identify(read_adapter(tmp_path / "own.safetensors"), case.source.layers(), case.family.name)
+    EXPORTERS["merged"](file, tmp_path / "merged", dtype="fp32", source=case.source)
+    assert not [path for path in (tmp_path / "merged").glob("*.json") if ".writing" in path.read_text()]
+    again = open_model(str(tmp_path / "merged")).load("denoiser", dtype=torch.float32)["denoiser"]
+    torch.testing.assert_close(case.family.predict(again, case.noise(1), t, told), wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(case.family.predict(denoiser, case.noise(1), t, told), wanted, rtol=1e-3, atol=1e-4)
+
+
 def _matrix(denoiser, layer):
     """What a linear does to a vector, adapted or not, as a matrix (out, in)."""
     linear = denoiser.get_submodule(layer.name)
@@ -293,3 +313,21 @@ def test_a_base_is_quantised_where_its_family_says(case, kind):
     assert tables.find_layers(small, None) == case.source.layers()
     with pytest.raises(ValueError, match="finds no linear"):
         quantize_linears(small, kind, torch.float32, lambda name: False)
+
+
+CANNOT_BE_CAPTURED = {"chroma": ["aten::_to_copy"]}
+"""Families whose denoiser copies from the host in every call: they train without a CUDA graph, and say so."""
+
+
+@torch.no_grad()
+def test_whether_its_step_can_be_captured_as_a_graph(case):
+    """On a device without content, where to wait for it is an error. The first call makes what is made once."""
+    device = torch.device("meta")
+    denoiser = copy.deepcopy(case.parts["denoiser"]).to(device)
+    told = {**case.family.collate([moved(case.row(PROMPTS[0]), device, torch.float32)]), **case.told(1)}
+    told = {name: value.to(device) for name, value in told.items()}
+    x_t, t = case.noise(1).to(device), case.source.process(HEIGHT).quantile(0.5)[None].to(device)
+    case.family.predict(denoiser, x_t, t, told)
+    with Uncapturable() as mode:
+        assert case.family.predict(denoiser, x_t, t, told).shape == x_t.shape
+    assert list(mode.found) == CANNOT_BE_CAPTURED.get(case.family.name, [])

@@ -70,9 +70,17 @@ def contender(kind: str, dtype: torch.dtype, adapter: dict):
     return Bench(unet, 64, 2).contender(adapter)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapter", [{"a1": 4, "a2": 4}, {"type": "lora"}, {"type": "loha", "rank": 2}], ids=str)
-def test_a_step_mixes_no_devices_and_waits_for_none(dtype, adapter, monkeypatch):
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [
+        ({"a1": 4, "a2": 4}, torch.float32),
+        ({"a1": 4, "a2": 4}, torch.bfloat16),
+        ({"type": "lora"}, torch.bfloat16),
+        ({"type": "loha", "rank": 2}, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_step_mixes_no_devices_and_waits_for_none(adapter, dtype, monkeypatch):
     optimizer = sys.modules["torch.optim.optimizer"]
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta", "cuda"])
     run = contender("sdxl", dtype, adapter)
@@ -211,6 +219,20 @@ def test_check_says_what_does_not_work_on_the_card(card):
     assert first.startswith("Apple GPU (mps)") and "NF4" in second and "fused optimiser" in second
     card("xpu")
     assert len(needs.device_lines()) == 1
+
+
+def test_check_says_whether_the_step_would_be_captured(card, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    config = make_run(tmp_path, tmp_path / "x", data={"resolution": 1024}, validation={"every": 100})
+    told = {}
+    for free in (80, 11, 6):
+        card("cuda", free=free)
+        told[free] = [line for line in needs.memory_lines(config, open_model("sdxl")) if "CUDA graph" in line]
+    assert told[80] == ["the step is captured as a CUDA graph"]
+    assert len(told[11]) == 1 and told[11][0].startswith("no CUDA graph: it needs 4.0 GiB beside the step, and ")
+    assert told[6] == ["no CUDA graph: not tried with nf4; train.cuda_graph: true tries it"]
+    card("xpu")
+    assert not any("is captured" in line for line in needs.memory_lines(config, open_model("sdxl")))
 
 
 def test_a_level_that_the_card_cannot_run_is_neither_chosen_nor_taken_later(card, tmp_path):

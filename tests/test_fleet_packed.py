@@ -74,7 +74,7 @@ def written_out(base, seat, factors: dict[str, torch.Tensor]) -> dict[str, torch
     weights = {}
     for name, adapter in seat.adapters.items():
         own = {key: factors[f"{name}|{key}"] for key, _ in adapter.named_parameters()}
-        scale = adapter.multiplier()
+        scale = adapter.multiplier
         if "A" in own:
             delta = torch.kron(own["A"], own["B"])
         elif "lora_up" in own:

@@ -115,6 +115,24 @@ def test_over_a_base_the_adapter_begins_as_nothing_and_is_the_dense_difference(k
     assert y.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_fused_beside_another_adapter_it_still_means_its_own_base(kind):
+    inner = wrapped(type=kind)
+    config = AdapterConfig(type="lora", rank=2)
+    other = build_adapter(config, LAYER, plan(config, [LAYER])[LAYER.name], torch.Generator().manual_seed(7))
+    for parameter in other.parameters():
+        parameter.data.normal_(0, 0.2)
+    outer = AdaptedLinear(inner, other)
+    weight = inner.base.weight.clone()
+    wanted = weight + inner.adapter.delta() + other.delta()
+    inner.fuse()
+    outer.fuse()
+    torch.testing.assert_close(inner.base.weight, wanted)
+    outer.unfuse()
+    inner.unfuse()
+    assert torch.equal(inner.base.weight, weight)
+
+
 @pytest.mark.parametrize("rho", [1, 2, 4])
 def test_a_sum_of_terms_is_a_sum_of_krons_with_an_exact_lora(rho):
     module = wrapped(type="terms", rank=3, rho=rho, scale=0.7)

@@ -339,7 +339,7 @@ def test_the_work_of_a_step_neither_waits_nor_copies_nor_draws(dtype, checkpoint
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta", "cuda"])
     run = contender("meta", dtype)
     if checkpointed:
-        from diffusekrona_train.training.setup import enable_checkpointing
+        from diffusekrona_train.training.base import enable_checkpointing
 
         enable_checkpointing(run.objective.denoiser)
     batches = run.objective.batches(0, 0)

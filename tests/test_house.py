@@ -17,7 +17,7 @@ PACKAGE = ROOT / "diffusekrona_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LINES, FUNCTION_LINES = 400, 60
-DOORS = ["train", "sample", "evaluate", "inspect", "convert"]
+DOORS = ["train", "sample", "evaluate", "inspect", "convert", "studio"]
 HEAVY = [
     "torch",
     "diffusers",
@@ -34,7 +34,10 @@ ONLY_IN = {
     "transformers": {"models", "evaluation/metrics", "training/check"},
     "datasets": {"data"},
     "tqdm": {"cli"},
-    "jinja2": {"report"},
+    "jinja2": {"report", "app"},
+    "starlette": {"app"},
+    "uvicorn": {"cli"},
+    "psutil": {"training"},
 }
 TORCH_ALONE = {"adapters/kron.py", "training/draw.py"}
 NO_TORCH = {"config", "common/files.py", "common/progress.py", "common/run_folder.py"}

@@ -89,7 +89,7 @@ def test_a_config_may_be_a_tree_or_a_file(world, tmp_path, straight):
 
 def test_a_failure_is_an_event_and_a_run_that_is_refused_leaves_nothing(world, tmp_path, monkeypatch):
     told, config = Told(), make_run(world, tmp_path / "run")
-    monkeypatch.setattr(Objective, "loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(Objective, "batches", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config, progress=told)
     assert told.of("phase")[-1] == {"name": "failed", "error": "division by zero"}
@@ -224,7 +224,7 @@ def test_a_run_leaves_everything_as_it_was_and_frees_the_model(loud, world, tmp_
 
 
 def test_so_does_one_that_fails_and_one_that_is_stopped(loud, world, tmp_path, denoisers, monkeypatch):
-    loss = Objective.loss
+    batches = Objective.batches
 
     def broken(self, step, micro):
         held = self.denoiser  # as the frames of a model's forward pass hold it
@@ -232,12 +232,12 @@ def test_so_does_one_that_fails_and_one_that_is_stopped(loud, world, tmp_path, d
         os.environ["KRONA_TEST"] = "1"
         raise RuntimeError(f"in the middle of {type(held).__name__}")
 
-    monkeypatch.setattr(Objective, "loss", broken)
+    monkeypatch.setattr(Objective, "batches", broken)
     with pytest.raises(RuntimeError, match="in the middle") as error:
         train(make_run(world, tmp_path / "a"))
     assert surroundings() == loud
     assert error.value is not None and denoisers[0]() is None, "the exception is still here, the model is not"
-    monkeypatch.setattr(Objective, "loss", loss)
+    monkeypatch.setattr(Objective, "batches", batches)
     progress = Progress()
     progress.stop()
     with pytest.raises(Stopped) as stopped:

@@ -12,7 +12,7 @@ import torch
 
 from diffusekrona_train.models import open_model
 from diffusekrona_train.models.local import LocalModel
-from diffusekrona_train.training import setup
+from diffusekrona_train.training import base
 from tests.tiny import make_pipeline
 
 
@@ -71,7 +71,7 @@ def test_quantised_bases_are_loaded_in_turn(processes, fails):
 
     def process(index):
         accelerator = SimpleNamespace(num_processes=processes, process_index=index, wait_for_everyone=barrier.wait)
-        with contextlib.suppress(RuntimeError), setup.in_turn(accelerator, True):
+        with contextlib.suppress(RuntimeError), base.in_turn(accelerator, True):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.02)

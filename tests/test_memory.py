@@ -20,7 +20,7 @@ from diffusekrona_train.models.quantize import quantize_linears
 from diffusekrona_train.models.sdxl import SDXL
 from diffusekrona_train.sampling import render
 from diffusekrona_train.sampling.session import while_drawing
-from diffusekrona_train.training import memory, preview, setup, train
+from diffusekrona_train.training import base, memory, preview, train
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import OVERFLOWS_IN_A_ROW, Descent
 from diffusekrona_train.training.step import FIRST_STEPS
@@ -301,7 +301,7 @@ def noted_denoisers(monkeypatch, module, name):
 
 
 def test_stepping_down_lets_the_16_bit_model_go_before_the_other_comes(world, tmp_path, monkeypatch):
-    _, alive = noted_denoisers(monkeypatch, setup, "load_denoiser")
+    _, alive = noted_denoisers(monkeypatch, base, "load_denoiser")
     batches, failed = Objective.batches, []
 
     def short(self, step, micro):
@@ -317,7 +317,7 @@ def test_stepping_down_lets_the_16_bit_model_go_before_the_other_comes(world, tm
 
 
 def test_keep_best_lets_the_trained_model_go_first(world, tmp_path, monkeypatch):
-    made, _ = noted_denoisers(monkeypatch, setup, "load_denoiser")
+    made, _ = noted_denoisers(monkeypatch, base, "load_denoiser")
     seen = []
     monkeypatch.setattr("diffusekrona_train.evaluation.best_checkpoint", lambda *_, **__: seen.append(made[0]()))
     train(make_run(world, tmp_path / "run", train={"keep_best": True}))
@@ -360,7 +360,7 @@ def test_checkpointing_leaves_the_generator_alone(monkeypatch):
     from torch.utils import checkpoint
 
     unet = make_unet("sd15").requires_grad_(False)
-    setup.enable_checkpointing(unet)
+    base.enable_checkpointing(unet)
     asked = []
     get = checkpoint.torch.get_rng_state
     monkeypatch.setattr(checkpoint.torch, "get_rng_state", lambda: asked.append(1) or get())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,14 +17,15 @@ import torch
 
 from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, train
-from scripts.bench import setting
+from scripts.bench import first, setting
 from scripts.bench.__main__ import chosen
 from scripts.bench.contender import Bench
 from scripts.bench.kernels import Kernels
 from scripts.bench.run import WATCHED, Watch, cap_memory, watching
-from scripts.bench.setting import BEGIN, END, Rows, TimeIsUp, shown, write_markdown
+from scripts.bench.setting import BEGIN, END, Broken, Rows, TimeIsUp, shown, write_markdown
 from tests.runs import make_run
 from tests.tiny import make_unet, real_part, write_pipeline
+from tests.tiny.__main__ import make
 from tests.tiny.photos import draw_photos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def small(tmp_path_factory):
     """The pipeline that the script makes, in a folder with photos."""
     folder = tmp_path_factory.mktemp("small")
-    script = [sys.executable, "-m", "tests.tiny", "--size", "small-sd15", str(folder / "model")]
-    subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
+    make("small-sd15", folder / "model")
     draw_photos(folder / "photos")
     return folder
 
@@ -92,8 +94,6 @@ def test_measure_writes_rows_with_card_versions_and_date(tmp_path):
 
 
 def environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -105,6 +105,51 @@ def test_unknown_points_are_refused(only, capsys):
     told = capsys.readouterr().err
     assert told == f"error: --only: {only!r} should be some of 1, 2, 3, 4, 5, 6, 7, with commas\n"
     assert chosen("7, 1") == [7, 1]
+
+
+# ---- the first minutes -----------------------------------------------------------------------------------------------
+
+
+def asked(tmp_path: Path, minutes: float) -> argparse.Namespace:
+    results = tmp_path / "results.json"
+    return argparse.Namespace(size="small", out=tmp_path, results=results, minutes=minutes, diffusers_script=None)
+
+
+def test_without_time_every_piece_is_named_and_none_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(first, "in_a_process", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    assert first.conduct(asked(tmp_path, 0.1)) == list(first.PIECES)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert len(rows) == len(first.PIECES) and all(row["error"].startswith("not begun: ") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "done", "error"),
+    [
+        ([0], True, None),
+        ([first.BROKEN, first.BROKEN, 0], True, None),
+        ([first.OUT_OF_TIME], False, None),
+        ([1], False, "exit status 1"),
+        ([124], False, "stopped: the time is up"),
+    ],
+)
+def test_a_piece_is_begun_again_only_after_an_error_of_the_device(statuses, done, error, tmp_path, monkeypatch):
+    left = list(statuses)
+    monkeypatch.setattr(first, "in_a_process", lambda *_: (left.pop(0), "what it said last"))
+    assert first.finished("b", asked(tmp_path, 9), time.time() + 600) is done and not left
+    rows = Rows(tmp_path / "results.json").rows
+    assert [(row["error"], row["stderr"]) for row in rows] == ([(error, "what it said last")] if error else [])
+
+
+def test_a_piece_that_hangs_is_ended_with_all_that_it_has_started(tmp_path):
+    code = "import subprocess, sys; made = subprocess.Popen(['sleep', '300']);"
+    code += "print(made.pid, file=sys.stderr, flush=True); made.wait()"
+    status, said = first.in_a_process([sys.executable, "-c", code], tmp_path / "log", 1.5)
+    assert status == 124
+    state, deadline = Path(f"/proc/{said.strip()}/stat"), time.monotonic() + 30
+    while state.exists() and state.read_text().split()[2] != "Z":  # a busy machine takes a while to end it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -130,6 +175,25 @@ def test_no_row_is_begun_after_the_time(tmp_path):
     with pytest.raises(TimeIsUp):
         rows.attempt(1, "a", lambda: {"ms": 1})
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_row_that_does_not_fit_the_time_left_is_not_begun(tmp_path):
+    rows = Rows(tmp_path / "results.json", until=time.time() + 50)
+    with pytest.raises(TimeIsUp):
+        rows.attempt(1, "long", lambda: {"ms": 1}, needs=60)
+    assert rows.attempt(1, "short", lambda: {"ms": 1}, needs=40) == {"ms": 1}
+
+
+def test_after_an_error_of_the_device_the_process_gives_up_and_the_next_one_passes_the_row_over(tmp_path):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows = Rows(tmp_path / "results.json")
+    with pytest.raises(Broken):
+        rows.attempt(2, "a", broken)
+    assert "illegal memory access" in rows.rows[0]["error"] and "in broken" in rows.rows[0]["stderr"]
+    after = Rows(tmp_path / "results.json", again=False)
+    assert after.attempt(2, "a", broken) is None and after.attempt(2, "b", lambda: {"ms": 1}) == {"ms": 1}
 
 
 def test_a_dry_run_judges_nothing(tmp_path):
@@ -252,11 +316,13 @@ def test_living_tensors_are_counted_at_their_peak():
     assert peak.most == 2 * 4 * 1024**2
 
 
-def test_the_estimates_leave_room_over_what_is_counted():
+def test_the_estimates_leave_room_over_what_is_counted(monkeypatch):
     """SD 1.5 at 512 needs a quarter of a megapixel's figure beside its weights."""
-    code = [sys.executable, "-m", "scripts.bench.trace", "--kind", "sd15", "--checkpointing"]
-    said = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    base, more = (float(number) for number in re.findall(r"([\d.]+) GiB", said))
+    from scripts.bench import trace
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", trace.fused_attention)
+    monkeypatch.setattr(trace.Fp32Module, "_apply", trace.stay)
+    base, more = trace.step_peak("sd15", 512, 1, checkpointing=True)
     assert base == pytest.approx(859_520_964 * 2 / memory.GIB, abs=0.01)
     assert 0.1 < more < family_named("sd").memory.checkpointing / 4
 
@@ -264,12 +330,22 @@ def test_the_estimates_leave_room_over_what_is_counted():
 # ---- kernels counted without a GPU ----------------------------------------------------------------------------------
 
 
+def few(kind: str, names: tuple[str, ...]) -> dict[str, int]:
+    from scripts.bench.kernels import kernels
+
+    found = {name: kernels(kind, name).total() for name in names}
+    assert found["bare"] < found["krona_operator"] <= found["lora"]
+    return found
+
+
 def test_a_step_of_sdxl_launches_few_kernels():
     """Version 0.1 by the same count: 11,020 with LoRA, 13,820 with KronA."""
-    code = [sys.executable, "-m", "scripts.bench.kernels", "--json"]
-    said = json.loads(subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert set(said) == {"sdxl", "sd15", "z-image"}
-    for row in said.values():
-        assert row["bare"] < row["krona_operator"] <= row["lora"] <= row["krona"]
-    sdxl = said["sdxl"]
-    assert sdxl["krona"] <= 6500 and sdxl["krona_operator"] <= 5200 and sdxl["lora"] <= 7500
+    sdxl = few("sdxl", ("bare", "lora", "krona", "krona_operator"))
+    assert sdxl["lora"] <= sdxl["krona"] <= 6500 and sdxl["krona_operator"] <= 5200 and sdxl["lora"] <= 7500
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["sd15", "z-image"])
+def test_a_step_of_other_models_launches_few_kernels(kind):
+    found = few(kind, ("bare", "lora", "krona", "krona_operator"))
+    assert found["lora"] <= found["krona"]

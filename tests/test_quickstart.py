@@ -60,6 +60,17 @@ def test_it_ends_with_a_sheet_and_is_quick_the_second_time(checkout, tmp_path):
     assert (run / "toybox.safetensors").stat().st_mtime_ns == written
 
 
+def test_the_studio_is_opened_on_the_poodle(checkout, tmp_path):
+    bin_ = checkout / ".venv" / "bin"
+    bin_.mkdir(parents=True)
+    (bin_ / "python").symlink_to(sys.executable)
+    fake_python(bin_, "krona-studio", 'echo "studio $*"')
+    script = [shutil.which("bash") or "bash", str(checkout / "scripts/quickstart.sh"), "--studio"]
+    env = {**os.environ, "SKIP_INSTALL": "1"}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "studio runs --demo\n"), done.stderr
+
+
 def one_line(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 
 import pytest
@@ -30,7 +31,7 @@ class Process:
 
 
 @pytest.fixture
-def gathering(monkeypatch):
+def gathering():
     """accelerate's gather_object between two threads that stand for two processes."""
     barrier, box = threading.Barrier(2, timeout=30), [[], []]
     lock = threading.Lock()
@@ -44,7 +45,7 @@ def gathering(monkeypatch):
         barrier.wait()
         return found
 
-    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+    return gather
 
 
 def in_two(action):
@@ -68,7 +69,7 @@ def test_two_processes_share_the_work_and_both_have_all(tmp_path, gathering):
     made = [[], []]
 
     def work(rank):
-        store = Store(tmp_path, Process(rank, 2), lambda text: None)
+        store = Store(tmp_path, Process(rank, 2), lambda text: None, gathering)
         return store.get(entries(5), lambda: maker_that_notes(made[rank]))
 
     results = in_two(work)
@@ -81,7 +82,7 @@ def test_without_a_shared_disk_each_makes_the_rest(tmp_path, gathering):
     made = [[], []]
 
     def work(rank):
-        store = Store(tmp_path / str(rank), Process(rank, 2), lambda text: None)
+        store = Store(tmp_path / str(rank), Process(rank, 2), lambda text: None, gathering)
         return store.get(entries(3), lambda: maker_that_notes(made[rank]))
 
     results = in_two(work)
@@ -94,7 +95,7 @@ def test_a_failure_in_one_process_is_raised_in_both(tmp_path, gathering):
         def make(number):
             return {"x": torch.tensor([float("inf") if number == 1 else 0.0])}
 
-        return Store(tmp_path, Process(rank, 2), lambda text: None).get(entries(4), lambda: make)
+        return Store(tmp_path, Process(rank, 2), lambda text: None, gathering).get(entries(4), lambda: make)
 
     assert [str(result) for result in in_two(work)] == ["1 is wrong", "1 is wrong"]
 
@@ -122,10 +123,11 @@ def test_entry_round_trip_and_damage(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def stop(phase, step=0):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("diffusekrona_train.data.cache.reach", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_entry(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    monkeypatch.setenv("KRONA_FAULT", "cache:*:SIGINT")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of pytest-xdist may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_entry(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.rglob("*")) == []

@@ -19,17 +19,16 @@ import yaml
 from PIL import Image
 from starlette.testclient import TestClient
 
-from diffusekrona_train.adapters.formats.exports import delta
 from diffusekrona_train.app import guard, jobs
 from diffusekrona_train.app.draft import Draft
 from diffusekrona_train.app.server import begin_demo, make_app
 from diffusekrona_train.app.use import gallery_of, lora_folder
 from diffusekrona_train.app.worker import export_lora
-from diffusekrona_train.config import RunConfig, load_config, make_config
+from diffusekrona_train.config import MODEL_ALIASES, RunConfig, load_config, make_config
 from diffusekrona_train.config.fields import groups_of, overrides_of
 from diffusekrona_train.data import crop_pixels
 from diffusekrona_train.training import status
-from diffusekrona_train.training.check import check_briefly
+from diffusekrona_train.training.check import check_briefly, fits
 from diffusekrona_train.training.check.fits import model_fits, quick_fits
 from tests.studio import POODLES, add_events, make_run
 
@@ -279,18 +278,21 @@ def test_fields_become_the_tree_that_yaml_gives(root):
     assert (shown["data.resolution"], shown["train.batch_size"], shown["adapter.alpha"]) == ("64", "4", "")
 
 
-def test_what_fits_comes_first_and_the_embedded_models_always(monkeypatch):
+def test_what_fits_comes_first_and_the_embedded_models_always(monkeypatch, client):
     assert [one.alias for one in quick_fits()][:2] == ["toybox", "toybox-flow"]
+    known = ("sdxl", "sd15", "toybox")  # the others need diffusers to be counted
+    monkeypatch.setattr(fits, "MODEL_ALIASES", {name: MODEL_ALIASES[name] for name in known})
     monkeypatch.setattr("diffusekrona_train.training.check.starter.free_gib", lambda: None)
-    found = model_fits()
-    assert {one.alias for one in found if one.fits} == {"toybox", "toybox-flow"} == {one.alias for one in found[:2]}
+    assert [(one.alias, one.fits) for one in model_fits()] == [("toybox", True), ("sdxl", False), ("sd15", False)]
     monkeypatch.setattr("diffusekrona_train.training.check.starter.free_gib", lambda: 24.0)
-    found = model_fits()
-    sides = [one.pixels for one in found if one.fits]
-    assert {"sdxl", "sd15", "toybox"} <= {one.alias for one in found if one.fits} and sides == sorted(
-        sides, reverse=True
-    )
-    assert next(one for one in found if one.alias == "sdxl").pixels == 1024
+    assert [(one.alias, one.fits) for one in model_fits()] == [("sdxl", True), ("sd15", True), ("toybox", True)]
+    monkeypatch.setattr("diffusekrona_train.training.check.starter.free_gib", lambda: 2.5)
+    assert [(one.alias, one.fits) for one in model_fits()] == [("sd15", True), ("toybox", True), ("sdxl", False)]
+    monkeypatch.undo()
+    text = client.get("/new").text
+    assert all(f'value="{name}"' in text for name in MODEL_ALIASES)
+    before = text.split("more models</summary>")[0]
+    assert 'value="toybox"' in before and 'value="toybox-flow"' in before and before.count('type="radio"') < 8
 
 
 def test_the_demo_is_queued_once(root, started):
@@ -338,7 +340,8 @@ def test_the_lora_of_the_page_is_exact(root):
     name = krona.layers[-1].name
     group = krona.groups[name]
     wanted = torch.kron(group["lokr_w1"], group["lokr_w2"])
-    torch.testing.assert_close(delta(lora.groups[name]), wanted, rtol=1e-4, atol=1e-4)
+    up, down, alpha = (lora.groups[name][key] for key in ("lora_up.weight", "lora_down.weight", "alpha"))
+    torch.testing.assert_close(up @ down * alpha / up.shape[1], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_are_copied_where_comfyui_and_forge_look(tmp_path):
@@ -418,6 +421,12 @@ def test_names_and_captions_are_text_on_the_page(root, client):
     make_run(root / "<b>x", ended="finished")
     assert "<b>x" not in client.get("/").text and "&lt;b&gt;x" in client.get("/").text
     assert "<b>x" not in client.get("/runs/%3Cb%3Ex").text
+    config = root / "<b>x" / "config.yaml"
+    config.write_text(config.read_text().replace("A [V] dog\n", "A [V] </script><i>dog</i>\n"))
+    text = client.get("/runs/%3Cb%3Ex").text
+    assert "<i>" not in text
+    inline = text.split('id="samples" data-live>')[1].split("</script>")[0]
+    assert json.loads(inline)["prompts"][1]["prompt"] == "A sks </script><i>dog</i>"
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

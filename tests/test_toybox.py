@@ -42,7 +42,7 @@ NOUNS = {
     "hiking_boot": "boot",
     "parrot": "bird",
 }
-PLACES = ("", "on the beach", "in the snow", "at night", "in the desert", "in the forest")
+PLACES = ("", "in the snow", "at night")
 SEEDS = range(4)
 
 
@@ -183,7 +183,7 @@ def learn_poodle(folder: Path, steps: int, learning_rate: float) -> Path:
         "subject": {"images": "toybox:poodle", "class": "dog"},
         "data": {"cache_dir": str(folder / "cache")},
         "train": {"steps": steps, "learning_rate": learning_rate},
-        "validation": {"every": 0, "loss": False},
+        "validation": {"every": 0, "loss": False, "report": False},
         "output": str(folder / "poodle"),
     }
     return train(make_config(tree)).file

@@ -46,7 +46,7 @@ def metrics(folder):
 
 
 def test_a_run_leaves_everything_and_says_what_to_do_next(world, tmp_path, capsys):
-    watch = {"every": 2, "loss": True, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
+    watch = {"every": 2, "loss": True, "report": True, "prompts": ["A [V] {class}", "[V]"], "seeds": [0, 5]}
     command(make_run(world, tmp_path / "dog", train={"steps": 4, "log_every": 2}, validation=watch))
     path = tmp_path / "dog" / "dog.safetensors"
     for name in ("dog.png", "config.yaml", "metrics.jsonl", "report.html", "loss.png"):
@@ -109,7 +109,7 @@ def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_p
 
     watch = {"every": 2, "loss": True}
     train(make_run(world, tmp_path / "a" / "run", train={"steps": 3}, validation=watch))
-    monkeypatch.setattr("diffusekrona_train.training.setup.COMPILER", "aot_eager")
+    monkeypatch.setattr("diffusekrona_train.training.base.COMPILER", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
     config = make_run(world, tmp_path / "b" / "run", train={"steps": 3, "compile": True}, validation=watch)
@@ -128,7 +128,7 @@ def test_a_compiler_that_fails_is_one_line(world, tmp_path, monkeypatch):
         raise OSError("no working C++ compiler found")
 
     torch._dynamo.reset()
-    monkeypatch.setattr("diffusekrona_train.training.setup.COMPILER", broken)
+    monkeypatch.setattr("diffusekrona_train.training.base.COMPILER", broken)
     with pytest.raises(RuntimeError, match=r"torch\.compile failed .*C\+\+ compiler.*train\.compile: false"):
         train(make_run(world, tmp_path / "run", train={"compile": True}))
 
@@ -524,7 +524,7 @@ def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkey
     monkeypatch.setattr("diffusekrona_train.training.preview.render", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(Objective, "held_out_loss", lambda self, at_once: 1 / 0)
     monkeypatch.setattr("diffusekrona_train.training.page.write_run_report", lambda folder: 1 / 0)
-    watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True})
+    watched = make_run(world, tmp_path / "b" / "run", validation={"every": 2, "loss": True, "report": True})
     told = Told()
     assert same_factors(factors(train(watched, progress=told).file.parent), straight)
     said = told.text
@@ -583,7 +583,6 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_state_goes_on(worl
     straight = factors(train(make_run(world, tmp_path / "a" / "run")).file.parent)
     config = make_run(world, tmp_path / "b" / "run")
     monkeypatch.setenv("KRONA_FAULT", "state:4:full")
-    monkeypatch.setattr("diffusekrona_train.common.faults._done", False)
     with pytest.raises(RuntimeError, match="step 4.*No space left.*step-000002.*--resume"):
         train(config)
     assert same_factors(factors(train(config, resume=True).file.parent), straight)

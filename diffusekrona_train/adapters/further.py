@@ -87,7 +87,9 @@ class OverBase(Adapter):
         """Return W, fp32; ValueError where the adapter is in no model."""
         if self._base is None:
             raise ValueError(f"what a {self.kind} adapter adds depends on its base model, so it cannot be exported")
-        return self._base[0].weight.detach().flatten(1).float()  # type: ignore[operator,union-attr]
+        base = self._base[0]
+        weight = base.__dict__.get("_unfused_weight", base.weight)  # other adapters may be fused into it
+        return weight.detach().flatten(1).float()
 
 
 class DoRA(OverBase):

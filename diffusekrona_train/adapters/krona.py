@@ -20,7 +20,8 @@ class KronA(Adapter):
     Init of A, by `init_a`: `normal` N(0, std 1/a2), as the authors' code; `normal_dim` std sqrt(min(in, out)), as the
     paper prints it; `normal_dim_reciprocal` std 1/sqrt(min(in, out)), its likely intent; `kaiming_uniform`
     U(±1/sqrt(a1)), that is gain sqrt(1/3) with fan in a1; `xavier_uniform` U(±sqrt(6/(a1 + a2))), that is gain 1 with
-    fan in a1 and fan out a2. B is zero, or with `init_b: same` drawn by the same rule (fans b1 and b2), the ablation
+    fan in a1 and fan out a2; `aligned` begins as `normal`, and a run then turns A towards the gradient
+    (`training.align`). B is zero, or with `init_b: same` drawn by the same rule (fans b1 and b2), the ablation
     that the paper reports as failing.
 
     With the option `row_permutation` (the authors' own checkpoints) the rows of ΔW are those of A ⊗ B with α and β
@@ -54,7 +55,7 @@ class KronA(Adapter):
             elif spec.init_a == "xavier_uniform":
                 nn.init.xavier_uniform_(factor, generator=generator)
             else:
-                factor.normal_(0.0, std[spec.init_a], generator=generator)
+                factor.normal_(0.0, std.get(spec.init_a, std["normal"]), generator=generator)
 
     @property
     def sides(self) -> Sides | None:

@@ -14,7 +14,7 @@ of a subject is the one that it would have alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
-from diffusekrona_train.adapters.grouped import AdaptedLinear
+from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.adapters.kron import kron_macs
 from diffusekrona_train.adapters.krona import KronA
@@ -52,9 +52,12 @@ class Pack:
         masters: torch.dtype = torch.float32,
     ):
         first = Injection(model, spec, 0, options, placed=False)
-        if unknown := [adapter for adapter in first.adapters.values() if type(adapter) not in PRODUCTS]:
-            kinds = ", ".join(sorted(kind.__name__ for kind in PRODUCTS))
-            raise ValueError(f"adapters of type {type(unknown[0]).__name__} cannot be packed; these can: {kinds}")
+        for adapter in first.adapters.values():
+            if type(adapter) not in PRODUCTS:
+                kinds = ", ".join(sorted(kind.__name__ for kind in PRODUCTS))
+                raise ValueError(f"adapters of type {type(adapter).__name__} cannot be packed; these can: {kinds}")
+            if getattr(adapter, "row_permutation", False):
+                raise ValueError("adapters of the paper's authors cannot be packed; convert them with krona-convert")
         self.model, self.spec, self.options, self.dtype, self.slots = model, spec, first.options, dtype, slots
         layout = FlatFactors([first.adapters])
         self.size, self.segments, self.spare = layout.size, layout.segments, spare
@@ -68,7 +71,9 @@ class Pack:
         self.active: dict[str, Factors] = {}
         self.strengths: Tensor | None = None
         self.disabled = False
+        self._stale = False
         self._place(first)
+        model.register_forward_pre_hook(lambda *_: self._renew() if self._stale else None)
 
     def _place(self, first: Injection) -> None:
         for name, adapter in first.adapters.items():
@@ -92,15 +97,28 @@ class Pack:
         """Let the samples of the next batches see these slots, each an equal share of the batch, in this order.
 
         A slot may come several times. `strengths` multiply what each of them adds. The factors are copied as they are
-        now: choose again after they have changed.
+        now, and once more before the model runs after their flat buffers were refreshed.
         """
         self._chosen = tuple(slots)
-        count, device = len(slots), self.masters.device
-        factors, _ = self._space(count)
+        self._renew()
+        self.active = self._leaves_of(len(slots))
+        self._strengthen(strengths or [])
+
+    def _strengthen(self, strengths: Sequence[float]) -> None:
+        ones = all(strength == 1 for strength in strengths)
+        values = torch.tensor(strengths, device=self.masters.device, dtype=self.dtype)
+        self.strengths = None if ones else values.view(-1, 1, 1)
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Copy the chosen slots' factors."""
+        factors, _ = self._space(len(self._chosen))
         factors.copy_(self.masters.index_select(0, self._index()))
-        self.active = self._leaves_of(count)
-        ones = strengths is None or all(strength == 1 for strength in strengths)
-        self.strengths = None if ones else torch.tensor(strengths, device=device, dtype=self.dtype).view(-1, 1, 1)
+        self._stale = False
+
+    def stale(self) -> None:
+        """Note that factors have changed since they were copied."""
+        self._stale = bool(self._chosen)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the chosen slots, in the type of their factors.
@@ -127,11 +145,18 @@ class Pack:
             self.disabled = before
 
     @contextmanager
-    def by_prompt(self, slots: Sequence[int], strengths: Sequence[float]) -> Generator[None]:
+    def by_prompt(self, slots: Sequence[int], strengths: Sequence[float]) -> Generator[Callable[[float], None]]:
         """Within, image i of a batch that is generated sees `slots[i]`, in both its rows where there is guidance.
 
-        Pipelines put the unconditional rows of all images before the others, or call the model twice.
+        Pipelines put the unconditional rows of all images before the others, or call the model twice. What is yielded
+        multiplies all strengths from now on.
         """
+        factor = 1.0
+
+        def strengthen(by: float) -> None:
+            nonlocal factor
+            factor = by
+            self._strengthen([strength * factor for strength in strengths] * (len(self._chosen) // len(slots)))
 
         def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             sample = given[0] if given else next(iter(named.values()))
@@ -139,12 +164,12 @@ class Pack:
             if rows * len(slots) != len(sample):
                 raise RuntimeError(f"the model was given {len(sample)} rows for {len(slots)} images")
             if self._chosen != tuple(slots) * rows:
-                self.choose(tuple(slots) * rows, tuple(strengths) * rows)
+                self.choose(tuple(slots) * rows, [strength * factor for strength in strengths] * rows)
 
         self._chosen = ()
         handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
         try:
-            yield
+            yield strengthen
         finally:
             handle.remove()
 
@@ -159,8 +184,9 @@ class Pack:
         """Return the first `count` rows of the copies and of their gradients."""
         if self._room is None or len(self._room[0]) < count:
             shape = max(count, self.slots), self.size
-            room = torch.zeros(2, *shape, dtype=self.dtype, device=self.masters.device)
-            self._room, self._leaves = (room[0], room[1]), {}
+            factors = torch.zeros(shape, dtype=self.dtype, device=self.masters.device)
+            # a tensor of its own: autograd counts changes by storage, and gradients change in a backward pass
+            self._room, self._leaves = (factors, torch.zeros_like(factors)), {}
         return self._room[0][:count], self._room[1][:count]
 
     def _leaves_of(self, count: int) -> dict[str, Factors]:
@@ -187,10 +213,10 @@ class Seat(Injection):
         super().__init__(pack.model, pack.spec, seed, pack.options, placed=False)
         self.pack, self.slot = pack, slot
 
-    def flatten(self, spare: int = 0) -> FlatFactors:
+    def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
         """Move parameters and gradients into the slot's rows."""
         assert spare == self.pack.spare
-        self.flat = FlatFactors([self.adapters], spare, home=self.pack.home(self.slot))
+        self.flat = Row(self.pack, self.slot, self.adapters)
         return self.flat
 
     def set_strength(self, strength: float) -> None:
@@ -204,6 +230,19 @@ class Seat(Injection):
             yield
 
 
+class Row(FlatFactors):
+    """The flat buffers of one subject, in its pack's."""
+
+    def __init__(self, pack: Pack, slot: int, adapters: Mapping[str, nn.Module]):
+        super().__init__([adapters], pack.spare, home=pack.home(slot))
+        self.pack = pack
+
+    def refresh(self) -> None:
+        """Have the copies made anew too: the run's average is shown in the factors' place."""
+        super().refresh()
+        self.pack.stale()
+
+
 class PackedAdapter(nn.Module):
     """What the chosen subjects of a pack add to one layer; `kind` is any of their adapters."""
 
@@ -215,8 +254,9 @@ class PackedAdapter(nn.Module):
         self.layer = kind.layer
 
     @property
-    def strength(self) -> float:
-        return 0.0 if self._of[0].disabled else 1.0
+    def off(self) -> bool:
+        """Whether the model is the base model now."""
+        return self._of[0].disabled
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, (B, ..., out), for x (B, ..., in); the m subjects have B / m samples each."""

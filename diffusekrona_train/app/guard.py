@@ -91,8 +91,7 @@ class Guard:
 
     def refusal(self, request: Request) -> Response | None:
         """Return the answer to a request that no page may see; None where it may pass."""
-        length = request.headers.get("content-length", "")
-        posts = request.method == "POST"
+        posts, length = request.method == "POST", request.headers.get("content-length", "")
         rules = (
             (421, not self.knows(request.headers.get("host", "")), "unknown Host; open the address that was printed"),
             (403, foreign(request.method, request.headers), "another site asks for this; open the studio itself"),

@@ -98,12 +98,12 @@ TEMPLATES = jinja2.Environment(
 TEMPLATES.filters["duration"] = duration
 
 
-def fragment(template: str, /, **context: Any) -> str:
+def fragment(template: str, /, **context: object) -> str:
     """Return a part of a page as HTML."""
     return TEMPLATES.get_template(template).render(**context)
 
 
-def page(request: Request, template: str, code: int = 200, /, **context: Any) -> HTMLResponse:
+def page(request: Request, template: str, code: int = 200, /, **context: object) -> HTMLResponse:
     """Return a whole page."""
     return HTMLResponse(fragment(template, csrf=studio_of(request).csrf, path=request.url.path, **context), code)
 

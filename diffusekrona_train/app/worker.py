@@ -1,7 +1,6 @@
-"""What needs torch, in one other process that keeps its imports: checks, images, exports.
+"""What needs torch, in one other process that keeps its imports: checks, images, exports. A crash costs one answer.
 
-The server answers at once and stays small; a crash here costs one answer. The process ends with the server, also where
-the server was killed.
+The process ends with the server, also where the server was killed.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -53,6 +53,7 @@ def _end_with_parent() -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C is the server's
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns of kernels that no one here needs
+    warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from inspect import Parameter, Signature, signature  # the name `inspect` is taken by the room of krona-inspect
+from inspect import Parameter, Signature, signature  # the name `inspect` belongs to krona-inspect's module
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 
@@ -113,8 +113,8 @@ def enter(app: Callable[..., Any]) -> NoReturn:
         if type(error).__name__ == "Abort":
             print("stopped", file=sys.stderr)
             raise SystemExit(130) from None
-        text: Any = getattr(error, "format_message", error.__str__)
-        context: Any = getattr(error, "ctx", None)
+        text = getattr(error, "format_message", error.__str__)
+        context = getattr(error, "ctx", None)
         if not text() or type(error).__name__ == "NoArgsIsHelpError":
             getattr(error, "show", lambda: None)()
         else:
@@ -138,7 +138,7 @@ def read_prompts_file(path: Path | None) -> list[str]:
     return prompts
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
+def _terminated(number: int, frame: object) -> NoReturn:
     """SIGTERM as an exception, so that a file half written beside its target is removed."""
     print("stopped", file=sys.stderr)
     raise SystemExit(128 + number)
@@ -153,7 +153,7 @@ def _leave_broken_pipe() -> NoReturn:
 
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line: a pydantic error as `field: what is wrong`, an OSError with its file."""
-    details: Any = getattr(error, "errors", None)
+    details = getattr(error, "errors", None)
     if callable(details):
         return "; ".join(_pydantic_line(item) for item in details())  # type: ignore[union-attr]
     if isinstance(error, OSError) and error.filename:

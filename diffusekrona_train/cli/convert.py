@@ -46,7 +46,7 @@ def convert(
         Target,
         typer.Option(
             help="native: ours with its JSON; lokr: plain LoKr (ComfyUI, A1111, Forge); lora: exact LoRA in kohya "
-            "keys, for whatever does not read LoKr; diffusers: LoRA in PEFT keys, which ComfyUI, A1111, Forge and "
+            "keys, for readers without LoKr; diffusers: LoRA in PEFT keys, which ComfyUI, A1111, Forge and "
             "InvokeAI do not read; merged: a pipeline folder; checkpoint: a merged single file for ComfyUI and A1111."
         ),
     ],
@@ -58,18 +58,18 @@ def convert(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model that the file is for, where the file does not say: sdxl, sd15, sd21, toybox, a hub name or "
+            help="The model that the file is for, if the file does not name it: sdxl, sd15, sd21, toybox, a hub name or "
             "a pipeline folder. For merged and checkpoint: the base."
         ),
     ] = None,
     vae: Annotated[str | None, typer.Option(help="merged, checkpoint: another VAE (hub name, folder, file).")] = None,
     model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file --model.")] = None,
     prediction_type: Annotated[
-        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
+        str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not name it.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Converts an adapter file; what is written is read back and compared before it takes its name."""
+    """Convert an adapter file; what is written is read back and compared before it takes its name."""
     from diffusekrona_train.adapters.formats import EXPORTERS, open_adapter, write_sidecar
     from diffusekrona_train.models import open_model
 
@@ -93,7 +93,7 @@ def convert(
 
 
 def _check_target(source: Path, target: Path, to: Target) -> None:
-    """ValueError where the name of what is to be written does not suit its format, or is the input's."""
+    """Raise ValueError where the name of what is to be written does not suit its format, or is the input's."""
     is_file = target.suffix.lower() in (".safetensors", ".sft")
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the input itself; give another name")

@@ -12,7 +12,7 @@ from diffusekrona_train.cli import PLAIN, enter, guarded, read_prompts_file, wit
 from diffusekrona_train.cli.terminal import Terminal
 from diffusekrona_train.config.strengths import LARGEST
 
-app = typer.Typer(**PLAIN, no_args_is_help=True)
+app = typer.Typer(**PLAIN, no_args_is_help=True, help="Measure images, suites, adapters and checkpoints.")
 
 Photos = Annotated[str | None, typer.Option(help="The subject's photos: folder, data set, or toybox:NAME.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of scores.json and report.html.")]
@@ -213,7 +213,7 @@ def best(
 
 
 def _numbers(name: str, text: str) -> list[float]:
-    """'0.6,0.8,1' -> [0.6, 0.8, 1.0], each once; ValueError of one line."""
+    """Read '0.6,0.8,1' as [0.6, 0.8, 1.0], each once; ValueError of one line."""
     try:
         found = list(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError:
@@ -224,18 +224,18 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _beyond_chance(gaps: dict[str, Any]) -> str:
-    """'better in DINO, worse in CLIP-T': differences whose bootstrap interval leaves out 0."""
+    """Return 'better in DINO, worse in CLIP-T': differences whose bootstrap interval leaves out 0."""
     from diffusekrona_train.evaluation.metrics import METRICS
 
     sure = {name: gap["value"] for name, gap in gaps.items() if gap["larger_than_chance"]}
     better = [METRICS[name].title for name, value in sure.items() if (value > 0) == METRICS[name].higher_is_better]
     worse = [METRICS[name].title for name in sure if METRICS[name].title not in better]
-    told = [f"{word} in {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
-    return "; ".join(told) or "no difference"
+    parts = [f"{word} in {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
+    return "; ".join(parts) or "no difference"
 
 
 def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
-    """What the evaluation rooms are asked, with this process' share under `accelerate launch`."""
+    """Return what evaluation is asked for, with this process' share under `accelerate launch`."""
     from diffusekrona_train import evaluation as evaluate
     from diffusekrona_train.sampling import session as studio
 
@@ -252,7 +252,7 @@ def _plan(drawing: Drawing, prompts: list[str] | None = None) -> Any:
 
 
 def _print_rows(rows: list[tuple[str, dict[str, Any]]], extra: list[str] | None = None) -> None:
-    """A table of value ± standard deviation over images."""
+    """Return a table of value ± standard deviation over images."""
     from diffusekrona_train.evaluation.metrics import METRICS
 
     shown = [name for name in METRICS if any(name in scores for _, scores in rows)]
@@ -264,7 +264,7 @@ def _print_rows(rows: list[tuple[str, dict[str, Any]]], extra: list[str] | None 
 
 
 def main() -> None:
-    """Entry point of the command krona-eval."""
+    """Run the command krona-eval."""
     enter(app)
 
 

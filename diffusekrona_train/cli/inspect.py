@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusekrona_train.cli import PLAIN, enter, guarded
+
+if TYPE_CHECKING:
+    from diffusekrona_train.adapters.formats.adapterfile import AdapterFile
+    from diffusekrona_train.config import AdapterConfig
 
 app = typer.Typer(
     **PLAIN,
@@ -129,7 +133,7 @@ def models(json_: Json = False, debug: Debug = False) -> None:
 @app.command()
 @guarded
 def grid(model: Model = "sdxl", ffn: Ffn = False, json_: Json = False, debug: Debug = False) -> None:
-    """The paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
+    """Print the paper's Table 2: trainable parameters for a1, a2 in powers of two to 128, by the formula."""
     from diffusekrona_train.models.layers import select_layers
 
     spec = _spec(model, {"ffn": ffn})
@@ -183,7 +187,8 @@ def factors(
 
 
 def _spec(model: str, values: dict[str, Any]):
-    """AdapterConfig with the model's own defaults under `values`; a given factor is never one of those defaults."""
+    """Return AdapterConfig with the model's own defaults under `values`; a given factor is never one of those
+    defaults."""
     from pydantic import ValidationError
 
     from diffusekrona_train.config import MODEL_DEFAULTS, AdapterConfig, one_line
@@ -196,7 +201,7 @@ def _spec(model: str, values: dict[str, Any]):
 
 
 def _layers(model: str) -> tuple[list, int]:
-    """All layers that can be adapted and the denoiser's parameters; a known alias needs no weights."""
+    """Return all layers that can be adapted and the denoiser's parameters; a known alias needs no weights."""
     from diffusekrona_train.models import layers as tables
     from diffusekrona_train.models import open_model
 
@@ -206,8 +211,8 @@ def _layers(model: str) -> tuple[list, int]:
     return source.layers(), source.base_parameters()
 
 
-def _rows(spec: Any, layers: list, options: dict) -> list[dict[str, Any]]:
-    """One row for each projection, pair of widths and choice of factors, in the order of the model."""
+def _rows(spec: AdapterConfig, layers: list, options: dict) -> list[dict[str, Any]]:
+    """Return one row for each projection, pair of widths and choice of factors, in the order of the model."""
     from diffusekrona_train.adapters import ADAPTERS, macs
 
     rows: dict[tuple, dict[str, Any]] = {}
@@ -275,8 +280,9 @@ def _count(layers: list, a1: int, a2: int) -> int | None:
     return sum(a1 * a2 + layer.in_features * layer.out_features // (a1 * a2) for layer in layers)
 
 
-def _base_norms(adapter: Any, model: str | None) -> tuple[dict[str, float] | None, str]:
-    """‖W‖ of each adapted layer from the base model, and a remark; None where the base is not on this machine."""
+def _base_norms(adapter: AdapterFile, model: str | None) -> tuple[dict[str, float] | None, str]:
+    """Return ‖W‖ of each adapted layer from the base model, and a remark; None where the base is not on this
+    machine."""
     import os
 
     named = model or str(adapter.info.get("model") or "")

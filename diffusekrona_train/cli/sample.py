@@ -35,6 +35,9 @@ def sample(
     adapter: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:STRENGTH; repeat it for [V1], [V2] … in this order.")
     ] = None,
+    each: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:STRENGTH for each prompt: its own adapter, one batch.")
+    ] = None,
     scale: Annotated[
         float | None,
         typer.Option(
@@ -94,7 +97,7 @@ def sample(
 ) -> None:
     """Generate images: krona-sample runs/dog "A [V] dog on the beach" --num-images 4 --sheet"""
     words = list(source_and_prompts or [])
-    run = _take_source(words, bool(adapter), model)
+    run = _take_source(words, bool(adapter or each), model)
     prompts = [*words, *(prompt or []), *read_prompts_file(prompts_file)]
     if not prompts:
         raise ValueError('no prompt is given; write krona-sample RUN_OR_FILE "A [V] dog on the beach"')
@@ -110,8 +113,8 @@ def sample(
     request = SampleRequest(
         run, prompts, adapter or [], checkpoint, token or [], class_noun, model, revision, variant, vae,
         model_config_dir, range(seed, seed + num_images), scale, **wanted, sweeps=sweep or [], base=base,
-        memory=memory, batch_size=batch_size, output=output or _home(run, adapter or []) / "pictures",
-        overwrite=overwrite, prediction_type=prediction_type,
+        memory=memory, batch_size=batch_size, output=output or _home(run, each or adapter or []) / "pictures",
+        overwrite=overwrite, prediction_type=prediction_type, each=each or [],
     )  # fmt: skip
     with as_found():
         call = open_call(request, Terminal(images=True))
@@ -135,7 +138,7 @@ def _generate(call: Call, sheet: bool) -> None:
 
 
 def _home(run: Path | None, adapters: list[str]) -> Path:
-    """The run folder, the folder of the first adapter file, or the working folder."""
+    """Return the run folder, the folder of the first adapter file, or the working folder."""
     from diffusekrona_train.sampling.session import parse_use
 
     if run is not None:
@@ -144,7 +147,8 @@ def _home(run: Path | None, adapters: list[str]) -> Path:
 
 
 def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Path | None:
-    """The first word as run folder or file; with --adapter, or with --model and no such path, all words are prompts."""
+    """Take the first word as run folder or file; with --adapter, or with --model and no such path, all words are
+    prompts."""
     if not words or has_adapters:
         return None
     from diffusekrona_train.config.paths import user_path
@@ -160,7 +164,7 @@ def _take_source(words: list[str], has_adapters: bool, model: str | None) -> Pat
 
 
 def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
-    """Mistakes in numbers and names, before torch is imported for real work."""
+    """Raise ValueError for mistakes in numbers and names, before torch is imported for real work."""
     from diffusekrona_train.models.schedulers import check_scheduler
     from diffusekrona_train.sampling.plan import parse_sweep
     from diffusekrona_train.sampling.render import SampleSettings
@@ -178,7 +182,7 @@ def _check_early(wanted: dict[str, Any], sweeps: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the command krona-sample."""
+    """Run the command krona-sample."""
     enter(app)
 
 

@@ -30,10 +30,10 @@ class Terminal(Progress):
         self._show_images = images
         self._bar: Any = None
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         shown = {"phase": self._phase, "step": self._step, "loss": self._loss, "image": self._image}
         if event in ("message", "warning"):
-            self._line(fields["text"], warning=event == "warning")
+            self._line(str(fields["text"]), warning=event == "warning")
         elif event in shown:
             shown[event](fields)
 
@@ -73,7 +73,7 @@ class Terminal(Progress):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM ask the run to stop; a second one, or one before the first step, ends at once."""
+        """Make SIGINT and SIGTERM ask the run to stop; a second one, or one before the first step, ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -84,7 +84,7 @@ class Terminal(Progress):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         if self.interruptible and self.signum is None:
             self.signum = number
             self.stop()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusekrona_train.cli import PLAIN, enter, guarded
+from diffusekrona_train.cli.many import many
 from diffusekrona_train.cli.terminal import Terminal, first_process
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ app = typer.Typer(**PLAIN, help="Train a Kronecker adapter on a few photos.")
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="The YAML of the run (krona-train init writes one).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one field.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one field.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest state in the output folder.")
     ] = False,
@@ -32,7 +33,7 @@ def train(
         Path | None, typer.Option(help="Continue from a state: runs/dog/resume/step-000100.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Say what the config would do, without training.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Show what the config would do, without training.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train an adapter: krona-train --config dog.yaml"""
@@ -127,8 +128,11 @@ def init(
     print(f"{written} written; look it over, then: krona-train --config {written} --check")
 
 
+app.command()(many)
+
+
 def main() -> None:
-    """The entry point of krona-train and of `python -m diffusekrona_train`."""
+    """Run krona-train, also as `python -m diffusekrona_train`."""
     enter(app)
 
 

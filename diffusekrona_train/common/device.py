@@ -25,7 +25,7 @@ OUT_OF_MEMORY = (
     "XPU out of memory",
     "OUT_OF_DEVICE_MEMORY",
 )
-"""What else says that memory has ended: cuBLAS, cuDNN and the driver take some past torch's allocator."""
+"""Other messages of running out of memory: cuBLAS, cuDNN and the driver allocate past torch's allocator."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Abilities:
     pinned: bool = True
     """Copies from pinned host memory queue up behind the device's work."""
     fused: bool = True
-    """Fused AdamW leaves everything as it is where it is told that a gradient is not finite."""
+    """Fused AdamW changes nothing when its flag says that a gradient is not finite."""
     quantized: bool = True
     """bitsandbytes' NF4, int8 and 8-bit AdamW."""
     float8: bool = True
@@ -67,7 +67,7 @@ def device_type() -> str:
 
 
 def training_device_type() -> str:
-    """`device_type`, or cpu where accelerate was told so by ACCELERATE_USE_CPU."""
+    """Return `device_type`, or cpu if ACCELERATE_USE_CPU asks accelerate for it."""
     return "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else device_type()
 
 
@@ -85,12 +85,12 @@ def free_bytes(device: torch.device) -> int | None:
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:
         return torch.get_device_module(device).mem_get_info(device)[0] if device.type in ("cuda", "xpu") else None
-    except RuntimeError:  # Intel's driver does not tell it of every card
+    except RuntimeError:  # Intel's driver does not report it for every card
         return None
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error means that the device has no memory left."""
+    """Return whether an error means that the device has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
     )
@@ -122,7 +122,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The row of DTYPES that is `dtype`."""
+    """Return the row of DTYPES that is `dtype`."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their target, flushed, then renamed. Standard library only."""
+"""Write files that are either complete or absent: beside their target, flushed, then renamed. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a path to write a file or make a folder at, which takes the name `path` when the block ends well.
+    """Yield a path to write a file or make a folder at, which takes the name `path` when the block ends well.
 
-    On an error, or a kill in the middle, what stood at `path` before is untouched. Missing parent folders are made.
+    On an error, or a kill in the middle, what was at `path` before is untouched. Missing parent folders are made.
     The temporary name keeps the suffix, for libraries that choose a format by it. A folder replaces only an absent or
     an empty folder: OSError otherwise.
     """
@@ -52,11 +52,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: str | Path, seconds: float = 3600.0) -> None:
-    """Removes what killed processes were writing under `folder`: temporary folders that nobody touched for so long.
+    """Remove what killed processes were writing under `folder`: temporary folders untouched for so long.
 
-    Other processes may be writing there now; none of them leaves a file of a cache alone for an hour.
+    Other processes may be writing there now; none of them takes an hour for one file of a cache.
     """
-    for place, folders, _ in os.walk(folder):  # which passes over what others remove meanwhile
+    for place, folders, _ in os.walk(folder):  # os.walk skips what others remove meanwhile
         for room in (Path(place, name) for name in folders if name.startswith(".writing-")):
             with contextlib.suppress(OSError):
                 touched = max(path.stat().st_mtime for path in (room, *room.iterdir()))
@@ -65,14 +65,15 @@ def remove_abandoned(folder: str | Path, seconds: float = 3600.0) -> None:
 
 
 def _usual_mode(room: Path) -> int:
-    """The permissions that a new file gets here: some writers (safetensors) leave theirs to the owner alone."""
+    """Return the permissions that a new file gets here: some writers (safetensors) give theirs to the owner only."""
     probe = room / ".mode"
     probe.touch()
     return stat.S_IMODE(probe.stat().st_mode)
 
 
 def _system_error(error: Exception) -> int | None:
-    """The errno of an OSError, also of one that a library written in Rust reports as text; None for other errors."""
+    """Return the errno of an OSError, also of one that a library written in Rust reports as text; None for other
+    errors."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -90,7 +91,7 @@ def _flush(path: Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -105,7 +106,7 @@ def read_text(path: str | Path, advice: str = "save it as UTF-8") -> str:
 
 
 def decode_text(content: bytes, name: str, advice: str = "save it as UTF-8") -> str:
-    """The text of `content`, as `read_text`; `name` is what messages call it."""
+    """Return the text of `content`, as `read_text`; `name` is what messages call it."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return content.decode("utf-16" if is_utf16 else "utf-8-sig")

@@ -52,10 +52,25 @@ def as_found() -> Iterator[None]:
 
 
 def step_by_step(items: Iterator[T]) -> Iterator[T]:
-    """Yield from `items`, each made within `as_found`: between two of them the caller finds everything as it was."""
+    """Yield from `items`, each made within `as_found`: between two of them the caller finds everything as it was.
+
+    accelerate's singletons are the items' own: each finds them as the one before has left them.
+    """
+    own: list[dict[str, Any]] = [{} for _ in _singletons()]
+
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        with as_found():
+            for state, kept in zip(_singletons(), own, strict=True):
+                state.update(kept)
+            try:
+                yield
+            finally:
+                own[:] = [dict(state) for state in _singletons()]
+
     try:
         while True:
-            with as_found():
+            with inside():
                 try:
                     item = next(items)
                 except StopIteration:
@@ -65,7 +80,8 @@ def step_by_step(items: Iterator[T]) -> Iterator[T]:
     finally:
         close = getattr(items, "close", None)
         if close is not None:
-            close()
+            with inside():
+                close()
 
 
 def _environment() -> Callable[[], None]:
@@ -99,7 +115,7 @@ def _torch_settings() -> Callable[[], None]:
 
 
 def _compiler() -> Callable[[], None]:
-    """Nothing where torch's compiler is not loaded; who compiles loads it before `as_found`."""
+    """Do nothing if torch's compiler is not loaded; who compiles loads it before `as_found`."""
     config = sys.modules.get("torch._dynamo.config")
     limit = getattr(config, "recompile_limit", None)
 
@@ -126,7 +142,7 @@ def _random_states() -> Callable[[], None]:
 
 
 def _log_levels() -> Callable[[], None]:
-    """A library that was not loaded before gets its own default back: warnings, and progress bars."""
+    """Give a library that was not loaded before its own defaults back: warnings, and progress bars."""
     bitsandbytes = logging.getLogger("bitsandbytes")
     level = bitsandbytes.level
     before = {name: _verbosity(name) for name in LIBRARIES}
@@ -161,16 +177,20 @@ def _verbosity(name: str) -> tuple[int, bool] | None:
 
 
 def _hub_bars() -> bool | None:
-    """Whether huggingface_hub shows progress bars; None where it is not loaded."""
+    """Return whether huggingface_hub shows progress bars; None where it is not loaded."""
     utils = sys.modules.get("huggingface_hub.utils")
     return None if utils is None else not utils.are_progress_bars_disabled()
 
 
-def _accelerate() -> Callable[[], None]:
-    """Give the block singletons of its own: another precision or device than the last run's would be refused."""
+def _singletons() -> list[dict[str, Any]]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    shared = [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
+    return [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
+
+
+def _accelerate() -> Callable[[], None]:
+    """Give the block singletons of its own: another precision or device than the last run's would be refused."""
+    shared = _singletons()
     before = [dict(state) for state in shared]
     for state in shared:
         state.clear()

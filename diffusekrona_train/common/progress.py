@@ -73,7 +73,7 @@ class Progress:
         self._on_event = on_event
         self._stopping = False
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         """Take one event; the table above lists them."""
         if self._on_event is not None:
             self._on_event(event, fields)
@@ -118,7 +118,7 @@ class EventLog(Progress):
         self._write("".join(self._waiting))
         self._waiting.clear()
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         if self.main:
             self._keep(event, fields)
         if self.main or event == "phase":
@@ -140,7 +140,7 @@ class EventLog(Progress):
             self._write(line)
 
     def _write(self, text: str) -> None:
-        """Append; a full disk loses lines and not the run."""
+        """Append a line; a full disk loses lines, not the run."""
         assert self._path is not None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,14 +33,18 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What a file system answers that has no locks."""
 
 
+class Busy(ValueError):
+    """Another run holds the folder."""
+
+
 def own_entries(folder: Path) -> list[Path]:
-    """Files and folders of a run that are there."""
+    """Return files and folders of a run that are there."""
     names = (*OWN, f"{folder.name}.safetensors", f"{folder.name}.png")
     return [folder / name for name in names if (folder / name).exists()]
 
 
 def refuse_existing(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """ValueError where the folder holds a run that this call would mix with, or is no folder."""
+    """Raise ValueError if the folder holds a run that this call would mix with, or is not a folder."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is a file; give a folder")
     if resume and overwrite:
@@ -54,7 +58,7 @@ def refuse_existing(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(folder: Path, main: bool = True) -> Iterator[None]:
-    """Hold the folder for this run (its main process); ValueError where another writes in it. A kill lets go.
+    """Lock the folder for this run (its main process); Busy if another run writes in it. A kill releases the lock.
 
     Folders that it makes and that are still empty at the end, of a run that was refused, are removed again.
     """
@@ -69,7 +73,7 @@ def claimed(folder: Path, main: bool = True) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         holder = path.read_text(errors="replace").strip() if path.is_file() else ""
-        raise ValueError(f"output: {folder} is being written by another run (process {holder or '?'})") from None
+        raise Busy(f"output: {folder} is being written by another run (process {holder or '?'})") from None
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:  # there, two runs in one folder are the user's care
             raise
@@ -85,11 +89,21 @@ def claimed(folder: Path, main: bool = True) -> Iterator[None]:
                 parent.rmdir()
 
 
+def remove_own(folder: Path) -> None:
+    """Remove what a run has left in the folder."""
+    for entry in own_entries(folder):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def forget_states(folder: Path) -> None:
+    """Remove the states that a finished run will not resume from: four times the size of its adapter each."""
+    shutil.rmtree(folder / "resume", ignore_errors=True)
+
+
 def prepare(folder: Path, start: int, config_yaml: str) -> None:
-    """Makes the folder tell of steps up to `start` alone (0: of nothing yet), and writes config.yaml."""
+    """Remove what the folder holds of steps after `start` (0: everything), and write config.yaml."""
     if start == 0:
-        for entry in own_entries(folder):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        remove_own(folder)
     for leftover in folder.rglob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for path in (folder / "samples").glob("step-*"):
@@ -120,7 +134,7 @@ def step_of(path: Path) -> int:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut by a kill is passed over."""
+    """Return the lines of a metrics.jsonl; a last line cut by a kill is passed over."""
     if not path.is_file():
         return []
     lines = []

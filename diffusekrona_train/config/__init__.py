@@ -57,7 +57,7 @@ __all__ = [
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in the YAML file `path` after `overrides` such as "train.steps=300"; ValueError of one line."""
+    """Return the config in the YAML file `path` after `overrides` such as "train.steps=300"; ValueError of one line."""
     tree = read_yaml(path)
     try:
         return make_config(tree, overrides)
@@ -66,7 +66,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a tree as YAML gives it, with the model's defaults under its values; ValueError of one line."""
+    """Return the config of a tree as YAML gives it, with the model's defaults under its values; ValueError of one
+    line."""
     tree = copy.deepcopy(tree)
     for override in overrides:
         _override(tree, override)
@@ -81,12 +82,12 @@ def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfi
 
 
 def dump_config(config: RunConfig) -> str:
-    """The complete YAML of `config`: what load_config reads back as an equal config."""
+    """Return the complete YAML of `config`: what load_config reads back as an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a config, for editors."""
+    """Return the JSON schema of a config, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema(by_alias=True)}
 
 
@@ -100,7 +101,8 @@ def defaults_of(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_defaults(model: object) -> dict[str, Any]:
-    """Defaults that `model` brings, by alias, by hub name, or from the sample size that a local folder states."""
+    """Return defaults that `model` brings, by alias, by hub name, or from the sample size that a local folder
+    states."""
     if not isinstance(model, str):
         return {}
     for alias, hub_name in MODEL_ALIASES.items():
@@ -141,7 +143,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def one_line(error: ValidationError, root: type[BaseModel] = RunConfig) -> str:
-    """What pydantic found in a tree for the model `root`, as one line: field, value, what would be right (two mistakes,
+    """Say in one line what pydantic found in a tree for the model `root`: field, value, what would be right (two
+    mistakes,
     and how many more)."""
     lines = list(dict.fromkeys(_describe(item, root) for item in error.errors(include_url=False)))
     more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
@@ -178,7 +181,7 @@ def _cut(text: str, limit: int = 60) -> str:
 
 
 def _section(parts: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:
-    """The model that holds the field at `parts`; a number among them is a row of a list of models."""
+    """Return the model that holds the field at `parts`; a number among them is a row of a list of models."""
     model = root
     for part in parts[:-1]:
         if isinstance(part, int):
@@ -193,7 +196,7 @@ def _section(parts: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | N
 
 
 def _sections() -> dict[str, type[BaseModel]]:
-    """The sections of a config by their key."""
+    """Return the sections of a config by their key."""
     fields = RunConfig.model_fields.items()
     return {
         name: field.annotation

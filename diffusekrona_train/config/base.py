@@ -37,7 +37,7 @@ class Strict(BaseModel):
 
 
 def check_prompt(field: str, text: str) -> None:
-    """ValueError where `text` is empty or holds a placeholder that nothing would fill."""
+    """Raise ValueError where `text` is empty or holds a placeholder that nothing would fill."""
     if not text.strip():
         raise ValueError(f"{field} is empty; write for instance 'A [V] {{class}}'")
     for unknown in re.findall(r"\{[^{}]*\}", text):
@@ -49,7 +49,7 @@ def check_prompt(field: str, text: str) -> None:
 
 
 def parse_count(text: str) -> int:
-    """'4M' -> 4000000, '500k' -> 500000, '1234' -> 1234; ValueError otherwise."""
+    """Read '4M' as 4000000, '500k' as 500000, '1234' as 1234; ValueError otherwise."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmM]?)\s*", text)
     if not match:
         raise ValueError(f"{text!r} is not a number of parameters; write 4M, 500k or 4000000")

@@ -1,5 +1,4 @@
-"""How a width is split in two: divisors, LoKr's FACTORIZATION, and (a1, a2) from a budget of parameters. Integers
-alone.
+"""Split a width in two: divisors, LoKr's FACTORIZATION, and (a1, a2) from a budget of parameters. Integers only.
 
 A layer of in × out with A (a2, a1) trains a1*a2 + in*out/(a1*a2) numbers: below the square root of in*out, bigger
 factors mean fewer parameters. Nobody guesses that right, so a budget can be given instead.
@@ -22,20 +21,20 @@ NEAR_BUDGET = 0.9
 
 @functools.cache
 def divisors(width: int) -> tuple[int, ...]:
-    """All divisors of `width`, ascending."""
+    """Return all divisors of `width`, ascending."""
     small = [i for i in range(1, math.isqrt(width) + 1) if width % i == 0]
     return tuple(small + [width // i for i in reversed(small) if i * i != width])
 
 
 def nearest_divisors(width: int, wanted: int) -> list[int]:
-    """The divisors of `width` on both sides of `wanted`, the nearer one (of a tie: the smaller) first."""
+    """Return the divisors of `width` on both sides of `wanted`, the nearer one (of a tie: the smaller) first."""
     options = divisors(width)
     i = bisect.bisect_left(options, wanted)
     return sorted(options[max(0, i - 1) : i + 1], key=lambda divisor: (abs(divisor - wanted), divisor))
 
 
 def factorization(width: int, factor: int) -> tuple[int, int]:
-    """LoKr's split of a width, smaller part first (LyCORIS).
+    """Return LoKr's split of a width, smaller part first (LyCORIS).
 
     (factor, width / factor) where a positive factor divides; else the most balanced pair whose smaller part is at most
     `factor` (-1: no bound). Raises ValueError for 0 and for numbers below -1.
@@ -50,18 +49,18 @@ def factorization(width: int, factor: int) -> tuple[int, int]:
 
 
 def pair_count(width_in: int, width_out: int, a1: int, a2: int) -> int:
-    """Trainable numbers of A (a2, a1) and B on a layer of these widths."""
+    """Count the trainable numbers of A (a2, a1) and B on a layer of these widths."""
     return a1 * a2 + (width_in // a1) * (width_out // a2)
 
 
 def pair_cost(width_in: int, width_out: int, a1: int, a2: int) -> int:
-    """Multiplications a token in the cheaper order (kron.kron_macs, without torch)."""
+    """Count multiplications per token in the cheaper order (kron.kron_macs, without torch)."""
     b1, b2 = width_in // a1, width_out // a2
     return min(a1 * b1 * b2 + a1 * a2 * b2, a1 * a2 * b1 + a2 * b1 * b2)
 
 
 def fit_budget(widths: list[tuple[int, int]], budget: int, field: str) -> dict[tuple[int, int], tuple[int, int]]:
-    """(in, out) -> (a1, a2) for layers of these widths (one entry a layer) that together train at most `budget`
+    """Return (in, out) -> (a1, a2) for layers of these widths (one entry a layer) that train together at most `budget`
     numbers.
 
     The budget is shared as one product a1*a2 for all layers would share it. Of the pairs that fit a layer's share and
@@ -91,7 +90,7 @@ def _smallest(width_in: int, width_out: int) -> tuple[int, int]:
 
 
 def _cheapest_near(width_in: int, width_out: int, product: float) -> tuple[int, int]:
-    """The preferred pair with a1*a2 >= product (so within the share) that is near it."""
+    """Return the preferred pair with a1*a2 >= product (so within the share) that is near it."""
     smallest = _smallest(width_in, width_out)
     most = max(product * (1 - 1e-9), 1.0)
     fitting = [pair for pair in _pairs(width_in, width_out) if most <= pair[0] * pair[1] <= smallest[0] * smallest[1]]
@@ -103,7 +102,7 @@ def _cheapest_near(width_in: int, width_out: int, product: float) -> tuple[int, 
 
 
 def _order(pair: tuple[int, int]) -> tuple[int, int, int]:
-    """Sort key: the preferred sides first."""
+    """Return the sort key: the preferred sides first."""
     a1, a2 = pair
     return 0 if 4 <= a1 < a2 else 1 if 2 <= a1 < a2 else 2 if a1 <= a2 else 3, a1, a2
 
@@ -112,7 +111,8 @@ TABLES = ASSETS / "layers"
 
 
 def check_factors(config: RunConfig) -> None:
-    """ValueError naming the first width of a known model that a1 or a2 does not divide, with the nearest divisors."""
+    """Raise ValueError naming the first width of a known model that a1 or a2 does not divide, with the nearest
+    divisors."""
     spec = config.adapter
     alias = next((alias for alias, name in MODEL_ALIASES.items() if config.model in (alias, name)), None)
     fixed = spec.params is None and spec.match_lora_rank is None and spec.on_indivisible == "error"
@@ -135,7 +135,7 @@ def check_factors(config: RunConfig) -> None:
 
 @functools.cache
 def _widths(alias: str) -> list[tuple[str, str, int, int]]:
-    """(attn1, attn2 or ff; projection; width in; width out) of a known model's layers, each once."""
+    """Return (attn1, attn2 or ff; projection; width in; width out) of a known model's layers, each once."""
     table = TABLES / f"{alias}.json"
     if not table.is_file():
         return []

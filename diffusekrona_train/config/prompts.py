@@ -74,5 +74,5 @@ def unread_part(text: str, tokenizers: Sequence[Any]) -> tuple[str, int, int]:
 
 
 def _short(text: str, limit: int = 80) -> str:
-    """Quoted, and of a long text both ends: a prompt is known by its beginning and cut at its end."""
+    """Quote a text, of a long one both ends: a prompt is known by its beginning and cut at its end."""
     return repr(text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}")

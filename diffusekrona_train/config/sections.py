@@ -14,6 +14,8 @@ from diffusekrona_train.config.base import Strict, check_prompt, parse_count
 PROJECTIONS = ("q", "k", "v", "o")
 FactorPair = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
 
+InitA = Literal["normal", "normal_dim", "normal_dim_reciprocal", "kaiming_uniform", "xavier_uniform", "aligned"]
+
 
 class SubjectConfig(Strict):
     PATHS = ("images", "files")
@@ -72,8 +74,10 @@ class AdapterConfig(Strict):
     """krona: choose a1 and a2 so that the whole stays within what LoRA of this rank would train."""
     on_indivisible: Literal["error", "nearest"] = "error"
     """krona: what to do where a1 or a2 does not divide a layer's width."""
-    init_a: Literal["normal", "normal_dim", "normal_dim_reciprocal", "kaiming_uniform", "xavier_uniform"] = "normal"
-    """krona: distribution of A at the start; normal has standard deviation 1/a2."""
+    init_a: InitA = "normal"
+    """krona: A at the start; normal has standard deviation 1/a2, aligned follows the gradient of some samples."""
+    align_draws: Annotated[int, Field(ge=1, le=1000)] = 16
+    """krona with init_a: aligned: how many samples (photo, noise, timestep) the gradient is averaged over."""
     init_b: Literal["zero", "same"] = "zero"
     """krona: B at the start; `same` initialises it like A (the ablation that the paper reports as failing)."""
     rank: Annotated[int, Field(ge=1)] = 4
@@ -140,6 +144,8 @@ class AdapterConfig(Strict):
         ):
             if getattr(self, name) != default and self.type not in kinds:
                 raise ValueError(f"{name} is for type: {' or '.join(kinds)}, and type is {self.type}; take it out")
+        if self.init_a == "aligned" and (self.type != "krona" or self.init_b == "same"):
+            raise ValueError("init_a: aligned is for type: krona with init_b: zero; choose another init_a")
         if self.factor != -1 and (self.type != "lokr" or self.factor < 1):
             raise ValueError(f"factor: {self.factor} is for type: lokr, where it is -1 or a positive number")
         if self.targets == "all" and self.type != "full":

@@ -1,4 +1,4 @@
-"""YAML as a config needs it: numbers are numbers, a key stands once, nothing is executed, nothing explodes.
+"""Read YAML as a config needs it: numbers are numbers, keys are unique, nothing is executed, nothing explodes.
 
 PyYAML speaks YAML 1.1, where `1e-4` is text, `no` is false and `12:30` is 750; here the core schema of YAML 1.2 holds.
 """
@@ -92,7 +92,7 @@ StrictLoader.add_constructor(None, _other)  # type: ignore[arg-type]
 
 
 def parse_yaml(text: str) -> Any:
-    """The tree that `text` writes; ValueError of one line that says where the mistake is."""
+    """Return the tree that `text` writes; ValueError of one line that says where the mistake is."""
     try:
         return yaml.load(text, Loader=StrictLoader)
     except RecursionError:
@@ -121,9 +121,9 @@ def _describe(error: yaml.MarkedYAMLError, text: str) -> str:
 def read_yaml(
     path: str | Path, needs: str = "a config needs at least subject (images, class) and output"
 ) -> dict[str, Any]:
-    """The mapping in the file at `path` (at most 1 MB of UTF-8); ValueError of one line naming the file.
+    """Return the mapping in the file at `path` (at most 1 MB of UTF-8); ValueError of one line naming the file.
 
-    `needs` is what an empty file is told.
+    `needs` is the message for an empty file.
     """
     path = Path(path)
     shown = _short(str(path), quote=False)

@@ -106,7 +106,7 @@ def _find(subject: SubjectConfig) -> Found:
 
 
 def _refuse_fields(subject: SubjectConfig, source: Source, shown: str) -> None:
-    """ValueError where a field is set that this source of images would pass over."""
+    """Raise ValueError where a field is set that this source of images would pass over."""
     is_table = source in (_read_dataset, _read_hub)
     for name in ("image_column", "caption_column", "split"):
         if getattr(subject, name) is not None and not is_table:
@@ -142,7 +142,7 @@ def _read_hub(where: str, subject: SubjectConfig) -> Found:
 
 
 def _read_toybox(where: str, subject: SubjectConfig) -> Found:
-    """The embedded pictures of one of the held-out subjects."""
+    """Return the embedded pictures of one of the held-out subjects."""
     name = where.removeprefix("toybox:")
     subjects = toybox_subjects()
     if name not in subjects:
@@ -154,7 +154,7 @@ def _read_toybox(where: str, subject: SubjectConfig) -> Found:
 
 
 def toybox_subjects() -> dict[str, dict]:
-    """Name -> {"class": noun, "files": [...]} of the subjects in the package."""
+    """Return name -> {"class": noun, "files": [...]} of the subjects in the package."""
     table = TOYBOX_SUBJECTS / "subjects.json"
     return json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
 

@@ -55,10 +55,19 @@ class Processes(Protocol):
 
 
 class Store:
-    """Entries read from disk or made, over the processes of an accelerator (one process without)."""
+    """Entries read from disk or made, over the processes of an accelerator (one process without).
 
-    def __init__(self, folder: Path, accelerator: Processes | None, log: Callable[[str], object]) -> None:
-        self.folder, self.accelerator = folder, accelerator
+    `gather` joins the lists of all processes, in the order of their ranks; default: accelerate's gather_object.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Processes | None,
+        log: Callable[[str], object],
+        gather: Callable[[list[str]], list[str]] | None = None,
+    ) -> None:
+        self.folder, self.accelerator, self.gather = folder, accelerator, gather
         self.rank = accelerator.process_index if accelerator else 0
         self.world = accelerator.num_processes if accelerator else 1
         self.log = log if self.rank == 0 else lambda text: None
@@ -66,7 +75,7 @@ class Store:
             remove_abandoned(folder)
 
     def get(self, entries: Sequence[Entry], open_maker: Callable[[], Maker]) -> tuple[list[dict[str, Tensor]], bool]:
-        """The tensors of all entries, and whether something had to be loaded to make one.
+        """Return the tensors of all entries, and whether something had to be loaded to make one.
 
         Shares go by position among all entries, not among the missing: other processes write while this one looks.
         """
@@ -99,17 +108,19 @@ class Store:
         return True
 
     def together(self, action: Callable[[], Result]) -> Result:
-        """`action` in every process; where it fails in one it fails in all, so that none waits for ever."""
+        """Run `action` in every process; if it fails in one it fails in all, so that none waits for ever."""
         if self.world == 1:
             return action()
-        from accelerate.utils import gather_object
+        gather = self.gather
+        if gather is None:
+            from accelerate.utils import gather_object as gather
 
         result, failure = None, None
         try:
             result = action()
         except Exception as error:
             failure = error
-        messages = [message for message in gather_object([str(failure) if failure else ""]) if message]
+        messages = [message for message in gather([str(failure) if failure else ""]) if message]
         if failure:
             raise failure
         if messages:
@@ -118,7 +129,7 @@ class Store:
 
 
 def read_entry(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of an entry; None where it is missing or damaged."""
+    """Return the tensors of an entry; None where it is missing or damaged."""
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -23,12 +23,13 @@ Captions = tuple[str, ...]
 
 
 def tidy(text: str) -> str:
-    """The text on one line."""
+    """Return the text on one line."""
     return " ".join(text.split())
 
 
 def as_captions(value: Any, place: str) -> Captions:
-    """Captions of a value in metadata or a column: a text, a list of texts, or nothing; ValueError for others."""
+    """Return captions of a value in metadata or a column: a text, a list of texts, or nothing; ValueError for
+    others."""
     texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
@@ -37,18 +38,18 @@ def as_captions(value: Any, place: str) -> Captions:
 
 
 def read_captions(path: Path) -> Captions:
-    """The captions of a text file, one a line; ValueError where it is not text."""
+    """Return the captions of a text file, one a line; ValueError where it is not text."""
     lines = re.split(r"\r\n|\r|\n", read_text(path, "save the caption as UTF-8"))
     return tuple(filter(None, map(tidy, lines)))
 
 
 def is_caption_file(path: Path) -> bool:
-    """Whether `path` is a text file by its suffix, whatever its capitals."""
+    """Return whether `path` is a text file by its suffix, whatever its capitals."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def pick(row: dict[str, Any], key: str | None) -> Any:
-    """The caption in a row of metadata: under `key`, or under the first of KEYS that holds one; None without."""
+    """Return the caption in a row of metadata: under `key`, or under the first of KEYS that holds one; None without."""
     wanted = (key,) if key is not None else KEYS
     by_name = {loose(name): value for name, value in reversed(row.items()) if isinstance(name, str)}
     found = (row[name] if name in row else by_name.get(loose(name)) for name in wanted)
@@ -56,7 +57,7 @@ def pick(row: dict[str, Any], key: str | None) -> Any:
 
 
 def looks_like_text(value: object) -> bool:
-    """Whether a value that nobody reads could be a caption: a text with letters, or a list of such."""
+    """Return whether a value that nobody reads could be a caption: a text with letters, or a list of such."""
     if isinstance(value, list | tuple):
         return any(map(looks_like_text, value))
     return isinstance(value, str) and any(character.isalpha() for character in value)
@@ -73,7 +74,8 @@ class Beside:
                 self._files.setdefault(loose(entry.name), []).append(entry)
 
     def of(self, photo: Path) -> list[Path]:
-        """All caption files of `photo`, the best match first: dog.txt, dog.caption, dog.jpg.txt, dog.jpg.caption.
+        """Return all caption files of `photo`, the best match first: dog.txt, dog.caption, dog.jpg.txt,
+        dog.jpg.caption.
 
         Capitals and Unicode forms of the names may differ, unless another photo has exactly the file's name.
         """
@@ -87,7 +89,8 @@ class Beside:
 
 
 def choose(photo: Path, files: list[Path]) -> tuple[Captions, str, list[tuple[Path, str]]]:
-    """(captions, where they are from, the other files with why they are not used) among a photo's caption files."""
+    """Return (captions, where they are from, the other files with why they are not used) among a photo's caption
+    files."""
     if not files:
         return (), "subject.prompt", []
     contents = {path: read_captions(path) for path in files}

@@ -28,17 +28,18 @@ _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val",
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether `path` is a Parquet or Arrow file, or a folder that holds a saved data set or such files."""
+    """Return whether `path` is a Parquet or Arrow file, or a folder that holds a saved data set or such files."""
     if path.is_file():
         return path.suffix.lower() in _TABLES
     return any((path / name).is_file() for name in _SAVED) or bool(_table_files(path))
 
 
 def read_dataset(path: Path, subject: SubjectConfig) -> Found:
-    """The images of a data set on disk; ValueError where it holds none, is damaged, or does not say which to take."""
+    """Return the images of a data set on disk; ValueError where it holds none, is damaged, or does not say which to
+    take."""
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says it
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one-line error is enough
     datasets.disable_progress_bars()
     shown = printable(str(path))
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,7 +67,7 @@ def _load(files: list[Path], scratch: str) -> Any:
 
 
 def _files_by_split(path: Path) -> dict[str, list[Path]]:
-    """Split -> its files, by their names as the hub writes them; files whose names tell no split are `train`."""
+    """Return split -> its files, by their names as the hub writes them; files whose names have no split are `train`."""
     files = [path] if path.is_file() else _table_files(path)
     found: dict[str, list[Path]] = {}
     for file in files:
@@ -77,7 +78,7 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
 
 
 def _split_of(names: list[str], wanted: str | None, shown: str) -> str:
-    """The split to read: the one asked for, `train`, or the only one; ValueError naming them otherwise."""
+    """Return the split to read: the one asked for, `train`, or the only one; ValueError naming them otherwise."""
     known = ", ".join(map(printable, names))
     if wanted is not None and wanted not in names:
         raise ValueError(f"subject.split: {shown} has no split {printable(wanted)!r}; it has {known}")
@@ -87,7 +88,7 @@ def _split_of(names: list[str], wanted: str | None, shown: str) -> str:
 
 
 def read_hub(name: str, subject: SubjectConfig) -> Found:
-    """The images of a split (train) of a data set on the hub; ValueError without network or such a set."""
+    """Return the images of a split (train) of a data set on the hub; ValueError without network or such a set."""
     import datasets
 
     try:
@@ -121,7 +122,7 @@ def _rows(table: Dataset, subject: SubjectConfig, shown: str) -> Found:
 
 
 def _image_column(table: Dataset, wanted: str | None, shown: str) -> str:
-    """The column of images: the one asked for, `image`, or the only one; ValueError naming them otherwise."""
+    """Return the column of images: the one asked for, `image`, or the only one; ValueError naming them otherwise."""
     import datasets
 
     found = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
@@ -145,7 +146,7 @@ def _image_column(table: Dataset, wanted: str | None, shown: str) -> str:
 
 
 def _holds_images(table: Any, column: str) -> bool:
-    """Whether the first cell that is filled holds the bytes of an image: plain bytes, or {bytes, path}."""
+    """Return whether the first cell that is filled holds the bytes of an image: plain bytes, or {bytes, path}."""
     if not re.search("binary|bytes", str(table.features[column])):
         return False
     cells = (row[column] for row in table.select_columns([column]))
@@ -158,7 +159,7 @@ def _holds_images(table: Any, column: str) -> bool:
 
 
 def _bytes_of(cell: object) -> bytes | None:
-    """The content of a cell: plain bytes, or {bytes, path} as data sets keep images; None where it has none."""
+    """Return the content of a cell: plain bytes, or {bytes, path} as data sets keep images; None where it has none."""
     if isinstance(cell, dict):
         if cell.get("bytes") is None and cell.get("path"):
             return Path(cell["path"]).read_bytes()
@@ -167,7 +168,7 @@ def _bytes_of(cell: object) -> bytes | None:
 
 
 def _caption_column(table: Dataset, subject: SubjectConfig, image: str, shown: str) -> tuple[str | None, list[str]]:
-    """(column of captions or None, what is to be said); ValueError where the one asked for is not there."""
+    """Return (column of captions or None, a note); ValueError where the one asked for is not there."""
     names = [name for name in table.column_names if name != image]
     if subject.caption_column is not None and subject.caption_column not in table.column_names:
         known = ", ".join(map(printable, names)) or "none besides the image"
@@ -205,7 +206,7 @@ def _reader(table: Dataset, index: int, column: str) -> Callable[[], bytes]:
 
 
 def _table_files(folder: Path) -> list[Path]:
-    """The Parquet files of `folder` (its own, or those in `data`), or else its Arrow files."""
+    """Return the Parquet files of `folder` (its own, or those in `data`), or else its Arrow files."""
     if not folder.is_dir():
         return []
     for suffix in _TABLES:

@@ -20,7 +20,7 @@ _EARLIEST, _LATEST = 1900, 2100
 
 
 def read_folder(folder: Path, wanted: Wanted) -> Found:
-    """The images of one folder, by name; its folders count where they are kohya's or its metadata names them."""
+    """Return the images of one folder, by name; its folders count where they are kohya's or its metadata names them."""
     entries = list_folder(folder)
     kohya = [entry for entry in entries if entry.is_dir() and _KOHYA.fullmatch(entry.name)]
     if kohya and not any(is_image(entry) for entry in entries):
@@ -33,7 +33,7 @@ def read_folder(folder: Path, wanted: Wanted) -> Found:
 
 
 def read_files(files: list[str], folder: Path | None, wanted: Wanted) -> Found:
-    """Exactly these files, in this order; relative names are looked up in `folder` where there is one."""
+    """Return exactly these files, in this order; relative names are looked up in `folder` if there is one."""
     candidates: list[Candidate] = []
     skipped: list[tuple[str, str]] = []
     beside: dict[Path, Beside] = {}
@@ -51,7 +51,7 @@ def read_files(files: list[str], folder: Path | None, wanted: Wanted) -> Found:
 
 
 def read_file(path: Path, wanted: Wanted) -> Found:
-    """One image with the caption beside it."""
+    """Return one image with the caption beside it."""
     skipped: list[tuple[str, str]] = []
     return Found([_from_file(path, path.name, _beside(path.parent), wanted, skipped)], skipped)
 
@@ -62,7 +62,8 @@ def _beside(folder: Path) -> Beside:
 
 
 def _from_file(path: Path, name: str, beside: Beside, wanted: Wanted, skipped: list[tuple[str, str]]) -> Candidate:
-    """The image at `path` with the captions of the text file beside it; other text files of it go to `skipped`."""
+    """Return the image at `path` with the captions of the text file beside it; other text files of it go to
+    `skipped`."""
     if not wanted.captions:
         return Candidate(name, path)
     captions, source, others = choose(path, beside.of(path))
@@ -71,7 +72,7 @@ def _from_file(path: Path, name: str, beside: Beside, wanted: Wanted, skipped: l
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Everything in `folder`, by name; ValueError where it may not be read."""
+    """Return everything in `folder`, by name; ValueError where it may not be read."""
     try:
         return sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))
     except OSError as error:
@@ -79,12 +80,13 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether `path` is a visible file with the suffix of an image."""
+    """Return whether `path` is a visible file with the suffix of an image."""
     return not path.name.startswith(".") and path.suffix.lower() in SUFFIXES | HEIC_SUFFIXES and path.is_file()
 
 
 def _scan(folder: Path, entries: Sequence[Path], wanted: Wanted, outer: Metadata | None = None) -> Found:
-    """The photos among `entries`, with the captions of metadata (the folder's own before `outer`) or beside them."""
+    """Return the photos among `entries`, with the captions of metadata (the folder's own before `outer`) or beside
+    them."""
     metadata = read_metadata(folder, list(entries), wanted.key, wanted.captions)
     captions = {**(outer.captions if outer else {}), **metadata.captions}
     source = metadata.name or (outer.name if outer else "")
@@ -111,7 +113,7 @@ def _scan(folder: Path, entries: Sequence[Path], wanted: Wanted, outer: Metadata
 
 
 def _add_listed(found: Found, metadata: Metadata, photos: Sequence[Path], masks: set[Path], wanted: Wanted) -> None:
-    """Adds the images in folders below that the metadata names."""
+    """Add the images in folders below that the metadata names."""
     there = {*photos, *masks}
     for path, own in metadata.captions.items():
         if path in there or not metadata.path:
@@ -163,7 +165,8 @@ def _read_kohya(folder: Path, entries: Sequence[Path], folders: Sequence[Path], 
 
 
 def _repeats(name: str, found: Found) -> tuple[int | None, str]:
-    """(repeats, caption) of a folder name as kohya writes it; (None, …) and a note where the number means another."""
+    """Return (repeats, caption) of a folder name as kohya writes it; (None, …) and a note where the number means
+    another."""
     number, words = _KOHYA.fullmatch(name).groups()  # type: ignore[union-attr]
     repeats = int(number)
     if repeats == 0:

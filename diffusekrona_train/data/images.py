@@ -104,7 +104,7 @@ def true_suffix(content: bytes, name: str) -> str:
 
 
 def _decode(content: bytes | Path) -> tuple[Opened, bool]:
-    """The upright image, and whether it is transparent and white all over."""
+    """Return the upright image, and whether it is transparent and white all over."""
     remarks: list[str] = []
     try:
         with warnings.catch_warnings():
@@ -138,7 +138,8 @@ def _decode(content: bytes | Path) -> tuple[Opened, bool]:
 
 
 def _frames(file: Image.Image) -> list[str]:
-    """What to say of a file with several pictures. A phone's MPO holds one photo and its gain map: nothing to say."""
+    """Return the remark on a file with several images; none on a phone's MPO, which holds one photo and its gain
+    map."""
     count = getattr(file, "n_frames", 1)
     if count < 2 or file.format == "MPO":
         return []
@@ -171,7 +172,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits, 32 bits or floats as L: full range is 65535, or 255 or 1 where no value is above that."""
+    """Return greyscale of 16 bits, 32 bits or floats as L: full range is 65535, or 255 or 1 where no value is above
+    that."""
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
     if image.mode.startswith("I;16"):
@@ -228,7 +230,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> tu
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether the image has an alpha channel or a transparent colour."""
+    """Return whether the image has an alpha channel or a transparent colour."""
     return image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
 
 
@@ -247,7 +249,7 @@ def _described(image: Image.Image, space: str) -> Image.Image | None:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether the transform leaves a lattice of colours as it is, within SAME_COLOUR levels."""
+    """Return whether the transform leaves a lattice of colours as it is, within SAME_COLOUR levels."""
     if mode == "CMYK":
         return False
     steps = np.linspace(0, 255, 256 if mode == "L" else 9).round().astype(np.uint8)

@@ -35,7 +35,7 @@ class Metadata:
 
 
 def read_metadata(folder: Path, entries: list[Path], key: str | None, use: bool = True) -> Metadata:
-    """The metadata file among `entries` of `folder`, if any; ValueError with the line that is wrong.
+    """Return the metadata file among `entries` of `folder`, if any; ValueError with the line that is wrong.
 
     `key`: `subject.caption_key`. `use` False: captions are not read, only which files there are.
     """
@@ -74,7 +74,7 @@ def read_metadata(folder: Path, entries: list[Path], key: str | None, use: bool 
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what to call it, row) for each line of the file."""
+    """Return (what to call it, row) for each line of the file."""
     text = read_text(path)
     return _json_rows(text, printable(path.name)) if path.suffix.lower() == ".jsonl" else _csv_rows(text, path.name)
 
@@ -114,7 +114,7 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _image(folder: Path, row: dict[str, Any], place: str, suffix: str) -> Path:
-    """The image that a row names; ValueError where it names none, or one outside the folder."""
+    """Return the image that a row names; ValueError where it names none, or one outside the folder."""
     name = next((value for key, value in row.items() if loose(str(key)) == "file_name"), None)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{place}: should read {_SHOULD[suffix]}")
@@ -133,7 +133,8 @@ def _image(folder: Path, row: dict[str, Any], place: str, suffix: str) -> Path:
 
 
 def _is_within(folder: Path, path: Path) -> bool:
-    """Whether a file lies in the folder, or, in a snapshot of the hub's cache, is a link to a blob of its repository.
+    """Return whether a file lies in the folder, or, in a snapshot of the hub's cache, is a link to a blob of its
+    repository.
 
     The cache keeps owner--name/blobs/HASH, and owner--name/snapshots/REVISION/dog.jpg as a link to it.
     """

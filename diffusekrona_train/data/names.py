@@ -8,18 +8,19 @@ from pathlib import Path
 
 
 def printable(name: str, limit: int = 100) -> str:
-    """A file name on one line: line ends and control characters escaped, very long names cut in the middle."""
+    """Return a file name on one line: line ends and control characters escaped, very long names cut in the middle."""
     text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in name)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
 
 
 def plain(name: str) -> str:
-    """The name in composed form (NFC): macOS writes `é` as two characters, other systems as one."""
+    """Return the name in composed form (NFC): macOS writes `é` as two characters, other systems as one."""
     return unicodedata.normalize("NFC", name)
 
 
 def loose(name: str) -> str:
-    """What two names share that differ only in Unicode form or capitals, as FAT drives and cameras change them."""
+    """Return what two names share that differ only in Unicode form or capitals, as FAT drives and cameras change
+    them."""
     return plain(plain(name).casefold())
 
 
@@ -33,7 +34,8 @@ def safe_name(name: str, fallback: str, limit: int = 60) -> str:
 
 
 def find_below(folder: Path, name: str) -> Path | None:
-    """The entry of `folder` that the relative `name` means, None where there is none or several fit equally well.
+    """Return the entry of `folder` that the relative `name` means, None where there is none or several fit equally
+    well.
 
     Each part is looked up as it is, then in any Unicode form, then with any capitals.
     """
@@ -47,7 +49,7 @@ def find_below(folder: Path, name: str) -> Path | None:
 
 
 def existing(path: Path) -> Path:
-    """`path` itself where it is there or nothing like it is, else the entry whose name differs in Unicode form only."""
+    """Return `path` itself if it or nothing like it exists, else the entry whose name differs only in Unicode form."""
     try:
         if path.exists():
             return path
@@ -81,7 +83,7 @@ _MASK_FOLDER = re.compile(r"(.*[-_. ])?(masks?|masklabels?|condlabels?|condition
 
 
 def is_mask(stem: str, stems: set[str], subject: str = "") -> bool:
-    """Whether an image is a mask by its name: `0-masklabel`, `0-condlabel`, `0_mask`, or `mask_0` beside `0`.
+    """Return whether an image is a mask by its name: `0-masklabel`, `0-condlabel`, `0_mask`, or `mask_0` beside `0`.
 
     `stems` are the loose stems of all images beside it, `subject` the class noun: of a subject that is itself a mask,
     `front_mask` is left out only where `front` is there too.
@@ -98,5 +100,5 @@ def is_mask(stem: str, stems: set[str], subject: str = "") -> bool:
 
 
 def is_mask_folder(name: str) -> bool:
-    """Whether a folder holds masks by its name: `masks`, `10_sks dog_mask`, `conditioning`."""
+    """Return whether a folder holds masks by its name: `masks`, `10_sks dog_mask`, `conditioning`."""
     return bool(_MASK_FOLDER.fullmatch(name))

@@ -1,7 +1,7 @@
-"""The photos that a run was begun with, by their contents: is it the same set, and in which order was it?
+"""Compare the photos of a resumed run with those it started with, by content, and restore their order.
 
 A run begins in the order of file names. From then on its own order holds, by content: a photo that was renamed, moved
-or copied with its folder is drawn when it would have been drawn before.
+or copied with its folder is used when it would have been used before.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Row:
 
 
 def written(rows: Iterable[Row]) -> list[list]:
-    """The rows as JSON takes them."""
+    """Return the rows as JSON takes them."""
     return [[row.content, list(row.captions), row.name] for row in rows]
 
 
 def read(rows: Iterable[Sequence]) -> list[Row]:
-    """What `written` gave."""
+    """Return the rows that `written` gave."""
     return [Row(content, tuple(captions), name) for content, captions, name in rows]
 
 
 def order_as_before(before: Sequence[Row], now: Sequence[Row]) -> list[int]:
-    """For each row of `before` the number of today's row that it is. Both hold the same rows in any order."""
+    """Return for each row of `before` the number of today's row that it is. Both hold the same rows in any order."""
     places: dict[tuple, list[int]] = {}
     for index, row in enumerate(now):
         places.setdefault(row.key, []).append(index)
@@ -45,7 +45,8 @@ def order_as_before(before: Sequence[Row], now: Sequence[Row]) -> list[int]:
 
 
 def refuse_changes(before: Sequence[Row], now: Sequence[Row]) -> None:
-    """ValueError naming the photos that are gone, new or other, or whose captions are other; names alone may differ."""
+    """Raise ValueError naming the photos that are missing, new or changed, or whose captions changed; names may
+    differ."""
     gone, new = _without(before, now, by_content=True), _without(now, before, by_content=True)
     if gone or new:
         before_names, now_names = {row.name for row in before}, {row.name for row in now}
@@ -70,7 +71,7 @@ def refuse_changes(before: Sequence[Row], now: Sequence[Row]) -> None:
 
 
 def _without(rows: Sequence[Row], others: Sequence[Row], by_content: bool = False) -> list[Row]:
-    """The rows that are not among `others`, each of those counting once."""
+    """Return the rows that are not among `others`, each of those counting once."""
     counts = Counter(row.content if by_content else row.key for row in others)
     kept = []
     for row in rows:

@@ -47,12 +47,12 @@ class Wanted:
     key: str | None = None
     """subject.caption_key"""
     subject: str = ""
-    """The class noun: tells whether `front_mask` is a mask or a photo of one."""
+    """The class noun: decides whether `front_mask` is a mask or a photo of one."""
 
 
 @dataclass
 class Found:
-    """What a source holds: candidates in order, (name, why) of what was skipped, and what else is to be said."""
+    """What a source holds: candidates in order, (name, why) of what was skipped, and other notes."""
 
     candidates: list[Candidate]
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Picture:
-    """A photo that was opened once and found whole. Width and height are in pixels, after its orientation."""
+    """A photo that was opened once and found intact. Width and height are in pixels, after its orientation."""
 
     path: Path | None
     caption: str
@@ -82,11 +82,11 @@ class Picture:
 
     @property
     def captions(self) -> Captions:
-        """All captions, in the order of their turns."""
+        """Return all captions, in the order of their turns."""
         return self.caption, *self.more_captions
 
     def open(self) -> Image.Image:
-        """The RGB image: upright, transparency over white."""
+        """Return the RGB image: upright, transparency over white."""
         return open_image(self.read() if self.read is not None else self.path, self.name)  # type: ignore[arg-type]
 
 
@@ -102,7 +102,7 @@ class Collection:
     remarks: list[tuple[str, str]] = field(default_factory=list)
     """(name, what) of images that are used and that something was done to."""
     notes: list[str] = field(default_factory=list)
-    """What was found and is not used as its owner may have meant it; training says it too."""
+    """What was found and is not used as its owner may have meant it; training reports it too."""
     repeats_are_given: bool = False
     """Whether folders say how often a pass shows their photos (kohya)."""
 
@@ -136,7 +136,7 @@ def open_all(found: Found, fill: Callable[[str | None], str], is_prior: bool) ->
 
 
 def _examine(candidate: Candidate, fill: Callable[[str | None], str], is_prior: bool) -> tuple[Picture, list[str]]:
-    """The picture and remarks on it; ValueError where it cannot be used."""
+    """Return the photo and remarks on it; ValueError if it cannot be used."""
     try:
         content = candidate.content()
         opened = inspect_image(content, candidate.name)
@@ -169,34 +169,34 @@ def _examine(candidate: Candidate, fill: Callable[[str | None], str], is_prior: 
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle of a picture after it was scaled (and mirrored, where `flipped`); all pairs are (height, width)."""
+    """A rectangle of a photo after it was scaled (and mirrored, where `flipped`); all pairs are (height, width)."""
 
     picture: Picture
     scaled_hw: tuple[int, int]
-    """Size in pixels that the whole picture is scaled to."""
+    """Size in pixels that the photo is scaled to."""
     top_left: tuple[int, int]
-    """Where the crop begins in the scaled picture, mirrored first where `flipped`: SDXL's crop ids."""
+    """Where the crop begins in the scaled photo, mirrored first where `flipped`: SDXL's crop ids."""
     size_hw: tuple[int, int]
     """Size of the crop: SDXL's target size."""
     flipped: bool = False
 
     @property
     def original_hw(self) -> tuple[int, int]:
-        """Size of the photo after its orientation: SDXL's original size."""
+        """Return the size of the photo after its orientation: SDXL's original size."""
         return self.picture.height, self.picture.width
 
     @property
     def upscaling(self) -> float:
-        """How much larger the scaled picture is than the photo; above 1 its detail is invented."""
+        """Return how much larger the scaled photo is; above 1 its detail is invented."""
         return self.scaled_hw[0] / self.picture.height
 
     @property
     def share(self) -> float:
-        """Share of the photo's area that the crop shows."""
+        """Return the share of the photo's area that the crop shows."""
         return math.prod(self.size_hw) / math.prod(self.scaled_hw)
 
     def box(self) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) of the crop in pixels of the upright, unmirrored photo."""
+        """Return (left, top, right, bottom) of the crop in pixels of the upright, unmirrored photo."""
         (scaled_h, scaled_w), (height, width) = self.scaled_hw, self.size_hw
         top, left = self.top_left
         left = scaled_w - left - width if self.flipped else left
@@ -210,7 +210,7 @@ class Crop:
 
 
 def plan_crops(pictures: Sequence[Picture], data: DataConfig, seed: int) -> list[list[Crop]]:
-    """For each picture its `data.variants` crops, all of one size."""
+    """Return for each photo its `data.variants` crops, all of one size."""
     return [[_plan(picture, data, seed, variant) for variant in range(data.variants)] for picture in pictures]
 
 
@@ -232,7 +232,7 @@ def crop_pixels(crop: Crop, photo: Image.Image | None = None) -> np.ndarray:
 
 
 def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
-    """(height, width) of all buckets: at most resolution² pixels, at most 2:1, in steps of 64 (of 16 when small)."""
+    """Return (height, width) of all buckets: up to resolution² pixels, up to 2:1, in steps of 64 (16 when small)."""
     step = 64 if resolution >= 256 else 16 if resolution >= 32 else 8
     sizes = {(resolution, resolution)}
     for width in range(step, 2 * resolution + 1, step):

@@ -46,7 +46,7 @@ Renderer = Callable[[str, int], Image.Image]
 
 @dataclass
 class Bucket:
-    """Pictures of one size. N pictures (one that a pass shows r times has r rows), V variants of each."""
+    """Images of one size. N images (one that a pass shows r times has r rows), V variants of each."""
 
     latents: Tensor
     """(N, V, C, h, w) fp32."""
@@ -61,14 +61,14 @@ class Bucket:
     """For each row the rows of TrainingSet.conditioning that take turns, where a picture has several captions."""
 
     def captions_of(self, pictures: Tensor, turn: Tensor | None) -> Tensor:
-        """Rows (B,) of TrainingSet.conditioning for `pictures` (B,) of this bucket that were seen `turn` (B,) times."""
+        """Return rows (B,) of TrainingSet.conditioning for `pictures` (B,) of this bucket, seen `turn` (B,) times."""
         if self.turns is None or turn is None:
             return self.caption_index[pictures]
         own = [self.turns[picture] for picture in pictures.tolist()]
         return torch.tensor([rows[seen % len(rows)] for rows, seen in zip(own, turn.tolist(), strict=True)])
 
     def arranged(self, order: list[int]) -> Bucket:
-        """The same pictures, row i being today's row order[i]."""
+        """Return the same pictures, row i being today's row order[i]."""
         rows = torch.tensor(order)
         return Bucket(
             self.latents[rows],
@@ -91,7 +91,8 @@ class TrainingSet:
     """What the family's encode_prompt gave, one row a caption; lengths may differ."""
 
     def rows(self) -> list[list[list[Row]]]:
-        """Of instances and class images, by bucket, what each row shows: by this a resumed run knows its pictures."""
+        """Return what each row shows, of instances and class images, by bucket: by this a resumed run knows its
+        images."""
         return [[self._rows_of(bucket) for bucket in group] for group in (self.instances, self.priors)]
 
     def _rows_of(self, bucket: Bucket) -> list[Row]:
@@ -108,14 +109,15 @@ class TrainingSet:
             group[:] = [bucket.arranged(order) for bucket, order in zip(group, orders, strict=True)]
 
     def conditioning_of(self, text: str) -> Tensors:
-        """The tensors of one caption or prompt, without a batch axis; ValueError for a text that was not prepared."""
+        """Return the tensors of one caption or prompt, without a batch axis; ValueError for a text that was not
+        prepared."""
         if text not in self.captions:
             raise ValueError(f"the prompt {text!r} was not encoded before training")
         return self.conditioning[self.captions.index(text)]
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """Where entries lie: `data.cache_dir`, or a folder `cache` beside the run's, shared by the runs there."""
+    """Return where entries lie: `data.cache_dir`, or a folder `cache` beside the run's, shared by the runs there."""
     return Path(config.data.cache_dir or Path(config.output).parent / "cache").expanduser()
 
 
@@ -129,7 +131,7 @@ def build_training_set(
     accelerator: Processes | None = None,
     render: Renderer | None = None,
 ) -> TrainingSet:
-    """Latents and embeddings of all that training, validation and sampling read, from the cache or made now.
+    """Return latents and embeddings of all that training, validation and sampling read, from the cache or made now.
 
     `render(prompt, seed)` gives a PIL image of the base model and is called only where class images are missing. Under
     an `accelerator` the work is shared over its processes, and a failure of one is raised in all. ValueError names the
@@ -159,7 +161,8 @@ def build_training_set(
 
 
 def prompts_of(config: RunConfig, pictures: Iterable[Picture], extra: Sequence[str] = ()) -> list[str]:
-    """Every text that a run needs embedded, each once: nothing, class prompt, negative, validation, captions, extra."""
+    """Return every text that a run needs embedded, each once: nothing, class prompt, negative, validation, captions,
+    extra."""
     fill = config.subject.fill
     fixed = [
         "",
@@ -237,7 +240,8 @@ def _text_maker(source: ModelSource, device: torch.device) -> Callable[[str], Te
 
 
 def _fingerprint(source: ModelSource, parts: Sequence[Part]) -> list[str]:
-    """What tells two local folders with the same denoiser apart: name, size and both ends of each file of `parts`."""
+    """Return what distinguishes two local folders with the same denoiser: name, size and both ends of each file of
+    `parts`."""
     root = getattr(source.place, "path", None)
     if root is None or not Path(root).is_dir():
         return []
@@ -250,7 +254,7 @@ def _fingerprint(source: ModelSource, parts: Sequence[Part]) -> list[str]:
 
 
 def _vae_identity(vae: str | None) -> str | None:
-    """A hub name as it is; a file or folder by its content, so that the cache outlives its moving."""
+    """Return a hub name as it is; a file or folder by its content, so that the cache outlives its moving."""
     if vae is None or not Path(vae).expanduser().exists():
         return vae
     path = Path(vae).expanduser()
@@ -269,7 +273,7 @@ def _ends(path: Path, length: int = 1 << 20) -> str:
 
 
 def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list[str], family: Family) -> list[Bucket]:
-    """One bucket for each size of crop, smallest first."""
+    """Return one bucket for each size of crop, smallest first."""
     shelves: dict[tuple[int, int], list[list[Crop]]] = {}
     turns: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for row in rows:
@@ -293,15 +297,15 @@ def _buckets(rows: list[list[Crop]], latents: dict[Crop, Tensor], captions: list
 
 
 def _extras(shelf: list[list[Crop]], family: Family) -> Tensors:
-    """Name -> (N, V, ...) of the pictures of a shelf."""
-    told = [
+    """Return name -> (N, V, ...) of the images of a shelf."""
+    given = [
         [family.picture_conditioning(crop.original_hw, crop.top_left, crop.size_hw) for crop in row] for row in shelf
     ]
-    return {name: torch.stack([torch.stack([one[name] for one in row]) for row in told]) for name in told[0][0]}
+    return {name: torch.stack([torch.stack([one[name] for one in row]) for row in given]) for name in given[0][0]}
 
 
 def class_image_folder(config: RunConfig, source: ModelSource) -> Path:
-    """Where class images lie: `prior.images`, or a folder of the cache for this model, prompt and size."""
+    """Return where class images lie: `prior.images`, or a folder of the cache for this model, prompt and size."""
     if config.prior.images is not None:
         return Path(config.prior.images).expanduser()
     prompt = config.subject.fill(config.prior.prompt)
@@ -310,7 +314,7 @@ def class_image_folder(config: RunConfig, source: ModelSource) -> Path:
 
 
 def _class_images(config: RunConfig, source: ModelSource, store: Store, render: Renderer | None) -> Collection:
-    """The class images, after the missing ones were rendered: number i from seed i, each process its share."""
+    """Return the class images, after the missing ones were rendered: number i from seed i, each process its share."""
     folder = class_image_folder(config, source)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"class-{index:05d}.png" for index in range(config.prior.count)]

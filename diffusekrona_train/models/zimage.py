@@ -29,6 +29,8 @@ from diffusekrona_train.models.contracts import (
 from diffusekrona_train.models.process import Flow
 from diffusekrona_train.models.sd import SD, VAE, optional
 
+TRAINING_SHIFT = 3.0
+"""At most; the base's scheduler has 6, which would hardly train the finer half of the noise levels."""
 MAX_TOKENS = 512
 """Longest prompt in tokens, the chat template's among them."""
 STREAMS = {"layers": "both", "noise_refiner": "image", "context_refiner": "text"}
@@ -59,14 +61,16 @@ class ZImage(SD):
         return denoiser_config.get("_class_name") == "ZImageTransformer2DModel"
 
     def process(self, scheduler_config: Config, side: int) -> Process:
-        """A flow with the shift of the scheduler's config; tokens of 16 pixels a side where the shift is dynamic."""
+        """Return a flow with the shift of the scheduler's config, TRAINING_SHIFT at most; tokens of 16 pixels a side
+        where the shift is dynamic."""
         name = scheduler_config.get("_class_name")
         if name != "FlowMatchEulerDiscreteScheduler":
             raise ValueError(
                 f"its scheduler/scheduler_config.json names {name}, which is no flow matching; "
                 "name the model's own, FlowMatchEulerDiscreteScheduler"
             )
-        return Flow.from_config(scheduler_config, (side // self.side_multiple) ** 2)
+        found = Flow.from_config(scheduler_config, (side // self.side_multiple) ** 2)
+        return replace(found, shift=min(found.shift, TRAINING_SHIFT))
 
     def default_resolution(self, denoiser_config: Config, vae_config: Config) -> int:
         """The side that the VAE was trained on, in pixels: the transformer's config names none."""

@@ -6,13 +6,16 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from diffusekrona_train.adapters.spectra import LayerSpectrum, strongest
 from diffusekrona_train.common.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def summary(rows: list[LayerSpectrum]) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def _pyplot():
     return plt
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=130)
     _pyplot().close(figure)

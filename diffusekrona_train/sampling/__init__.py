@@ -23,6 +23,7 @@ from diffusekrona_train.models.contracts import Loaded
 from diffusekrona_train.models.schedulers import check_replaces
 from diffusekrona_train.models.tokenizers import local_tokenizers
 from diffusekrona_train.sampling import plan, session
+from diffusekrona_train.sampling.each import EachStudio
 from diffusekrona_train.sampling.session import Memory, Studio, Subject
 
 __all__ = ["Call", "Memory", "SampleRequest", "Sample", "open_call", "sample"]
@@ -90,6 +91,9 @@ class SampleRequest:
     """Make them again nevertheless."""
     prediction_type: str | None = None
     """epsilon or v_prediction, of a single-file model that does not say it."""
+    each: Sequence[str] = ()
+    """FILE or FILE:STRENGTH for each prompt, in their order: every prompt has an adapter of its own, and images of
+    different adapters are generated in one batch. Adapters of one type and one set of shapes."""
 
 
 def sample(
@@ -139,7 +143,10 @@ class Call:
         self.progress.report("phase", name="sample", images=len(missing))
         if missing:
             texts = [text for item in self.planned for text in (item.prompt, item.settings.negative)]
-            studio = Studio(self.model, self.subjects, texts, request.memory, self.device)
+            if request.each:
+                studio = EachStudio(self.model, self.subjects, texts, request.memory, self.device, request.batch_size)
+            else:
+                studio = Studio(self.model, self.subjects, texts, request.memory, self.device)
             varies = any(item.settings.strength_schedule for item in self.planned)
             paint = studio.painter([item.scale for item in self.planned], keep=False, varies=varies)
             share = {"rank": self.rank, "world": self.world, "overwrite": request.overwrite}
@@ -160,6 +167,7 @@ def open_call(request: SampleRequest, progress: Progress) -> Call:
     run = Path(request.source).expanduser() if request.source is not None else None
     if request.checkpoint is not None and run is None:
         raise ValueError(f"--checkpoint {request.checkpoint} needs a run folder before the prompts")
+    _check_each(request)
     uses = _uses(request, run)
     subjects = session.subjects_of(uses, request.tokens, request.class_noun)
     model = _base(request, subjects, run if run and run.is_dir() else None)
@@ -191,7 +199,8 @@ def _warn(call: Call, readers: Sequence[Loaded]) -> None:
     negatives = list(dict.fromkeys(item.settings.negative for item in call.planned))
     missing = [warning for text in prompts for warning in session.missing_identifiers(text, call.subjects)]
     unread = prompt_warnings([*prompts, *negatives], readers)
-    for warning in (*session.shared_identifiers(call.subjects), *missing, *unread):
+    shared = [] if call.request.each else session.shared_identifiers(call.subjects)
+    for warning in (*shared, *missing, *unread):
         call.progress.warning(warning)
 
 
@@ -204,7 +213,7 @@ def _with_unread(item: plan.Planned, readers: Sequence[Loaded]) -> plan.Planned:
 def _uses(request: SampleRequest, run: Path | None) -> list[tuple[Path, float | None]]:
     """List adapter files and their strengths; None: what the file recommends, which a scale overrides."""
     uses: list[tuple[Path, float | None]] = [(session.find_adapter(run, request.checkpoint), None)] if run else []
-    uses += [session.parse_use(text) for text in request.adapters]
+    uses += [session.parse_use(text) for text in request.each or request.adapters]
     if request.scale is not None or any(text.startswith("scale=") for text in request.sweeps):
         return [(path, 1.0 if strength is None else strength) for path, strength in uses]
     return uses
@@ -227,12 +236,33 @@ def _planned(
     names = ("steps", "guidance", "scheduler", "height", "width", "negative", "noise", "strength_schedule")
     wanted = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     settings = replace(session.default_settings(model, subjects), **wanted)
-    return plan.plan_pictures(
-        list(dict.fromkeys(session.fill_prompt(text, subjects) for text in request.prompts)),
-        list(request.seeds),
-        replace(settings, negative=session.fill_prompt(settings.negative, subjects)),
-        scale=(1.0 if request.scale is None else request.scale) if subjects else None,
-        sweeps=[plan.parse_sweep(text) for text in request.sweeps],
-        with_base=request.base,
-        about=session.about_models(model, subjects, request.memory, device),
-    )
+
+    def planned(prompts: Sequence[str], subjects: list[Subject], first: int = 0) -> list[plan.Planned]:
+        return plan.plan_pictures(
+            list(dict.fromkeys(session.fill_prompt(text, subjects) for text in prompts)),
+            list(request.seeds),
+            replace(settings, negative=session.fill_prompt(settings.negative, subjects)),
+            scale=(1.0 if request.scale is None else request.scale) if subjects else None,
+            sweeps=[plan.parse_sweep(text) for text in request.sweeps],
+            with_base=request.base,
+            about=session.about_models(model, subjects, request.memory, device),
+            first=first,
+        )
+
+    if not request.each:
+        return planned(request.prompts, subjects)
+    rows = enumerate(zip(request.prompts, subjects, strict=True))
+    each = [replace(item, subject=i) for i, (text, one) in rows for item in planned([text], [one], i)]
+    return list({item.file: item for item in each}.values())
+
+
+def _check_each(request: SampleRequest) -> None:
+    """ValueError where a prompt has no adapter of its own, or what is asked for needs one adapter for all."""
+    if not request.each:
+        return
+    if request.source is not None or request.adapters:
+        raise ValueError("--each gives every prompt its adapter; leave out the run folder and --adapter")
+    if len(request.each) != len(request.prompts):
+        raise ValueError(f"--each: {len(request.each)} adapters for {len(request.prompts)} prompts; give one for each")
+    if request.memory.offload != "none":
+        raise ValueError("--each keeps the adapters on the device; leave out --offload")

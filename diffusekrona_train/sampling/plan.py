@@ -50,6 +50,8 @@ class Planned:
     label: str
     file: str
     record: dict[str, Any]
+    subject: int | None = None
+    """Number of its adapter, where every prompt has its own."""
 
 
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
@@ -75,16 +77,17 @@ def plan_pictures(
     sweeps: Sequence[tuple[str, list[Any]]] = (),
     with_base: bool = False,
     about: dict[str, Any] | None = None,
+    first: int = 0,
 ) -> list[Planned]:
     """Plan every image of a call: prompts, then the base (with_base) before the adapter, then sweep values, then seeds.
 
-    `about` (model, adapters, dtype …) joins each image's record and so its key.
+    `about` (model, adapters, dtype …) joins each image's record and so its key. Prompts are numbered from `first`.
     """
     names = [name for name, _ in sweeps]
     if len(set(names)) < len(names):
         raise ValueError("--sweep names an option twice; put all of its values in one list")
     planned: list[Planned] = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, start=first):
         for combination in itertools.product(*(values for _, values in sweeps)):
             chosen = dict(zip(names, combination, strict=True))
             told = {**chosen, "strength_schedule": chosen.get("strength_schedule") or "none"}

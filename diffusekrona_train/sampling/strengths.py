@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusekrona_train.config.strengths import parse_strengths, strength_at
+from diffusekrona_train.models.contracts import Loaded
 
 
-def levels_of(scheduler: Any) -> int:
+def levels_of(scheduler: Loaded) -> int:
     """Return how many noise levels a model's scheduler counts down; ValueError where its timesteps are no levels."""
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError("strength_schedule: works for models with discrete noise levels (SD, SDXL); leave it out")
@@ -19,7 +20,7 @@ def levels_of(scheduler: Any) -> int:
 
 
 @contextmanager
-def scheduled(denoiser: nn.Module, schedule: str, scheduler: Any, apply: Callable[[float], None]) -> Iterator[None]:
+def scheduled(denoiser: nn.Module, schedule: str, scheduler: Loaded, apply: Callable[[float], None]) -> Iterator[None]:
     """Within, call `apply` with the schedule's strength before the denoiser works at a noise level that changes it.
 
     denoiser(sample, timestep, …) is called with the scheduler's timesteps, from its last level (noise) down to 0, so

@@ -1,8 +1,8 @@
-"""What a run resumes from: written whole or not at all, read without pickle, refused where the config has changed.
+"""Write and read what a run resumes from: complete or not at all, without pickle, refused if the config has changed.
 
 A checkpoint is `checkpoints/step-000100/adapter.safetensors` (kept for ever, loads in any tool) and
 `resume/step-000100/state.safetensors` (factors, optimiser, scaler, counters; the newest few are kept). What a step
-draws depends on (seed, step, index) alone, so there is no state of a random generator to keep.
+draws depends only on (seed, step, index), so there is no state of a random generator to keep.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ MAY_CHANGE = (
 
 YOUNGER = {
     "data.text_precision": "auto",
+    "adapter.align_draws": 16,
     "adapter.rank_scale": "rank",
     "adapter.rho": 2,
     "adapter.block_size": 16,
@@ -72,7 +73,7 @@ class State:
         return self.about["step"]
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors under `prefix/`, without it."""
+        """Return the tensors under `prefix/`, without it."""
         return {name[len(prefix) + 1 :]: value for name, value in self.tensors.items() if name.startswith(prefix + "/")}
 
 
@@ -91,10 +92,10 @@ def save(
     keep: int,
     shown: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Path:
-    """Writes the checkpoint of `step` under the run folder; returns the adapter file.
+    """Write the checkpoint of `step` under the run folder; return the adapter file.
 
     The adapter comes first, made of the factors as they are within `shown`; then the resume state, then states beyond
-    `keep` and those of later steps go. OSError (a full disk) leaves what stood before as it was.
+    `keep` and those of later steps go. OSError (a full disk) leaves what was there before untouched.
     """
     faults.reach("adapter", step)
     adapter = adapter_file(folder, step)
@@ -119,7 +120,7 @@ def save(
 
 
 def _later(folder: Path, step: int) -> list[Path]:
-    """What a run left behind that was rewound to before it: it belongs to another line of steps."""
+    """Remove what a run left behind that was rewound to before it: it belongs to another line of steps."""
     found = [*(folder / "resume").glob("step-*"), *(folder / "checkpoints").glob("step-*")]
     return [path for path in found if step_of(path) > step]
 
@@ -131,7 +132,7 @@ EACH, BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "absmax
 
 
 def moments_by_name(flat: FlatFactors, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors "exp_avg/layer|factor", those that are of no factor under their own name, and plain numbers.
+    """Return tensors "exp_avg/layer|factor", those that are of no factor under their own name, and plain numbers.
 
     A file does not depend on how factors lie in memory. One copy from the device for each kind of moment.
     """
@@ -150,7 +151,7 @@ def moments_by_name(flat: FlatFactors, optimizer: torch.optim.Optimizer) -> tupl
 def load_moments(
     flat: FlatFactors, optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor], numbers: dict
 ) -> None:
-    """Puts back what `moments_by_name` gave. KeyError where the moments of a factor are missing."""
+    """Put back what `moments_by_name` gave. KeyError where the moments of a factor are missing."""
     state: dict[str, Any] = {}
     for path in dict.fromkeys([*numbers, *(name.split("/")[0] for name in moments)]):
         value = numbers[path] if path in numbers else moments.get(path)
@@ -171,20 +172,21 @@ def load_moments(
 
 
 def _numbers_a_moment(path: str) -> int:
-    """How many of the factors' numbers one number of this tensor stands for; 0 where it stands for none."""
+    """Return how many of the factors' numbers one number of this tensor stands for; 0 where it stands for none."""
     key = path.rpartition(":")[2]
     return 1 if key in EACH else ALIGN if key in BLOCK else 0
 
 
 def _parts(flat: FlatFactors, path: str, whole: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Each segment's share, with its padding: there too 8-bit moments say what zero is."""
+    """Return each segment's share, with its padding: there too 8-bit moments say what zero is."""
     each = _numbers_a_moment(path)
     for segment in flat.segments:
         yield whole[segment.start // each : (segment.start + segment.step) // each]
 
 
 def _of_the_older_format(state: State, names: list[str], moments: dict, numbers: dict) -> tuple[dict, dict]:
-    """Moments of version 0.1, by number in the order of the factors, as this version's. ValueError for 8-bit ones."""
+    """Return moments of version 0.1, by number in the order of the factors, as this version's. ValueError for 8-bit
+    ones."""
     if any("/state1" in name or "/absmax1" in name for name in moments):
         raise ValueError(
             f"the resume state {state.path} was written by version 0.1 with train.optimizer: adamw8bit, whose blocks "
@@ -207,13 +209,13 @@ def _of_the_older_format(state: State, names: list[str], moments: dict, numbers:
 
 
 def states(folder: Path) -> list[Path]:
-    """Folders of complete resume states, the newest first."""
+    """Return the folders of complete resume states, the newest first."""
     found = [path for path in (folder / "resume").glob("step-*") if (path / "state.safetensors").is_file()]
     return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def read(path: Path) -> State:
-    """The state in `path` (its folder or file). ValueError where it is missing, damaged or of another format."""
+    """Return the state in `path` (its folder or file). ValueError where it is missing, damaged or of another format."""
     file = path / "state.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no resume state at {path}; give a folder such as runs/dog/resume/step-000100")
@@ -244,7 +246,8 @@ def newest(folder: Path, warn: Callable[[str], object] = lambda _: None) -> Stat
 
 
 def refuse_lost(folder: Path) -> None:
-    """ValueError where no state can be read though the run went far: starting it anew would wipe its checkpoints."""
+    """Raise ValueError where no state can be read though the run went far: starting it anew would wipe its
+    checkpoints."""
     kept = list((folder / "checkpoints").glob("step-*/adapter.safetensors"))
     if states(folder) or len(kept) > 1:
         raise ValueError(
@@ -254,7 +257,7 @@ def refuse_lost(folder: Path) -> None:
 
 
 def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer) -> None:
-    """Puts factors and optimiser back, bit for bit. ValueError where the state belongs to other factors."""
+    """Put factors and optimiser back, bit for bit. ValueError where the state belongs to other factors."""
     wanted = {name: tuple(value.shape) for name, value in injection.state_dict().items()}
     factors = state.part("factors")
     if wanted != {name: tuple(value.shape) for name, value in factors.items()}:
@@ -274,7 +277,7 @@ def restore(state: State, injection: Injection, optimizer: torch.optim.Optimizer
 
 
 def refuse_changes(state: State, config: dict, processes: int) -> None:
-    """ValueError naming each field that differs from the run in `state` and may not."""
+    """Raise ValueError naming each field that differs from the run in `state` and may not."""
     trees = state.about["config"], json.loads(json.dumps(config))
     before, now = ({**YOUNGER, **dict(_leaves(tree))} for tree in trees)
     changed = [

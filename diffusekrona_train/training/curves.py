@@ -13,7 +13,7 @@ from diffusekrona_train.report.charts import COLOURS
 
 
 def series(metrics: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the lines that hold a finite number under `key`."""
+    """Return (steps, values) of the lines that hold a finite number under `key`."""
     found = [(line["step"], line[key]) for line in metrics if _is_number(line.get(key))]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -23,7 +23,7 @@ def _is_number(value: object) -> bool:
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean without the pull towards the start."""
+    """Return the exponential mean without the pull towards the start."""
     out, mean, mass = [], 0.0, 0.0
     for value in values:
         mean, mass = weight * mean + (1 - weight) * value, weight * mass + 1 - weight
@@ -32,7 +32,7 @@ def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def write_loss_plot(run_folder: Path | str) -> Path | None:
-    """Writes `loss.png` into a run folder from its metrics.jsonl; None where no loss was logged yet."""
+    """Write `loss.png` into a run folder from its metrics.jsonl; None where no loss was logged yet."""
     folder = Path(run_folder)
     metrics = read_metrics(folder / "metrics.jsonl")
     if not series(metrics, "loss")[0]:
@@ -45,7 +45,7 @@ def write_loss_plot(run_folder: Path | str) -> Path | None:
 
 
 def _drawn(metrics: list[dict], name: str) -> Any:
-    """A figure of its own, unknown to pyplot: the loss above, the learning rate below, over the same steps."""
+    """Return a figure of its own, unknown to pyplot: the loss above, the learning rate below, over the same steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,5 +76,5 @@ def _drawn(metrics: list[dict], name: str) -> Any:
 
 
 def _dot(steps: list[int]) -> str | None:
-    """A line of one point would not be seen."""
+    """Return a marker for a line of one point, which would not be seen."""
     return "o" if len(steps) == 1 else None

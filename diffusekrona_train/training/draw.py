@@ -1,4 +1,4 @@
-"""What a step draws: pictures, noise and timesteps as pure functions of (seed, step, index in the global batch).
+"""Draw the images, noise and timesteps of a step as pure functions of (seed, step, index in the global batch).
 
 This is why a run can be stopped, resumed and spread over processes: nothing depends on a generator that somebody else
 has advanced.
@@ -39,7 +39,7 @@ class Draw:
 
 
 def generator_of(*key: object) -> torch.Generator:
-    """A CPU generator that depends on `key` alone."""
+    """Return a CPU generator that depends only on `key`."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -51,7 +51,7 @@ def _permutation(count: int, *key: object) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def _shelves_of_a_pass(sizes: tuple[int, ...], *key: object) -> tuple[tuple[int, int], ...]:
-    """(shelf, how often it came before in this pass) for each step of a pass; a shelf of n pictures comes n times."""
+    """Return (shelf, how often it came before) for each step of a pass; a shelf of n images comes n times."""
     shelves = [shelf for shelf, size in enumerate(sizes) for _ in range(size)]
     shuffled = [shelves[i] for i in _permutation(len(shelves), "shelves", *key)]
     seen = [0] * len(sizes)
@@ -73,7 +73,7 @@ def draw(
     noise_offset: float = 0.0,
     stream: str = "instance",
 ) -> Draw:
-    """Pictures, variants, times and noise of the samples `indices` of the global batch at `step`.
+    """Return images, variants, times and noise of the samples `indices` of the global batch at `step`.
 
     `draw_t` is the process's: one time from one generator.
 

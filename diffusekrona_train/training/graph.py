@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -122,18 +123,18 @@ class Uncapturable(TorchDispatchMode):
         return result
 
 
-def _waits(func: Any, args: Any) -> bool:
+def _waits(func: OpOverload, args: object) -> bool:
     if func.name().startswith("aten::index"):  # only an index by a mask has a size that the device must tell
         return any(isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) for value in tree_iter(args))
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
-def _is_random(func: Any) -> bool:
+def _is_random(func: OpOverload) -> bool:
     # attention could drop out; no denoiser does in eval mode
     return torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name()
 
 
-def _crosses(func: Any, args: Any, result: Any) -> bool:
+def _crosses(func: OpOverload, args: object, result: Tensor) -> bool:
     if func.name() not in ("aten::_to_copy", "aten::copy_"):
         return False
     return any(isinstance(value, Tensor) and value.device.type != result.device.type for value in tree_iter(args))

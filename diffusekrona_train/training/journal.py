@@ -14,7 +14,7 @@ from diffusekrona_train.common.progress import Progress
 
 
 class Journal:
-    """Events, metrics.jsonl and trackers; writes on the main process alone."""
+    """Events, metrics.jsonl and trackers; only the main process writes."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Time spent training so far, that before a resume included."""
+        """Return the seconds spent training so far, those before a resume included."""
         return time.monotonic() - self.began
 
     def _lap(self) -> None:
@@ -99,7 +99,7 @@ class Journal:
 
 
 def _scalars(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested config as the flat numbers and strings that trackers take."""
+    """Flatten a nested config to the numbers and strings that trackers take."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -118,7 +118,7 @@ class Stop:
         self.obey()
 
     def wanted(self) -> bool:
-        """Return whether this process was asked; `file` is looked for on the main one alone."""
+        """Return whether this process was asked; only the main one looks for `file`."""
         return self.progress.should_stop() or (self.file is not None and self.file.exists())
 
     def obey(self) -> None:

@@ -18,23 +18,32 @@ from diffusekrona_train.training.step import learning_rate, training_step
 
 def loop(run: Run) -> None:
     """Train from the start step to the last; Stopped where the run was asked to end, Diverged after bad steps."""
-    train, every = run.config.train, run.config.validation.every
-    if every and run.start == 0:
+    begin(run)
+    for step in range(run.start, run.config.train.steps):
+        conclude(run, step, training_step(run, step))
+
+
+def begin(run: Run) -> None:
+    """Do what comes before the first step of a new run."""
+    if run.config.validation.every and run.start == 0:
         validate(run, 0)
-    for step in range(run.start, train.steps):
-        wish = training_step(run, step)
-        done, last = step + 1, step + 1 == train.steps
-        run.journal.advance()
-        stopping = run.stop.agreed(wish, run.accelerator.num_processes)
-        saving = done % train.checkpoint_every == 0 or last or stopping
-        if done % train.log_every == 0 or saving:
-            log(run, done)
-        if saving:
-            save(run, done)
-        if stopping and not last:
-            raise Stopped(done, train.steps, adapter_file(run.folder, done))
-        if every and (done % every == 0 or last):
-            validate(run, done)
+
+
+def conclude(run: Run, step: int, wish: torch.Tensor) -> None:
+    """Do what follows a step: log, save, validate; Stopped or Diverged where it was the last one too early."""
+    train, every = run.config.train, run.config.validation.every
+    done, last = step + 1, step + 1 == train.steps
+    run.journal.advance()
+    stopping = run.stop.agreed(wish, run.accelerator.num_processes)
+    saving = done % train.checkpoint_every == 0 or last or stopping
+    if done % train.log_every == 0 or saving:
+        log(run, done)
+    if saving:
+        save(run, done)
+    if stopping and not last:
+        raise Stopped(done, train.steps, adapter_file(run.folder, done))
+    if every and (done % every == 0 or last):
+        validate(run, done)
 
 
 def log(run: Run, done: int) -> None:

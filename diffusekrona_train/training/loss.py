@@ -85,9 +85,10 @@ class Objective:
 
         All that is random, on the host or of another step is in here; `loss_of` only computes.
         """
-        return [self.conditioned(batch) for batch in self._samples(step, micro)]
+        return [self.conditioned(batch) for batch in self.samples(step, micro)]
 
-    def _samples(self, step: int, micro: int) -> list[Batch]:
+    def samples(self, step: int, micro: int) -> list[Batch]:
+        """Return the batches of a micro-batch without their conditioning."""
         size = self.config.train.batch_size
         first = (micro * self.processes + self.rank) * size
         instances = self._drawn(self.data.instances, step, range(first, first + size), "instance")
@@ -98,6 +99,13 @@ class Objective:
         priors = self._drawn(self.data.priors, step, range(first, first + size), "prior")
         same = instances.x_0.shape[1:] == priors.x_0.shape[1:]
         return [_joined(instances, priors)] if same else [instances, priors]
+
+    def instance(self, number: int, stream: str) -> Batch:
+        """Sample `number` of a stream of its own, alone: whatever the batch size and number of processes."""
+        train, buckets = self.config.train, self.data.instances
+        shelves = [shelf_of(bucket) for bucket in buckets]
+        drawn = draw(train.seed, number, [0], 1, shelves, draw_t=self.process.draw_t, stream=stream)
+        return self.conditioned(self._gathered(buckets[drawn.shelf], drawn, 1.0, 0.0))
 
     def _drawn(self, buckets: Sequence[Bucket], step: int, indices: range, stream: str) -> Batch:
         train = self.config.train
@@ -152,11 +160,13 @@ class Objective:
         return replace(batch, conditioning=self._told(batch, slice(None)), taught=taught)
 
     def _told(self, batch: Batch, part: slice) -> Conditioning:
-        rows = [
-            {name: self._sent(value, self.device) for name, value in self.captions[i].items()}
-            for i in batch.caption[part]
-        ]
-        return {**self.family.collate(rows), **{name: value[part] for name, value in batch.extras.items()}}
+        extras = {name: value[part] for name, value in batch.extras.items()}
+        return {**self.family.collate(self.prompts(batch)[part]), **extras}
+
+    def prompts(self, batch: Batch) -> list[Tensors]:
+        """Return the encoded captions of a batch, one row a sample."""
+        rows = [self.captions[i] for i in batch.caption]
+        return [{name: self._sent(value, self.device) for name, value in row.items()} for row in rows]
 
     # ---- how it is judged ----
 
@@ -167,7 +177,6 @@ class Objective:
 
     def per_sample(self, batch: Batch, *, weighted: bool = True) -> torch.Tensor:
         """(B,) fp32."""
-        train = self.config.train
         x_t = self.process.noised(batch.x_0, batch.eps, batch.t)
         wanted = self.process.target(batch.x_0, batch.eps, batch.t)
         if batch.teacher:
@@ -175,13 +184,34 @@ class Objective:
                 part = slice(-batch.teacher, None)
                 answer = self._predicted(x_t[part], batch.t[part], batch.taught)
             wanted = torch.cat([wanted[: -batch.teacher], answer])
+        prediction = self._predicted(x_t, batch.t, batch.conditioning)
+        bare = None
+        if weighted and self.config.train.loss in AGAINST_BASE:
+            with torch.no_grad(), self.injection.disabled():
+                bare = self._predicted(x_t, batch.t, batch.conditioning)
+        return self.judged(prediction, wanted, batch, bare, weighted=weighted)
+
+    def judged(
+        self,
+        prediction: torch.Tensor,
+        wanted: torch.Tensor,
+        batch: Batch,
+        bare: torch.Tensor | None = None,
+        *,
+        weighted: bool = True,
+    ) -> torch.Tensor:
+        """Return the loss of each sample, (B,) fp32, for predictions and targets (B, C, h, w).
+
+        `bare` is what the model without its adapter predicts, for a loss that is measured against it.
+        """
+        train = self.config.train
         distance, against = LOSSES.get(train.loss, mse), AGAINST_BASE.get(train.loss)
-        loss = distance(self._predicted(x_t, batch.t, batch.conditioning), wanted)
+        loss = distance(prediction, wanted)
         if not weighted:
             return loss
         if against is not None:  # of what the teacher answers, the base's own distance is 0
-            with torch.no_grad(), self.injection.disabled():
-                base = distance(self._predicted(x_t, batch.t, batch.conditioning), wanted)
+            assert bare is not None
+            base = distance(bare, wanted)
             own = len(batch) - batch.teacher
             loss = torch.cat([against(loss[:own], base[:own], train.dco_beta), loss[own:]])
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share

@@ -40,7 +40,7 @@ class Level:
 
 
 def levels(config: RunConfig) -> list[Level]:
-    """The levels that a config allows, the fastest first."""
+    """Return the levels that a config allows, the fastest first."""
     kept = config.train.quantize
     ladder = [Level("plain", kept, False), Level("checkpointing", kept, True)]
     if config.adapter.type in UNQUANTISED:
@@ -61,7 +61,8 @@ def choose(
     figures: MemoryFigures,
     trained: int = 0,
 ) -> tuple[Level, str]:
-    """The level to start with and a line that says why. `samples`: pictures in a forward pass, class images too."""
+    """Return the level to start with and a line that says why. `samples`: images in a forward pass, class images
+    too."""
     ladder = levels(config)
     if config.train.memory != "auto":
         return next(level for level in ladder if level.name == config.train.memory), f"memory: {config.train.memory}"
@@ -83,7 +84,7 @@ def need(
     figures: MemoryFigures,
     trained: int,
 ) -> float:
-    """GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
+    """Return the GiB that a run needs at `level` while it trains: the step's, and what the trained numbers take."""
     megapixels = samples * (config.data.resolution / 1024) ** 2
     step = estimate(level, base_parameters, megapixels, dtype, figures)
     return step + trained * trained_bytes(config) / GIB
@@ -99,7 +100,8 @@ def room(
     figures: MemoryFigures,
     trained: int,
 ) -> float | None:
-    """GiB that `level` leaves free on the device, before the model is loaded; None where the device does not say."""
+    """Return the GiB that `level` leaves free on the device, before the model is loaded; None where the device does not
+    say."""
     if (available := free_bytes(device)) is None:
         return None
     return available / GIB - need(level, config, base_parameters, samples, dtype, figures, trained)
@@ -114,7 +116,7 @@ BYTES = {"int8": 1.04, "fp8": 1.01, "nf4": 0.56}
 def estimate(
     level: Level, base_parameters: int, megapixels: float, dtype: torch.dtype, figures: MemoryFigures
 ) -> float:
-    """GiB that a step needs at `level`; `figures` are the family's."""
+    """Return the GiB that a step needs at `level`; `figures` are the family's."""
     width = torch.finfo(dtype).bits / 8
     share = figures.quantized_share if level.quantize != "none" or level.offload else 0.0
     held = min(share, BLOCKS_HELD * figures.largest_block) if level.offload else share
@@ -126,13 +128,13 @@ def estimate(
 
 
 def decoding(config: RunConfig) -> float:
-    """GiB that decoding one image of the run's size takes, beside what training holds."""
+    """Return the GiB that decoding one image of the run's size takes, beside what training holds."""
     width = 4 if config.data.vae_precision == "fp32" else 2
     return DECODING * width / 4 * (config.data.resolution / 1024) ** 2
 
 
 def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, figures: MemoryFigures) -> int:
-    """How many images validation generates in a batch: what fits into the memory that is free now, decoding included.
+    """Return how many images validation generates in a batch: what fits into the memory free now, decoding included.
 
     Without gradients a row needs less than a checkpointed step does; guidance makes two rows of an image. 1 on a CPU,
     which gains nothing, and where the device does not say.
@@ -146,7 +148,7 @@ def images_at_once(config: RunConfig, dtype: torch.dtype, device: torch.device, 
 
 
 def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: int) -> int:
-    """How many numbers a config trains, from the model's layers and size."""
+    """Return how many numbers a config trains, from the model's layers and size."""
     spec = config.adapter
     if spec.is_whole:
         return base_parameters
@@ -154,19 +156,19 @@ def trained_parameters(config: RunConfig, layers: list[Layer], base_parameters: 
 
 
 def trained_bytes(config: RunConfig) -> int:
-    """Bytes a trained number: its fp32 master and gradient, two moments, and its running average if there is one."""
+    """Return the bytes of a trained number: fp32 master, gradient, two moments, and a running average if any."""
     return 4 + 4 + (2 if config.train.optimizer == "adamw8bit" else 8) + (0 if config.train.average is None else 4)
 
 
 def below(level: Level, config: RunConfig, device: torch.device) -> Level | None:
-    """The next level down that works on `device`, None at the bottom or where the config names its level."""
+    """Return the next level down that works on `device`, None at the bottom or where the config names its level."""
     ladder = [other for other in levels(config) if other.works_on(device)]
     place = next(i for i, other in enumerate(ladder) if other.name == level.name)
     return ladder[place + 1] if config.train.memory == "auto" and place + 1 < len(ladder) else None
 
 
 def out_of_memory(level: Level | None = None) -> str:
-    """What to tell a user when nothing is left to try; without a level, before the first step."""
+    """Return the message when nothing is left to try; without a level, before the first step."""
     if level is None:
         return (
             "out of device memory while the run was set up. Lower data.resolution, set data.vae_precision: bf16, "

@@ -16,7 +16,9 @@ import torch.distributed
 
 from diffusekrona_train.adapters.bounds import NormCap
 from diffusekrona_train.adapters.flat import FlatFactors
+from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common.device import abilities
+from diffusekrona_train.config import RunConfig
 from diffusekrona_train.config.training import TrainConfig
 from diffusekrona_train.training.average import Average
 from diffusekrona_train.training.rates import rates_of
@@ -169,6 +171,13 @@ class Descent:
     def clear(self) -> None:
         """Forgets the gradients of a step that was not completed."""
         self.factors.clear()
+
+
+def make_descent(config: RunConfig, injection: Injection, accelerator: Any) -> Descent:
+    """The optimiser of an injection's factors, which become views of flat buffers."""
+    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
+    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
+    return Descent(factors, config.train, accelerator, cap)
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig, *, fused: bool) -> torch.optim.Optimizer:

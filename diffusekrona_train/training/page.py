@@ -1,4 +1,4 @@
-"""`report.html` of a run folder, finished or not: made from its files alone, so it can be written again at any time."""
+"""`report.html` of a run folder, finished or not: made only from its files, so it can be written again at any time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFRESH_SECONDS = 30
 
 
 def write_run_report(run_folder: Path | str) -> Path:
-    """Writes `report.html` into a run folder and returns its path; ValueError where the folder holds no run.
+    """Write `report.html` into a run folder and return its path; ValueError where the folder holds no run.
 
     Reads config.yaml, metrics.jsonl, samples/, evaluation/best.json and the newest adapter; whatever is missing is left
     out. While the run is unfinished the page reloads itself.
@@ -60,7 +60,7 @@ def _filled(config: RunConfig, prompt: str) -> str:
 
 
 def _base_name(model: str) -> str:
-    """A hub name or alias as it is; of a local folder or file the base name alone."""
+    """Return a hub name or alias as it is, of a local folder or file only the base name."""
     local = Path(model).expanduser().exists() or model.startswith((".", "/", "~"))
     return Path(model).name if local else model
 
@@ -99,7 +99,7 @@ def _settings(config: RunConfig, metrics: list[dict]) -> Section:
 
 
 def _photos(config: RunConfig) -> Section | None:
-    """Photos with the crop that was learnt from beneath each; a note where they are no longer there."""
+    """Return photos with the crop that was learnt from beneath each; a note where they are no longer there."""
     try:
         found = collect(config).pictures
         crops = plan_crops(found, config.data, config.train.seed)
@@ -189,7 +189,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _learnt(adapter: Path | None) -> Section | None:
-    """Norm of what was added to each layer, blocks by projections, and the factor A of the layer that changed most."""
+    """Return the norm of ΔW of each layer, blocks by projections, and the factor A of the layer that changed most."""
     if adapter is None:
         return None
     from diffusekrona_train.adapters import spectra
@@ -218,7 +218,7 @@ def _learnt(adapter: Path | None) -> Section | None:
 
 
 def _short(place: str) -> str:
-    """down_blocks.1.attentions.0.transformer_blocks.0.attn1 -> down 1.0.0 self."""
+    """Shorten down_blocks.1.attentions.0.transformer_blocks.0.attn1 to down 1.0.0 self."""
     for long, brief in (
         ("_blocks", ""),
         ("_block", ""),
@@ -233,7 +233,7 @@ def _short(place: str) -> str:
 
 
 def _portable(folder: Path) -> str:
-    """The run folder as a command names it, without telling where on this machine it lies."""
+    """Return the run folder as a command names it, without its location on this machine."""
     try:
         return folder.resolve().relative_to(Path.cwd()).as_posix()
     except ValueError:

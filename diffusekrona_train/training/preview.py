@@ -1,4 +1,4 @@
-"""What a run shows of itself: pictures of the validation prompts at fixed seeds, and the preview at the end.
+"""Show a run while it trains: images of the validation prompts at fixed seeds, and the preview at the end.
 
 Rendered by the one sampling path with the run's own denoiser and cached text embeddings: only the decoder comes on top
 of what training holds, and with sample.model two blocks of its denoiser.
@@ -19,6 +19,7 @@ from diffusekrona_train.common.files import atomic
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.common.run_folder import step_name
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.models.contracts import Loaded
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.sampling.strengths import scheduled
@@ -53,7 +54,7 @@ class Gallery:
         self._other: Injection | None = None
 
     def render(self, step: int, stopping: Callable[[], bool]) -> None:
-        """Writes the pictures of `step`; raises whatever goes wrong, Interrupted when `stopping()` turns true."""
+        """Write the images of `step`; raise whatever goes wrong, Interrupted when `stopping()` turns true."""
         faults.reach("validation", step)
         mine = list(range(len(self.jobs)))[self.objective.rank :: self.objective.processes]
         place = self.folder / "samples" / step_name(step)
@@ -82,7 +83,7 @@ class Gallery:
             pipe.vae.to("cpu")
             free()
 
-    def _rendered(self, pipe: Any, numbers: list[int], at_once: int, on_image: Callable) -> int:
+    def _rendered(self, pipe: Loaded, numbers: list[int], at_once: int, on_image: Callable) -> int:
         """Render jobs in batches; return how many images to take at once for those that are left: 1 where memory ended
         with more."""
         try:
@@ -124,7 +125,7 @@ class Gallery:
         return self._other
 
     def preview(self, step: int, path: Path) -> None:
-        """The pictures of `step` as one labelled sheet at `path`; nothing where none were rendered."""
+        """Write the images of `step` as one labelled sheet at `path`; nothing if none were generated."""
         from diffusekrona_train.report.sheet import contact_sheet
 
         rows: dict[str, list] = {}

@@ -16,6 +16,7 @@ from diffusekrona_train.common.progress import EventLog, Progress, Stopped, Trai
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.sampling.session import Memory
 from diffusekrona_train.training import checkpoint, memory, setup
+from diffusekrona_train.training.base import Base
 from diffusekrona_train.training.loop import loop, refresh_report
 from diffusekrona_train.training.setup import Run, Start
 
@@ -47,8 +48,9 @@ def train(
     return result
 
 
-def set_up(start: Start, resume: bool, resume_from: Path | None) -> Run:
-    """Assemble the run at its first step, or at the step of the state that it resumes from."""
+def set_up(start: Start, resume: bool, resume_from: Path | None, base: Base | None = None) -> Run:
+    """Assemble the run at its first step, or at the step of the state that it resumes from; on a `base` that is loaded
+    already, or one of its own."""
     faults.reach("setup")
     start.events.report("phase", name="prepare")
     warn = start.events.warning
@@ -59,7 +61,7 @@ def set_up(start: Start, resume: bool, resume_from: Path | None) -> Run:
         config = start.config.model_dump(mode="json", by_alias=True)
         checkpoint.refuse_changes(state, config, start.accelerator.num_processes)
     try:
-        return setup.assemble(start, state)
+        return setup.assemble(start, state, base)
     except RuntimeError as error:
         if not ran_out(error):
             raise

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +20,7 @@ from PIL import Image
 
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import formats, plan_notes
-from diffusekrona_train.adapters.bounds import NormCap
-from diffusekrona_train.adapters.inject import Injection, inject
+from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common import run_folder
 from diffusekrona_train.common.device import ABILITIES, device_name, free, precision, training_device_type
 from diffusekrona_train.common.progress import EventLog
@@ -32,21 +30,20 @@ from diffusekrona_train.config.training import Tracker
 from diffusekrona_train.data import order
 from diffusekrona_train.data.training_set import Renderer, TrainingSet, build_training_set
 from diffusekrona_train.models import configured_model, generating_model
-from diffusekrona_train.models.contracts import Denoiser
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.sampling.render import render, settings_of
 from diffusekrona_train.sampling.session import encode_texts
 from diffusekrona_train.training import checkpoint, graph, memory
+from diffusekrona_train.training.align import align_new
+from diffusekrona_train.training.base import Base, choose_level, load_base
 from diffusekrona_train.training.journal import Journal, Stop
 from diffusekrona_train.training.loss import Objective
-from diffusekrona_train.training.optimizer import SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent, make_descent
 from diffusekrona_train.training.preview import Gallery
 
 TRACKERS: dict[str, tuple[str, ...]] = {name: (name,) for name in get_args(Tracker)}
 TRACKERS["tensorboard"] = ("tensorboard", "tensorboardX")
 """Tracker -> its module, or several of which one is enough."""
-COMPILER = "inductor"
-"""torch.compile's backend."""
 SET_UP_TIMEOUT = timedelta(hours=2)
 """How long a process waits for another that still makes latents or class images."""
 
@@ -87,26 +84,24 @@ class Start:
     events: EventLog
 
 
-def assemble(start: Start, state: checkpoint.State | None) -> Run:
-    """Return everything that the loop needs, at the step where `state` left off."""
+def assemble(start: Start, state: checkpoint.State | None, base: Base | None = None) -> Run:
+    """Return everything that the loop needs, at the step where `state` left off, on `base` or one of its own."""
     config, accelerator, dtype, tell = start.config, start.accelerator, start.dtype, start.events.message
     device = accelerator.device
     stop = Stop(start.events, start.folder / run_folder.STOP_FILE if accelerator.is_main_process else None)
-    source = configured_model(config)
+    source = base.source if base else configured_model(config)
     check_start(config, source)
-    level, why, room = choose_level(config, source, accelerator, dtype)
-    draw, forget = class_image_maker(config, source, level, dtype, device)
+    chosen = (base.level, base.why, base.room) if base else choose_level(config, source, accelerator, dtype)
+    draw, forget = class_image_maker(config, source, chosen[0], dtype, device, base)
     data = build_training_set(config, source, device=device, log=tell, accelerator=accelerator, render=draw)
     forget()
     if state is not None:
         arrange_as_before(data, state.about, state.path.parent)
-    with in_turn(accelerator, level.quantize != "none" or level.offload):
-        denoiser = load_denoiser(config, source, level, dtype, device)
-    injection = inject_factors(config, denoiser)
+    base = base or load_base(config, source, accelerator, dtype, chosen)
+    injection = base.inject(config)
     descent = make_descent(config, injection, accelerator)
-    process = source.process(config.data.resolution)
     objective = Objective(
-        config, source.family, denoiser, injection, data, process, dtype, device,
+        config, source.family, base.denoiser, injection, data, source.process(config.data.resolution), dtype, device,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     about = {
@@ -115,10 +110,9 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
         "processes": accelerator.num_processes,
         "pictures": pictures_told(data),
     }
-    if state is not None:
-        take_up(state, injection, descent, accelerator)
+    take_up(state, objective, descent, accelerator)
     first = state.step if state else 0
-    tell(f"{why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
+    tell(f"{base.why}, base in {str(dtype).removeprefix('torch.')}, {injection.count:,} trained parameters on {device}")
     for line in plan_lines(injection):
         tell(line)
     if state is not None:
@@ -129,12 +123,12 @@ def assemble(start: Start, state: checkpoint.State | None) -> Run:
         raise ValueError(f"train.steps: {config.train.steps} lies before step {first} that the run has reached")
     for line in prompt_warnings(data.captions, source.load("tokenizers")["tokenizers"]):
         start.events.warning(line)
-    graphs = graph.step_graphs(config, objective, descent, level, room, tell)
-    gallery = Gallery(config, generating_model(config, source), objective, level, start.folder, start.events)
+    graphs = graph.step_graphs(config, objective, descent, base.level, base.room, tell)
+    gallery = Gallery(config, generating_model(config, source), objective, base.level, start.folder, start.events)
     journal = open_folder(start, state, first, about["config"])
     return Run(
-        config, start.folder, source, accelerator, level, objective, descent, graphs, gallery, journal, stop, first,
-        about,
+        config, start.folder, source, accelerator, base.level, objective, descent, graphs, gallery, journal, stop,
+        first, about,
     )  # fmt: skip
 
 
@@ -148,15 +142,18 @@ def open_folder(start: Start, state: checkpoint.State | None, first: int, config
     return Journal(start.folder, start.accelerator, start.events, first, start.config.train.steps, config, seconds)
 
 
-def take_up(state: checkpoint.State, injection: Injection, descent: Descent, accelerator: Accelerator) -> None:
-    """Puts a resume state back."""
-    checkpoint.restore(state, injection, descent.optimizer)
+def take_up(state: checkpoint.State | None, objective: Objective, descent: Descent, accelerator: Accelerator) -> None:
+    """Put a resume state back, or without one begin along the gradient where the config asks for that."""
+    if state is None:
+        align_new(objective)
+        return
+    checkpoint.restore(state, objective.injection, descent.optimizer)
     descent.meters.copy_(state.tensors["extra/meters"])
     if descent.average is not None:
         descent.average.load(state.part("extra/average"))
     if accelerator.scaler is not None and "scaler" in state.about:
         accelerator.scaler.load_state_dict(state.about["scaler"])
-    injection.assert_fp32()
+    objective.injection.assert_fp32()
 
 
 def start_accelerator(config: RunConfig, folder: Path) -> tuple[Accelerator, torch.dtype]:
@@ -203,89 +200,6 @@ def refuse_unsupported(config: RunConfig, kind: str) -> None:
             raise ValueError(f"train.{name}: {value} does not work on {device_name(kind)}; leave it out")
     if train.quantize == "fp8" and not ABILITIES[kind].float8:
         raise ValueError(f"train.quantize: fp8 does not work on {device_name(kind)}; leave it out")
-
-
-def choose_level(
-    config: RunConfig, source: ModelSource, accelerator: Accelerator, dtype: torch.dtype
-) -> tuple[memory.Level, str, float | None]:
-    """The memory level of all processes, why, and how many GiB it leaves free: as the main one finds room."""
-    samples = config.train.batch_size * (1 if config.prior.kind == "none" else 2)
-    base = source.base_parameters()
-    trained = memory.trained_parameters(config, source.layers(), base)
-    figures, device = source.family.memory, accelerator.device
-    level, why = memory.choose(config, base, samples, dtype, device, figures, trained)
-    room = memory.room(level, config, base, samples, dtype, device, figures, trained)
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        level, why, room = broadcast_object_list([level, why, room])
-    return level, why, room
-
-
-def load_denoiser(
-    config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
-) -> Denoiser:
-    """The frozen denoiser on the device, at a memory level."""
-    train = config.train
-    denoiser = source.load_denoiser(dtype, device, level.quantize, level.offload)
-    if level.checkpointing:
-        enable_checkpointing(denoiser)
-    if train.channels_last:
-        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
-    return denoiser
-
-
-@contextlib.contextmanager
-def in_turn(accelerator: Accelerator, wanted: bool) -> Generator[None]:
-    """Let the processes into the block one after the other, where `wanted`: a base that is quantised on its way to the
-    device is whole in host memory until then, and so it is there once and not once a process."""
-    rounds = accelerator.num_processes if wanted else 0
-    for _ in range(min(accelerator.process_index, rounds)):
-        accelerator.wait_for_everyone()
-    try:
-        yield
-    finally:
-        for _ in range(rounds - accelerator.process_index):
-            accelerator.wait_for_everyone()
-
-
-def enable_checkpointing(denoiser: Denoiser) -> None:
-    """Compute blocks again in the backward pass. No layer is random: to set a generator's state back, a hundred times a
-    step, would cost time and forbid to capture the step as a graph."""
-    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-    denoiser.enable_gradient_checkpointing(again)
-
-
-def inject_factors(config: RunConfig, denoiser: Denoiser) -> Injection:
-    """The adapter of the config in the denoiser, from the seed or from `init_from`. The same on every process."""
-    if config.train.init_from is None:
-        injection = inject(denoiser, config.adapter, seed=config.train.seed)
-    else:
-        injection = formats.inject_file(denoiser, formats.read_adapter(Path(config.train.init_from).expanduser()))
-        injection.spec = config.adapter
-    injection.assert_fp32()
-    if config.train.compile:
-        compile_blocks(denoiser)
-    return injection
-
-
-def make_descent(config: RunConfig, injection: Injection, accelerator: Accelerator) -> Descent:
-    """The optimiser of an injection's factors, which become views of flat buffers."""
-    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
-    cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
-    return Descent(factors, config.train, accelerator, cap)
-
-
-def compile_blocks(denoiser: Denoiser) -> None:
-    """Compiles each transformer block: most of a step's work, and one small graph serves all blocks of a shape.
-
-    The whole denoiser as one graph would be compiled for many minutes to be hardly faster. Shapes are static: a graph
-    for each width of the model and size of the photos, and where a teacher is asked, one more without the adapter.
-    """
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # beyond it: silently eager
-    denoiser.compile_repeated_blocks(backend=COMPILER, dynamic=False)
 
 
 def eagerly(config: RunConfig) -> contextlib.AbstractContextManager[object]:
@@ -341,8 +255,7 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
             f"train.init_from: {config.train.init_from} was not made by this project, so what it trained is not known"
         )
     there, here = file.spec.model_dump(mode="json"), config.adapter.model_dump(mode="json")
-    # how factors begin and how far they may go says nothing about factors that have been trained
-    starts = ("init_a", "init_b", "norm_cap")
+    starts = ("init_a", "align_draws", "init_b", "norm_cap")  # says nothing about factors that have been trained
     other = [
         f"adapter.{name}: {there[name]!r}" for name in here if there.get(name) != here[name] and name not in starts
     ]
@@ -353,21 +266,28 @@ def _refuse_other_adapter(config: RunConfig, file: formats.AdapterFile) -> None:
 
 
 def class_image_maker(
-    config: RunConfig, source: ModelSource, level: memory.Level, dtype: torch.dtype, device: torch.device
+    config: RunConfig,
+    source: ModelSource,
+    level: memory.Level,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: Base | None = None,
 ) -> tuple[Renderer, Callable[[], None]]:
-    """(render, forget): `render(prompt, seed)` generates an image with the base model, loaded at the first call and
+    """(render, forget): `render(prompt, seed)` generates an image with `base`, or a model loaded at the first call and
     held as it will be in training; text encoders leave before it comes."""
     held: dict[str, Any] = {}
     settings = settings_of(config)
+    bare = base.bare if base else contextlib.nullcontext
 
     def draw(prompt: str, seed: int) -> Image.Image:
         if not held:
             held["texts"] = encode_texts(source, [prompt, settings.negative], device)
             parts = source.load("vae", dtype=torch.float32, device=device) | source.load("scheduler")
-            denoiser = source.load_denoiser(dtype, device, level.quantize, level.offload)
+            denoiser = base.denoiser if base else source.load_denoiser(dtype, device, level.quantize, level.offload)
             held["pipe"] = source.family.pipeline({**parts, "denoiser": denoiser})
         conditioning_of = held["texts"].__getitem__
-        return render(held["pipe"], source.family, [(prompt, seed)], settings, conditioning_of=conditioning_of)[0]
+        with bare():
+            return render(held["pipe"], source.family, [(prompt, seed)], settings, conditioning_of=conditioning_of)[0]
 
     def forget() -> None:
         held.clear()

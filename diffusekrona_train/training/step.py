@@ -8,8 +8,8 @@ import torch
 
 from diffusekrona_train.common import faults
 from diffusekrona_train.common.device import free, ran_out
-from diffusekrona_train.training import graph, memory, setup
-from diffusekrona_train.training.optimizer import learning_rate_factor
+from diffusekrona_train.training import base, graph, memory
+from diffusekrona_train.training.optimizer import learning_rate_factor, make_descent
 from diffusekrona_train.training.setup import Run
 
 FIRST_STEPS = 3
@@ -52,19 +52,19 @@ def go_down(run: Run) -> None:
         raise RuntimeError(memory.out_of_memory(run.level))
     run.journal.say(f"out of memory with memory: {run.level.name}; continuing with {lower.name}")
     if (lower.quantize, lower.offload) == (run.level.quantize, run.level.offload):
-        setup.enable_checkpointing(run.objective.denoiser)
+        base.enable_checkpointing(run.objective.denoiser)
     else:
         injection, device = run.objective.injection, run.accelerator.device
         factors = {name: value.detach().cpu().clone() for name, value in injection.state_dict().items()}
         moments = run.descent.optimizer.state_dict()
         run.objective.denoiser = run.objective.injection = injection = None  # or the old one stays beside the new one
         free()
-        with setup.in_turn(run.accelerator, lower.quantize != "none"):
-            denoiser = setup.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
-        run.objective.denoiser, run.objective.injection = denoiser, setup.inject_factors(run.config, denoiser)
+        with base.in_turn(run.accelerator, lower.quantize != "none" or lower.offload):
+            denoiser = base.load_denoiser(run.config, run.source, lower, run.objective.dtype, device)
+        run.objective.denoiser, run.objective.injection = denoiser, base.inject_factors(run.config, denoiser)
         run.objective.injection.load_state_dict(factors)
         meters, average = run.descent.meters, run.descent.average
-        run.descent = setup.make_descent(run.config, run.objective.injection, run.accelerator)
+        run.descent = make_descent(run.config, run.objective.injection, run.accelerator)
         run.descent.optimizer.load_state_dict(moments)
         run.descent.meters = meters
         if average is not None and run.descent.average is not None:

@@ -28,8 +28,8 @@ from diffusekrona_train.models.contracts import MemoryFigures
 from diffusekrona_train.models.layers import linears_of_shapes
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.models.stored import block_of
+from diffusekrona_train.training.base import enable_checkpointing
 from diffusekrona_train.training.memory import GIB, Level, estimate
-from diffusekrona_train.training.setup import enable_checkpointing
 from scripts.bench.trace import FusedAttention, Peak, storages
 
 SIDES = (512, 1024)

@@ -52,19 +52,26 @@ SHAPES = ((640, 640, 4096), (1280, 1280, 1024), (1280, 1280, 4096), (2048, 1280,
 MODES = ("eager", "compiled", "graph")
 LEFT_OUT = ("KronA (4, 64), other order", "KronA (4, 64), dense difference")
 """What nobody would use: only the CPU table has them, for the explanation."""
-RIVAL, BARE = "LoRA rank 4", "frozen layer"
+RIVAL, BARE, PLAIN = "LoRA rank 4", "frozen layer", "KronA (4, 64), without Triton"
+FIRST = (BARE, RIVAL, "KronA (4, 64)", PLAIN)
+"""What is measured first where time is short, at every shape but the one of batch 4."""
 
 
-def ours(base: nn.Linear, **spec: Any) -> nn.Module:
+class WithoutTriton(AdaptedLinear):
+    """A layer of ours whose products with A ⊗ B run in PyTorch, also where the Triton kernels would be taken."""
+
+
+def ours(base: nn.Linear, wrapper: type[AdaptedLinear] = AdaptedLinear, **spec: Any) -> nn.Module:
     layer = Layer("layer", base.in_features, base.out_features, "q", "self")
     config = AdapterConfig(**spec)
-    return AdaptedLinear(base, build_adapter(config, layer, plan(config, [layer])["layer"]))
+    return wrapper(base, build_adapter(config, layer, plan(config, [layer])["layer"]))
 
 
 def trained(module: nn.Module) -> None:
     """Lay the factors of an adapter of ours flat, as a run does."""
     if isinstance(module, AdaptedLinear):
-        flatten([{"layer": module.adapter}])
+        never = (lambda *_: False) if isinstance(module, WithoutTriton) else None
+        flatten([{"layer": module.adapter}], by_operator=never)
 
 
 class Naive(nn.Module):
@@ -111,6 +118,7 @@ def makers(d_in: int, d_out: int) -> dict[str, Callable[[], nn.Module]]:
         BARE: base,
         RIVAL: lambda: ours(base(), type="lora", rank=4),
         "KronA (4, 64)": lambda: ours(base(), a1=4, a2=64),
+        PLAIN: lambda: ours(base(), WithoutTriton, a1=4, a2=64),
         "KronA (8, 64)": lambda: ours(base(), a1=8, a2=64),
         "KronA (64, 8)": lambda: ours(base(), a1=64, a2=8),
         "KronA (4, 64), other order": lambda: naive(dense=False),
@@ -240,13 +248,28 @@ def measure(setting: Setting) -> None:
             measure_shape(setting, shape, mode)
 
 
-def measure_shape(setting: Setting, shape: tuple[int, int, int], mode: str) -> None:
+def measure_first(setting: Setting) -> None:
+    """Rows of point 1 that matter most: eager, and as a CUDA graph on a GPU."""
+    for shape in ((256, 256, 64),) if setting.small else (SHAPES[0], SHAPES[1], SHAPES[3]):
+        for mode in ("eager", "graph") if setting.device == "cuda" else ("eager",):
+            measure_shape(setting, shape, mode, FIRST, 10, needs=12)
+
+
+def measure_shape(
+    setting: Setting,
+    shape: tuple[int, int, int],
+    mode: str,
+    names: Sequence[str] = (),
+    rounds: int = 30,
+    needs: float = 0,
+) -> None:
+    """Rows of one shape in one mode: of `names`, all that the table has where none is given."""
     rows, title = setting.rows, f"{shape[0]} -> {shape[1]} x {shape[2]}, {mode}"
-    names = [name for name in makers(*shape[:2]) if name not in LEFT_OUT]
+    names = names or [name for name in makers(*shape[:2]) if name not in LEFT_OUT]
     if all(rows.find(1, f"{title}: {name}") for name in names):
         return
-    rows.check_time()
-    rounds, calls = 5 if setting.small else 30, 20 if setting.device == "cuda" else 1
+    rows.check_time(needs)
+    rounds, calls = 5 if setting.small else rounds, 20 if setting.device == "cuda" else 1
     seconds, _, failed = time_all(shape, names, mode, setting.device, setting.dtype, rounds, calls)
     free()
     for name in names:

@@ -10,12 +10,20 @@ program that caches latents leaves out of each step. `--tiny-vae` shows the step
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import random
 import statistics
 import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
 
 from scripts.bench.run import settings
 from scripts.bench.setting import ROOT, Rows, Setting, Values, run_json
@@ -26,6 +34,9 @@ STARTER = """
 import json, runpy, sys, time
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from scripts.bench.peers import stand_in_for_torchvision
+if sys.argv[2] == "script":
+    stand_in_for_torchvision()
 result, kind, program = sys.argv[1:4]
 sys.argv = sys.argv[3:]
 on_gpu = torch.cuda.is_available()
@@ -45,6 +56,95 @@ peaks = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
 json.dump({"times": times, "peak": [peak() / 2**30 if on_gpu else None for peak in peaks]}, open(result, "w"))
 """
 """Runs a program and notes the wall's and the process's time after each optimiser step, and the peak of its memory."""
+
+
+def stand_in_for_torchvision() -> None:
+    """Where torchvision is missing, offer the few transforms of it that diffusers' script uses, with its results."""
+    if importlib.util.find_spec("torchvision"):
+        return
+    import diffusers  # noqa: F401  looks itself whether torchvision is there, and must not find this
+    import transformers
+
+    transformers.utils.is_torchvision_available()
+    whole, functional = ModuleType("torchvision"), ModuleType("torchvision.transforms.functional")
+    transforms: Any = ModuleType("torchvision.transforms")
+    bilinear = Image.Resampling.BILINEAR
+    transforms.InterpolationMode = SimpleNamespace(BILINEAR=bilinear, LANCZOS=Image.Resampling.LANCZOS)
+    for kind in (Resize, CenterCrop, RandomCrop, RandomHorizontalFlip, Compose, ToTensor, Normalize):
+        setattr(transforms, kind.__name__, kind)
+    functional.crop = lambda image, y, x, h, w: image.crop((x, y, x + w, y + h))  # type: ignore[attr-defined]
+    whole.transforms, transforms.functional = transforms, functional  # type: ignore[attr-defined]
+    for module in (whole, transforms, functional):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
+
+
+class Resize:
+    """The shorter side to `size` pixels."""
+
+    def __init__(self, size: int, interpolation: Any):
+        self.size, self.interpolation = size, interpolation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        shorter = min(image.size)
+        width, height = (max(self.size, int(self.size * side / shorter)) for side in image.size)
+        return image.resize((width, height), self.interpolation)
+
+
+class RandomCrop:
+    """A square of `size` pixels anywhere."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    @staticmethod
+    def get_params(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        return random.randint(0, image.height - size[0]), random.randint(0, image.width - size[1]), *size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        y, x, _, _ = self.get_params(image, (self.size, self.size))
+        return image.crop((x, y, x + self.size, y + self.size))
+
+
+class CenterCrop(RandomCrop):
+    """The square of `size` pixels in the middle."""
+
+    @staticmethod
+    def get_params(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        return (image.height - size[0]) // 2, (image.width - size[1]) // 2, *size
+
+
+class RandomHorizontalFlip:
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < self.p else image
+
+
+class Compose:
+    def __init__(self, steps: list[Any]):
+        self.steps = steps
+
+    def __call__(self, image: Any) -> Any:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+
+class ToTensor:
+    """(3, H, W) from 0 to 1."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+
+
+class Normalize:
+    def __init__(self, mean: list[float], std: list[float]):
+        self.mean, self.std = mean[0], std[0]
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return (image - self.mean) / self.std
 
 
 def timed(setting: Setting, kind: str, program: str, words: list[str], **environment: str) -> Values:
@@ -111,6 +211,15 @@ def photos_without_captions(setting: Setting) -> Path:
     return folder
 
 
+def measure_first(setting: Setting) -> None:
+    """Both programs once, plain: diffusers' first, since the rows of the step itself show ours."""
+    steps = 4 if setting.small else STEPS
+    title = f"sdxl {setting.side('sdxl')}, batch 1, plain"
+    setting.rows.attempt(7, f"{title}: {THEIRS}", lambda: theirs(setting, steps, "plain"), needs=70)
+    setting.rows.attempt(7, f"{title}: {OURS}", lambda: ours(setting, steps, "plain", "peer-ours"), needs=40)
+    compare_steps(setting, title)
+
+
 def measure(setting: Setting) -> None:
     steps = 4 if setting.small else STEPS
     for way in ("plain", "checkpointing"):
@@ -119,11 +228,17 @@ def measure(setting: Setting) -> None:
             OURS: lambda way=way: ours(setting, steps, way, "peer-ours"),
             THEIRS: lambda way=way: theirs(setting, steps, way),
         }
-        mine, other = (setting.rows.attempt(7, f"{title}: {name}", run[name]) for name in (OURS, THEIRS))
-        if mine and other:
-            ratio = other["ms a step"] / mine["ms a step"]
-            goal = ("krona-train no slower", lambda found: found["x the time of krona-train"] >= 1)
-            setting.rows.conclude(7, f"{title}: diffusers' step", {"x the time of krona-train": ratio}, goal)
+        for name in (OURS, THEIRS):
+            setting.rows.attempt(7, f"{title}: {name}", run[name])
+        compare_steps(setting, title)
+
+
+def compare_steps(setting: Setting, title: str) -> None:
+    mine, other = (setting.rows.find(7, f"{title}: {name}") for name in (OURS, THEIRS))
+    if mine and other:
+        ratio = other["ms a step"] / mine["ms a step"]
+        goal = ("krona-train no slower", lambda found: found["x the time of krona-train"] >= 1)
+        setting.rows.conclude(7, f"{title}: diffusers' step", {"x the time of krona-train": ratio}, goal)
 
 
 # ---- on its own: a small model, both programs in turns ---------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Whole training runs, watched: where the seconds go, how much memory each phase needs at most, losses by precision.
 
-    python -m scripts.bench.run --config dog.yaml [--set train.steps=6] [--json FILE] [--cap 8]
+    python -m scripts.bench.run --config dog.yaml [--set train.steps=6] [--json FILE] [--cap 8] [--resume]
 
 `--cap` is a card of so many GiB: the allocator gives 0.8 GiB less, which the driver and the desktop take, and what is
 free is reported accordingly. `--blind` leaves the latter as it is, so that a run has to notice by itself that it does
@@ -42,6 +42,8 @@ class Watch:
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, tuple[float, float]] = {}
         self.calls: dict[str, int] = {}
+        self.timed = 0
+        """Steps in the phase `steps`: all but the first."""
         self.level = ""
         """The memory level of the latest step."""
 
@@ -84,6 +86,7 @@ class Watch:
         @functools.wraps(inner)
         def step(run: Any, number: int) -> Any:
             self.enter("first step" if number == run.start else "steps")
+            self.timed += number > run.start
             wish = inner(run, number)
             self.level = run.level.name
             return wish
@@ -92,7 +95,7 @@ class Watch:
 
     def summary(self) -> dict[str, Any]:
         self.enter("after")
-        return {"seconds": self.seconds, "memory": self.memory, "calls": self.calls}
+        return {"seconds": self.seconds, "memory": self.memory, "calls": self.calls, "timed": self.timed}
 
 
 def cap_memory(gib: float, blind: bool) -> None:
@@ -156,13 +159,18 @@ def measure(setting: Setting) -> None:
         setting.rows.attempt(4, f"configs/sdxl.yaml, {name}", lambda changes=changes: parts(setting, changes))
 
 
-def parts(setting: Setting, changes: dict[str, Any]) -> Values:
+def parts(setting: Setting, changes: dict[str, Any], *flags: str) -> Values:
     short = {"train.steps": 10, "validation.every": 5, "validation.steps": 2} if setting.small else {}
-    found = watched(setting, ROOT / "configs" / "sdxl.yaml", {**short, **changes}, "whole")["seconds"]
-    values: Values = {"s in all": sum(found.values())}
+    whole = watched(setting, ROOT / "configs" / "sdxl.yaml", {**short, **changes}, "whole", *flags)
+    found = whole["seconds"]
+    values: Values = {"s in all": sum(found.values()), "level": whole["level"]}
+    if whole["timed"]:
+        values["ms a step"] = 1e3 * found["steps"] / whole["timed"]
     values |= {name: f"{found[name]:.1f}" for name in ORDER if name in found}
     values["the rest"] = f"{sum(value for name, value in found.items() if name not in ORDER):.1f}"
-    return {**values, "_parts": found}
+    if whole["memory"]:
+        values["GiB reserved at most"] = max(both[1] for both in whole["memory"].values())
+    return {**values, "_parts": found, "_memory": whole["memory"]}
 
 
 def watched(setting: Setting, path: Path, changes: dict[str, Any], name: str, *flags: str) -> dict[str, Any]:
@@ -353,6 +361,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write to this file instead of the terminal")
     parser.add_argument("--cap", type=float, help="GiB of the card that is played")
     parser.add_argument("--blind", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="as in krona-train; without it the run starts anew")
     given = parser.parse_args()
 
     from diffusekrona_train.training import train
@@ -361,7 +370,7 @@ def main() -> None:
     if given.cap:
         cap_memory(given.cap, given.blind)
     with watching(BEGAN) as made:
-        train(config, overwrite=True)
+        train(config, resume=given.resume, overwrite=not given.resume)
     found = {**made.summary(), "level": made.level, "steps": config.train.steps}
     if torch.cuda.is_available():
         found["total"] = torch.cuda.get_device_properties(0).total_memory / GIB

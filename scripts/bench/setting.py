@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +27,18 @@ BROKEN: dict[Path, str] = {}
 """Models that could not be made, and why: they are not tried again for every row."""
 
 
+UNTIL = "MEASURE_UNTIL"
+"""Environment variable: seconds since the epoch at which every process of a measurement has to be done."""
+TAIL = 4000
+"""Characters of a failed process's stderr that are kept."""
+
+
 class Failed(RuntimeError):
-    """A process of its own ended with an error; the last line that it said."""
+    """A process of its own ended with an error: the last line that it said, and the end of its stderr."""
+
+    def __init__(self, line: str, stderr: str = ""):
+        super().__init__(line)
+        self.stderr = stderr[-TAIL:]
 
 
 @dataclass(frozen=True)
@@ -86,20 +97,30 @@ class Setting:
         return folder
 
 
-def run(command: list[str], *, timeout: float = 3600, **environment: str) -> str:
-    """Output of a command in the project folder; Failed with its last line of stderr."""
+def left() -> float:
+    """Return the seconds until this measurement has to be done; infinite where nobody said."""
+    return float(os.environ.get(UNTIL, "inf")) - time.time()
+
+
+def run(command: list[str], **environment: str) -> str:
+    """Output of a command in the project folder; Failed with its last line of stderr, or where the time is up."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    longest = min(3600.0, max(1.0, left()))
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=longest,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
+        raise Failed(f"stopped after {longest:.0f} s", said) from None
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise Failed(said[-1] if said else f"exit status {done.returncode}")
+        raise Failed(said[-1] if said else f"exit status {done.returncode}", done.stderr)
     return done.stdout
 
 
@@ -133,15 +154,33 @@ class TimeIsUp(Exception):
     """No further row is begun; the same command goes on where this one left off."""
 
 
+class Broken(Exception):
+    """The process cannot use its device any more: every further row needs a new process."""
+
+
+STICKY = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure", "CUBLAS_STATUS")
+"""Words of errors after which each further call of the device fails too."""
+
+
 class Rows:
     """Rows in `path`, written anew after each. After `until` (seconds since the epoch) none is begun.
 
-    Without `judging`, goals are left out: a small model cannot meet or miss them.
+    Without `judging`, goals are left out: a small model cannot meet or miss them. Without `again`, a row that failed
+    before is not tried again. A `guest` measures nothing itself: card and versions stay as they are written.
     """
 
-    def __init__(self, path: Path, until: float = float("inf"), judging: bool = True):
-        self.path, self.until, self.judging = path, until, judging
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    def __init__(
+        self,
+        path: Path,
+        until: float = float("inf"),
+        judging: bool = True,
+        again: bool = True,
+        guest: bool = False,
+    ):
+        self.path, self.until, self.judging, self.again = path, until, judging, again
+        whole = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+        self.rows: list[dict[str, Any]] = whole.pop("rows")
+        self.about = whole if guest and whole else machine()
 
     def find(self, point: int, what: str) -> Values | None:
         """The values of a row that was measured, in this run or an earlier one."""
@@ -153,22 +192,46 @@ class Rows:
         new = {"point": point, "what": what, "values": {}, "taken": now(), **fields}
         self.rows = [row for row in self.rows if (row["point"], row["what"]) != (point, what)] + [new]
         self.rows.sort(key=lambda row: row["point"])
-        about = {"date": now(), **machine()}
+        self.write()
+        print(line(new), flush=True)
+
+    def drop(self, point: int, what: str) -> None:
+        """Remove a row, if it is there."""
+        kept = [row for row in self.rows if (row["point"], row["what"]) != (point, what)]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self.write()
+
+    def write(self) -> None:
+        about = {**self.about, "date": now()}
         temporary = self.path.with_suffix(".part")
         temporary.write_text(json.dumps({**about, "rows": self.rows}, indent=1))
         temporary.replace(self.path)
-        print(line(new), flush=True)
 
-    def attempt(self, point: int, what: str, measure: Callable[[], Values], goal: Goal | None = None) -> Values | None:
-        """Measures a row that is not there yet; what goes wrong becomes its reason. TimeIsUp past `until`."""
+    def failed(self, point: int, what: str) -> bool:
+        """Return whether a row was tried and failed."""
+        return any((row["point"], row["what"]) == (point, what) and "error" in row for row in self.rows)
+
+    def attempt(
+        self, point: int, what: str, measure: Callable[[], Values], goal: Goal | None = None, needs: float = 0
+    ) -> Values | None:
+        """Measures a row that is not there yet; what goes wrong becomes its reason.
+
+        TimeIsUp where fewer than `needs` seconds are left, Broken after an error that leaves the device unusable.
+        """
         if (known := self.find(point, what)) is not None:
             return known
-        self.check_time()
+        if not self.again and self.failed(point, what):
+            return None
+        self.check_time(needs)
         began = time.time()
         try:
             values = measure()
         except Exception as error:
-            self.put(point, what, error=reason(error))
+            told = getattr(error, "stderr", "") or traceback.format_exc()
+            self.put(point, what, error=reason(error), stderr=told[-TAIL:])
+            if not isinstance(error, Failed) and any(words in str(error) for words in STICKY):
+                raise Broken from error
             return None
         self.conclude(point, what, values, goal, took_s=round(time.time() - began, 1))
         return values
@@ -178,8 +241,8 @@ class Rows:
         judged = {"goal": goal[0], "met": bool(goal[1](values))} if goal and self.judging else {}
         self.put(point, what, values=values, **judged, **fields)
 
-    def check_time(self) -> None:
-        if time.time() > self.until:
+    def check_time(self, needs: float = 0) -> None:
+        if time.time() + needs > self.until:
             raise TimeIsUp
 
 

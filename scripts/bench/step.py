@@ -11,16 +11,18 @@ way to run a step, and says where its time goes.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from diffusekrona_train.training.setup import compile_blocks
+from diffusekrona_train.models.sdxl import SDXL
+from diffusekrona_train.training.base import compile_blocks
 from scripts.bench.contender import Bench, Contender, load
-from scripts.bench.setting import Setting, Values, free
+from scripts.bench.setting import Setting, TimeIsUp, Values, free
 from tests.tiny import make_unet
 
 CASES = (("sdxl", 1), ("sdxl", 4), ("sd15", 1), ("sd15", 8))
@@ -31,6 +33,7 @@ CONTENDERS: dict[str, dict | None] = {
 }
 BARE, RIVAL, KRONA = CONTENDERS
 WAYS = ("eager", "checkpointing", "compiled blocks", "CUDA graph", "compiled blocks, CUDA graph")
+NF4, PROFILE = "NF4, checkpointing", "profile"
 STEPS_OF_THE_GOAL, SECONDS_OF_THE_GOAL = 500, 45
 
 
@@ -55,6 +58,60 @@ def measure(setting: Setting) -> None:
         free()
 
 
+FIRST = (
+    (BARE, "eager", 25),
+    (KRONA, "eager", 15),
+    (RIVAL, "eager", 15),
+    (BARE, "checkpointing", 15),
+    (KRONA, "checkpointing", 15),
+    (PROFILE, "eager", 15),
+    (BARE, "CUDA graph", 20),
+    (KRONA, "CUDA graph", 20),
+    (RIVAL, "CUDA graph", 20),
+    (KRONA, NF4, 30),
+)
+"""(contender, way, seconds that the row takes on a fast card, with some to spare), the most valuable first."""
+COMPILED = (
+    (KRONA, "compiled blocks", 90),
+    (BARE, "compiled blocks", 70),
+    (KRONA, "compiled blocks, CUDA graph", 90),
+    (BARE, "compiled blocks, CUDA graph", 70),
+)
+
+
+def measure_first(setting: Setting) -> None:
+    """Rows of point 2 at batch 1 in one process with one UNet; those that do not fit the time left are passed over."""
+    some = [row for row in FIRST if setting.device == "cuda" or "graph" not in row[1]]
+    measure_rows(setting, some)
+
+
+def measure_compiled(setting: Setting) -> None:
+    """The same with compiled blocks, which take a minute each."""
+    measure_rows(setting, COMPILED if setting.device == "cuda" else () if setting.small else COMPILED[:2])
+
+
+def measure_rows(setting: Setting, wanted: Sequence[tuple[str, str, int]]) -> None:
+    title, made = f"sdxl {setting.side('sdxl')}, batch 1", functools.cache(lambda: first_bench(setting))
+    rounds, late = 3 if setting.small else 5, None
+    for name, way, seconds in wanted:
+        if name == PROFILE:
+            what, take = f"{title}: where the time goes, eager", lambda: shares(made(), setting)
+        else:
+            what = f"{title}: {name}, {way}"
+            take = lambda name=name, way=way: time_steps(made(), CONTENDERS[name], way, setting, rounds)  # noqa: E731
+        try:
+            setting.rows.attempt(2, what, take, needs=seconds)
+        except TimeIsUp as error:
+            late = error  # a shorter row may fit
+    summary(setting, title, "sdxl", 1)
+    if late:
+        raise late
+
+
+def first_bench(setting: Setting) -> Bench:
+    return Bench(load(setting, "sdxl"), setting.side("sdxl"), 1)
+
+
 def ways(setting: Setting) -> tuple[str, ...]:
     if setting.small and setting.device == "cpu":
         return WAYS[:2]
@@ -67,14 +124,25 @@ def set_way(unet: Any, way: str) -> None:
     unet.disable_gradient_checkpointing()
     for module in unet.modules():
         module._compiled_call_impl = None
-    if way == "checkpointing":
+    if "checkpointing" in way:
         unet.enable_gradient_checkpointing()
     if "compiled" in way:
         compile_blocks(unet)
 
 
-def time_steps(bench: Bench, adapter: dict | None, way: str, setting: Setting) -> Values:
+def quantize(unet: Any) -> None:
+    """Turn the UNet's linears into NF4, for good: no other way can follow."""
+    from diffusekrona_train.models.quantize import quantize_linears
+
+    device = next(unet.parameters()).device
+    quantize_linears(unet, "nf4", unet.dtype, SDXL().quantizes)
+    unet.requires_grad_(False).to(device)
+
+
+def time_steps(bench: Bench, adapter: dict | None, way: str, setting: Setting, rounds: int = 9) -> Values:
     """Seconds a step (median of rounds), memory at the peak, and what the first step took on top."""
+    if way == NF4:
+        quantize(bench.unet)
     contender = bench.contender(adapter)
     try:
         set_way(bench.unet, way)
@@ -88,7 +156,7 @@ def time_steps(bench: Bench, adapter: dict | None, way: str, setting: Setting) -
             torch.cuda.reset_peak_memory_stats()
         calls = 1 if setting.small else 5
         seconds = []
-        for number in range(4 if setting.small else 9):
+        for number in range(min(rounds, 4) if setting.small else rounds):
             began = time.perf_counter()
             for call in range(calls):
                 step(number * calls + call + 1)

@@ -4,6 +4,7 @@
 #   PYTHON_VERSION=3.13 CUDA=128 PLATFORM=aarch64 scripts/gpu/carry.sh
 #   WITHOUT="" scripts/gpu/carry.sh        for a machine that has torch alone: 16 MiB more
 #   scripts/gpu/carry.sh --list            only print the packages and versions
+#   PEER=…/train_dreambooth_lora_sdxl.py scripts/gpu/carry.sh      diffusers' script from a file; without, from GitHub's tag
 # Versions: constraints.txt. WITHOUT names packages that the machine has (by default what comes with an installation of
 # transformers). Checkout and wheels together may weigh LIMIT (64) MiB: more is an error.
 set -euo pipefail
@@ -68,6 +69,16 @@ with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLA
         new.writestr(entry, data)
 slim.replace(wheel)
 PYTHON
+
+# diffusers' own script, of the version that is carried, to be timed beside ours
+release=$(sed -n 's/^diffusers==//p' constraints.txt) peer=.wheels/peer/train_dreambooth_lora_sdxl.py
+mkdir .wheels/peer
+if [ -n "${PEER:-}" ]; then
+    cp "$PEER" $peer
+else
+    curl -fsS -o $peer "https://raw.githubusercontent.com/huggingface/diffusers/v$release/examples/dreambooth/${peer##*/}" ||
+        { rmdir .wheels/peer && echo "carry.sh: going on without diffusers' script; PEER=… names a file of it" >&2; }
+fi
 
 files=(.wheels/*.whl)
 kilobytes() { du -ck "$@" | tail -n 1 | cut -f 1; }

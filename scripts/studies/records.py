@@ -34,6 +34,7 @@ SINCE: dict[str, Any] = {
     "subject.caption_column": None,
     "subject.split": None,
     "adapter.norm_cap": None,
+    "adapter.align_draws": 16,
     "adapter.rank_scale": "rank",
     "adapter.rho": 2,
     "adapter.block_size": 16,

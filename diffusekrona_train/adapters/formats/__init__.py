@@ -18,6 +18,8 @@ from diffusekrona_train.adapters.formats.adapterfile import (
 from diffusekrona_train.adapters.formats.authors import import_diffusekrona
 from diffusekrona_train.adapters.formats.exports import EXPORTERS, export_command, merge
 from diffusekrona_train.adapters.formats.loading import (
+    fill,
+    identified,
     inject_file,
     known_layers,
     load_adapter,
@@ -33,6 +35,8 @@ __all__ = [
     "OVER_BASE",
     "AdapterFile",
     "export_command",
+    "fill",
+    "identified",
     "identify",
     "import_diffusekrona",
     "inject_file",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from diffusekrona_train.adapters.formats import tensorfile
 from diffusekrona_train.adapters.formats.names import KEY
 
 
-def annotate(path: str | Path, **info: Any) -> None:
+def annotate(path: str | Path, **info: object) -> None:
     """Set fields of the JSON that an adapter file of this project describes itself with (None removes a field).
 
     Nothing is written where nothing changes. ValueError for a file of another tool, which has no such JSON.

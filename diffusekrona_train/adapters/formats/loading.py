@@ -45,19 +45,32 @@ def open_adapter(
 
 def inject_file(model: nn.Module, file: AdapterFile) -> Injection:
     """Put the adapter of a file into a denoiser; ValueError where it does not fit (the model is then unchanged)."""
-    config = getattr(model, "config", None)
-    layers = find_layers(model, None)
-    family = family_name(model)
-    file = identify(file, layers, family, layers_per_block(config))
+    file = identified(model, file)
     assert file.spec is not None
     injection = inject(model, file.spec, options=file.options)
     try:
+        fill(injection, file)
+    except ValueError:
+        injection.eject()
+        raise
+    return injection
+
+
+def identified(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """Return the file with its adapter's type, layers and options known, as they are in this model."""
+    layers = find_layers(model, None)
+    return identify(file, layers, family_name(model), layers_per_block(getattr(model, "config", None)))
+
+
+def fill(injection: Injection, file: AdapterFile) -> None:
+    """Load the factors of an identified file into adapters of the same shapes; ValueError where they are others."""
+    try:
+        if other := injection.adapters.keys() ^ file.groups.keys():
+            raise ValueError(f"{min(other)} is adapted in one of the two and not in the other")
         for name, adapter in injection.adapters.items():
             adapter.load_file_tensors(file.groups[name])
     except (ValueError, KeyError) as error:
-        injection.eject()
         raise ValueError(f"{file.path}: {error}") from None
-    return injection
 
 
 def load_adapter(pipe_or_model: Any, path: str | Path, strength: float = 1.0) -> Injection:

@@ -32,8 +32,9 @@ def to_merged(
     denoiser, pipe = parts["denoiser"], source.family.pipeline(parts)
     _check_room(out, denoiser.parameters())
     with atomic(out) as folder:
-        pipe.save_pretrained(folder)
-        _compare(denoiser, folder / "unet", out)
+        pipe.save_pretrained(str(folder))
+        _name_the_folder(folder, out)
+        _compare(denoiser, folder / source.family.parts.denoiser.folder, out)
     return [f"{len(file.layers)} layers of {kind_of_adapter(file)} summed into {source.identity}"]
 
 
@@ -121,6 +122,13 @@ def delta(file: AdapterFile, layer: Layer) -> Tensor:
     adapter = ADAPTERS[file.spec.type](layer, file.options[layer.name], file.spec)
     adapter.load_file_tensors(file.groups[layer.name])
     return adapter.delta()
+
+
+def _name_the_folder(folder: Path, out: Path) -> None:
+    """Let the index of a modular pipeline, which names the folder that it was saved to, name the final one."""
+    index = folder / "modular_model_index.json"
+    if index.is_file():
+        index.write_text(index.read_text(encoding="utf-8").replace(str(folder), str(out)), encoding="utf-8")
 
 
 def _compare(denoiser: nn.Module, folder: Path, out: Path) -> None:

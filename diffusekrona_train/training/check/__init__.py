@@ -50,7 +50,7 @@ __all__ = ["check_briefly", "check_config", "draw_sheet", "write_init"]
 MOST_DRAWN = 40
 """Photos on the contact sheet."""
 CELL = 256
-"""Side of a picture on the contact sheet, in pixels."""
+"""Side of a photo on the contact sheet, in pixels."""
 MOST_REASONS = 20
 """Lines on what was skipped and why, and on what was done to photos."""
 COLOURS = ("#e8710a", "#1a73e8", "#188038", "#a142f4")
@@ -102,7 +102,7 @@ def check_briefly(config: RunConfig) -> dict[str, list[str]]:
 
 
 def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
-    """How many images, in which sizes, with whose captions, and everything that was left out."""
+    """Return how many images there are, in which sizes, with whose captions, and everything that was left out."""
     sizes = Counter(f"{picture.width} x {picture.height}" for picture in collection.pictures).most_common(4)
     where = config.subject.images or "subject.files"
     lines = [f"{len(collection.pictures)} from {printable(where)} ({', '.join(f'{n} of {s}' for s, n in sizes)}, …)"]
@@ -123,7 +123,7 @@ def photo_lines(config: RunConfig, collection: Collection) -> list[str]:
 
 
 def _by_reason(told: Iterable[tuple[str, str]]) -> list[str]:
-    """`a.md, b.md and 3 more: why`, a line for each reason."""
+    """Return `a.md, b.md and 3 more: why`, a line for each reason."""
     names: dict[str, list[str]] = {}
     for name, why in told:
         names.setdefault(why, []).append(name)
@@ -135,7 +135,7 @@ def _by_reason(told: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def draw_sheet(config: RunConfig, crops: list[list[Crop]], path: Path) -> Path:
-    """A PNG with each photo, its crops drawn on it, beside the crops themselves."""
+    """Return a PNG of each photo with its crops outlined, beside the crops themselves."""
     rows = []
     for row in crops[:MOST_DRAWN]:
         first = row[0]
@@ -151,7 +151,7 @@ def draw_sheet(config: RunConfig, crops: list[list[Crop]], path: Path) -> Path:
 
 
 def _with_boxes(crops: list[Crop], photo: Image.Image) -> Image.Image:
-    """The photo, small, what no crop shows pale, a frame around each crop."""
+    """Return the photo, small, with what no crop shows pale and a frame around each crop."""
     factor = min(1.0, 512 / max(photo.size))
     size = max(1, round(photo.width * factor)), max(1, round(photo.height * factor))
     photo = photo.resize(size, Image.Resampling.LANCZOS)
@@ -170,7 +170,7 @@ def _with_boxes(crops: list[Crop], photo: Image.Image) -> Image.Image:
 
 
 def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
-    """What the model is, and a warning where the resolution is not the one it was made for."""
+    """Return what the model is, and a warning where the resolution is not the one it was made for."""
     parameters = base_parameters(source)
     lines = [f"{source.identity}: family {source.family.name}, {parameters:,} parameters, {source.prediction_type}"]
     if source.default_resolution != config.data.resolution:
@@ -225,7 +225,7 @@ def _is_cached(place: HubModel) -> bool:
 
 
 def prompt_lines(config: RunConfig, collection: Collection) -> list[str]:
-    """Captions and prompts as the text encoder reads them."""
+    """Return captions and prompts as the text encoder reads them."""
     captions = Counter(text for picture in collection.pictures for text in picture.captions).most_common()
     lines = [f"caption of {count}: {_quoted(text)}" for text, count in captions[:5]]
     if len(captions) > 5:
@@ -252,7 +252,8 @@ def _quoted(text: str) -> str:
 
 
 def identifier_lines(config: RunConfig, source: ModelSource, collection: Collection) -> list[str]:
-    """Tokens of the identifier in each encoder, whether it means something already, and captions that are too long."""
+    """Return tokens of the identifier in each encoder, whether it means something already, and captions that are too
+    long."""
     token = config.subject.token
     if token.lower() == config.subject.class_noun.lower():
         return [f"{token!r} is the class noun itself: the subject would overwrite the whole class; take a rare word"]
@@ -283,7 +284,7 @@ def identifier_lines(config: RunConfig, source: ModelSource, collection: Collect
 
 
 def adapter_lines(config: RunConfig, source: ModelSource) -> tuple[int, list[str]]:
-    """(trainable parameters, lines on layers and factors)."""
+    """Return (trainable parameters, lines on layers and factors)."""
     from diffusekrona_train.adapters import count_parameters, plan, plan_notes
     from diffusekrona_train.models.layers import select_layers
 

@@ -71,7 +71,7 @@ def _likeness(crops: Sequence[Crop], hashes: Sequence[np.ndarray]) -> list[str]:
 
 
 def sharpness(image: Image.Image) -> float:
-    """Variance of the Laplacian of the grey photo, at most 512 pixels wide; infinite for tiny ones, which are drawn."""
+    """Return the variance of the Laplacian of the grey photo, at most 512 pixels wide; infinite for tiny drawings."""
     if min(image.size) < 128:
         return float("inf")
     small = image.convert("L")
@@ -82,7 +82,7 @@ def sharpness(image: Image.Image) -> float:
 
 
 def difference_hash(image: Image.Image) -> np.ndarray:
-    """(64,) bool: is each of 8 x 8 cells brighter than its right neighbour."""
+    """Return (64,) bool: is each of 8 x 8 cells brighter than its right neighbour."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return (grey[:, :-1] > grey[:, 1:]).ravel()
 

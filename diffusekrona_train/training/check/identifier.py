@@ -1,6 +1,6 @@
-"""Is the identifier a rare word? What the tokenizers make of it, and which rare words they know instead.
+"""Check that the identifier is a rare token: how the tokenizers split it, and which rare words they know instead.
 
-Tokenizers alone, from the model's folder, the local hub cache or package data; nothing is fetched.
+Uses only tokenizers, from the model's folder, the local hub cache or package data; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ RARE_SHARE = 0.9
 
 
 def token_count(tokenizer: Loaded, text: str) -> int:
-    """Tokens of `text`, without the start and the end."""
+    """Count the tokens of `text`, without the start and the end."""
     return len(tokenizer.tokenize(text))
 
 
 def known_words(tokenizer: Loaded, text: str) -> list[str]:
-    """The words of `text` that are one frequent token, so that the model has a meaning for them."""
+    """Return the words of `text` that are one frequent token, so that the model has a meaning for them."""
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) < 10_000:  # too small for frequencies to mean much; single letters and rare words look alike
         return []
@@ -32,7 +32,7 @@ def known_words(tokenizer: Loaded, text: str) -> list[str]:
 
 
 def rare_words(tokenizer: Loaded, seed: str, count: int = 4) -> list[str]:
-    """Words of three letters that are a single, rare token: the same ones for the same `seed`."""
+    """Return words of three letters that are a single, rare token: the same ones for the same `seed`."""
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) < 10_000:
         return []

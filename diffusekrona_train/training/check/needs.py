@@ -18,21 +18,21 @@ from diffusekrona_train.models.source import ModelSource
 
 
 def base_parameters(source: ModelSource) -> int:
-    """Parameters of the denoiser: from its layer table where there is one, which needs no diffusers."""
+    """Count the denoiser's parameters: from its layer table if there is one, which needs no diffusers."""
     from diffusekrona_train.models import layers as tables
 
     return tables.base_parameters(source.alias) if source.alias in tables.TABLES else source.base_parameters()
 
 
 def layers_of(source: ModelSource) -> list[Layer]:
-    """All layers of the denoiser that can be adapted, from its layer table where there is one."""
+    """Return all layers of the denoiser that can be adapted, from its layer table where there is one."""
     from diffusekrona_train.models import layers as tables
 
     return tables.layer_table(source.alias) if source.alias in tables.TABLES else source.layers()
 
 
 def step_lines(config: RunConfig, collection: Collection) -> list[str]:
-    """Steps, passes over the photos, and the same in kohya's way of counting."""
+    """Return steps, passes over the photos, and the same in kohya's way of counting."""
     train = config.train
     photos, pass_views = len(collection.pictures), sum(picture.repeats for picture in collection.pictures)
     batch = train.batch_size * train.gradient_accumulation * world_size()
@@ -61,7 +61,8 @@ def step_lines(config: RunConfig, collection: Collection) -> list[str]:
 
 
 def _as_kohya(collection: Collection, guess: int) -> tuple[str, int]:
-    """(`10 repeats x 3 photos`, views an epoch): by the folders' own repeats, or by `guess` where none are given."""
+    """Return (`10 repeats x 3 photos`, views an epoch): by the folders' own repeats, or by `guess` where none are
+    given."""
     times = Counter(picture.repeats for picture in collection.pictures)
     if not collection.repeats_are_given:
         times = Counter({guess: len(collection.pictures)})
@@ -73,7 +74,7 @@ def _as_kohya(collection: Collection, guess: int) -> tuple[str, int]:
 
 
 def memory_lines(config: RunConfig, source: ModelSource) -> list[str]:
-    """Estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
+    """Return estimates for each way to fit, in GiB, what this machine has, and what would lower it."""
     import torch
 
     from diffusekrona_train.common.device import free_bytes, training_device_type
@@ -136,7 +137,7 @@ def encoder_lines(source: ModelSource) -> list[str]:
 
 
 def disk_lines(config: RunConfig, source: ModelSource, collection: Collection, trainable: int) -> list[str]:
-    """What cache and run folder will hold, against what is free."""
+    """Return what cache and run folder will hold, against what is free."""
     side = config.data.resolution
     latent = math.prod(source.family.latent_shape(source.vae_config, side, side))
     pictures = len(collection.pictures) + (config.prior.count if config.prior.kind == "images" else 0)
@@ -170,7 +171,7 @@ LACKS = {
 
 
 def device_lines() -> list[str]:
-    """The device that training would take; where a GPU is there and torch cannot use it, how to mend that."""
+    """Return the device that training would take; where a GPU is there and torch cannot use it, how to mend that."""
     import torch
 
     from diffusekrona_train.common.device import ABILITIES, device_name, training_device_type
@@ -198,7 +199,7 @@ def device_lines() -> list[str]:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the system shows an NVIDIA GPU, whatever torch thinks."""
+    """Return whether the system shows an NVIDIA GPU, whatever torch thinks."""
     if Path("/proc/driver/nvidia/version").exists() or any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     tool = shutil.which("nvidia-smi")

@@ -70,7 +70,7 @@ def write_init(folder: str | Path, class_noun: str, path: str | Path | None = No
 
 
 def starter_text(where: str, class_noun: str, target: Path) -> str:
-    """The YAML as text."""
+    """Return the YAML as text."""
     embedded = where.startswith("toybox:")
     model, model_why = ("toybox", "the small model in the package") if embedded else _model_for(free_gib())
     plain = {"subject": {"images": where, "class": class_noun}, "model": model, "output": f"runs/{target.stem}"}
@@ -103,7 +103,7 @@ def starter_text(where: str, class_noun: str, target: Path) -> str:
 
 
 def free_gib() -> float | None:
-    """Free GiB on the first GPU, None without one that torch can use."""
+    """Return the free GiB on the first GPU, None without one that torch can use."""
     try:
         from diffusekrona_train.common.device import free_bytes, pick_device
     except ImportError:
@@ -121,7 +121,7 @@ def _model_for(free: float | None) -> tuple[str, str]:
 
 
 def _quoted(text: str) -> str:
-    """As a YAML scalar: quoted where it is not a plain word."""
+    """Return the text as a YAML scalar: quoted if it is not a plain word."""
     if re.fullmatch(r"[A-Za-z_./][\w./-]*", text) and text.lower() not in ("null", "true", "false"):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
