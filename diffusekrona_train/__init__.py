@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusekrona_train.common.progress import Diverged, Progress, Stopped, TrainResult
     from diffusekrona_train.config import load_config
     from diffusekrona_train.evaluation import evaluate
+    from diffusekrona_train.fleet import personalise
     from diffusekrona_train.sampling import sample
     from diffusekrona_train.training import train
 
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "load_adapter",
     "load_config",
+    "personalise",
     "sample",
     "set_scale",
     "train",
@@ -41,6 +43,7 @@ _HOMES = {
     "common.progress": ("Diverged", "Progress", "Stopped", "TrainResult"),
     "config": ("load_config",),
     "evaluation": ("evaluate",),
+    "fleet": ("personalise",),
     "sampling": ("sample",),
     "training": ("train",),
 }

@@ -13,12 +13,11 @@ from diffusekrona_train.fleet.jobs import common_tree
 from tests import fleets
 from tests.runs import factors, make_world
 
-ray = pytest.importorskip("ray")
-
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_two_actors_and_one_killed_give_the_adapters_of_one_process(tmp_path):
+    pytest.importorskip("ray")  # an extra
     from diffusekrona_train.fleet import train_all
     from diffusekrona_train.fleet.call import Call
     from diffusekrona_train.fleet.service import Rows

@@ -234,11 +234,17 @@ def check_id(name: object, number: int) -> str:
     if not good or len(name) > LONGEST_ID or name.split(".")[0].lower() in RESERVED:
         shown = name if len(name) <= 60 else name[:59] + "…"
         raise JobError(
-            where if len(name) > LONGEST_ID else name,
+            shown_id({"id": name}, number),
             f"id: {shown!r} should be a file name of at most {LONGEST_ID} letters, digits, dots, - and _, which begins "
             "with none of . and - and is not a name such as con or cache",
         )
     return name
+
+
+def shown_id(row: Mapping[str, Any], number: int) -> str:
+    """Return what a job is called in messages, whether its id is good or not."""
+    name = row.get("id")
+    return name if isinstance(name, str) and len(name) <= LONGEST_ID else f"line {number}"
 
 
 def job_hash(config: RunConfig, model: str, photos: Iterable[Sequence[object]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.fleet.call import Call
-from diffusekrona_train.fleet.jobs import JobError, Tree
+from diffusekrona_train.fleet.jobs import JobError, Tree, shown_id
 from diffusekrona_train.fleet.photos import is_url
 from diffusekrona_train.fleet.service import Done, Source
 
@@ -93,14 +93,12 @@ class FromQueue:
                 time.sleep(POLL_SECONDS)
             return None
         number, job = row
-        name = job.id if isinstance(job, JobError) else str(job.get("id") or f"line {number}")
-        self.numbers.setdefault(name, []).append(number)
+        self.numbers.setdefault(job.id if isinstance(job, JobError) else shown_id(job, number), []).append(number)
         return row
 
     def end(self, done: Done) -> None:
-        own = self.numbers.get(done.id) or self.numbers.get(next(iter(self.numbers), ""), [])
-        if own:
-            self.ray.get(self.queue.end.remote(own.pop(0), done))
+        """Tell the queue that a job has ended."""
+        self.ray.get(self.queue.end.remote(self.numbers[done.id].pop(0), done))
 
 
 class Teller(Progress):
