@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusekrona_train.common.progress import EventLog, Progress
+from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.fleet.call import Call
 from diffusekrona_train.fleet.jobs import common_tree, lines_of
 
@@ -48,26 +48,12 @@ def personalise(
     return step_by_step(train_all(call, Rows(iter(rows)), progress or Progress()))
 
 
-def train_all(call: Call, source: Source, progress: Progress, *, events: str = "events.jsonl") -> Iterator[Done]:
-    """Train all jobs of a checked call; at the end the model is freed. `events`: the file in the output that gets what
-    happens, a line of JSON each."""
+def train_all(call: Call, source: Source, progress: Progress) -> Iterator[Done]:
+    """Train all jobs of a checked call, here or on Ray."""
     if call.on == "ray":
         from diffusekrona_train.fleet.spread import train_on_ray
 
-        yield from train_on_ray(call, source, progress)
-        return
-    from diffusekrona_train.common.device import free
-    from diffusekrona_train.fleet.outlet import open_outlet
-    from diffusekrona_train.fleet.service import Fleet
+        return train_on_ray(call, source, progress)
+    from diffusekrona_train.fleet.service import train_here
 
-    outlet = open_outlet(call.output)
-    outlet.root.mkdir(parents=True, exist_ok=True)
-    log = EventLog(progress)
-    log.open(outlet.root / events)
-    fleet = Fleet(source, call, outlet, log)
-    try:
-        yield from fleet.ends()
-    finally:
-        del fleet
-        outlet.close()
-        free()
+    return train_here(call, source, progress)

@@ -12,14 +12,15 @@ from typing import Any, Literal, Protocol
 
 from diffusekrona_train.adapters import plan
 from diffusekrona_train.common import run_folder
-from diffusekrona_train.common.progress import Progress, Stopped
+from diffusekrona_train.common.device import free
+from diffusekrona_train.common.progress import EventLog, Progress, Stopped
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data import collect, collect_prior
 from diffusekrona_train.fleet import folder as place
 from diffusekrona_train.fleet.call import Call
 from diffusekrona_train.fleet.hook import Webhook
 from diffusekrona_train.fleet.jobs import Job, JobError, Tree, job_hash, make_job
-from diffusekrona_train.fleet.outlet import Outlet
+from diffusekrona_train.fleet.outlet import Outlet, open_outlet
 from diffusekrona_train.fleet.page import keep_photo, write_fleet_page
 from diffusekrona_train.fleet.photos import fetch, is_elsewhere
 from diffusekrona_train.fleet.seats import Rider, Seats
@@ -363,6 +364,22 @@ class Fleet:
             write_fleet_page(self.outlet.root, dollars_an_hour=self.call.dollars_an_hour, running=running)
         except Exception as error:
             self.progress.warning(f"fleet.html was not written ({type(error).__name__}: {error})")
+
+
+def train_here(call: Call, source: Source, progress: Progress, *, events: str = "events.jsonl") -> Iterator[Done]:
+    """Train all jobs of a checked call on this machine; at the end the model is freed. `events`: the file in the output
+    that gets what happens, a line of JSON each."""
+    outlet = open_outlet(call.output)
+    outlet.root.mkdir(parents=True, exist_ok=True)
+    log = EventLog(progress)
+    log.open(outlet.root / events)
+    fleet = Fleet(source, call, outlet, log)
+    try:
+        yield from fleet.ends()
+    finally:
+        del fleet
+        outlet.close()
+        free()
 
 
 def _reason(error: BaseException) -> str:

@@ -127,11 +127,9 @@ class Worker:
 
     def work(self) -> None:
         """Train jobs of the queue until there is none any more."""
-        from diffusekrona_train.fleet import train_all
-
         ray: Any = importlib.import_module("ray")
         source = FromQueue(ray, self.queue, self.name)
-        for done in train_all(
+        for done in train_here(
             self.call, source, Teller(ray, self.queue, self.name), events=f"events-{self.name}.jsonl"
         ):
             source.end(done)

@@ -142,8 +142,8 @@ def losses_of(pack: Pack, shares: Sequence[Share]) -> list[Tensor]:
     if any(objective.config.train.loss in AGAINST_BASE for objective in objectives):
         with torch.no_grad(), pack.off():
             bare = _predicted(shares[0].run, x_t, t, rows, extras).split(size)
-    parts = zip(objectives, predicted.split(size), wanted.split(size), batches, bare, strict=True)
-    return [objective.judged(own, target, batch, base) for objective, own, target, batch, base in parts]
+    parts = zip(predicted.split(size), wanted.split(size), batches, bare, strict=True)
+    return [objective.judged(*part) for objective, part in zip(objectives, parts, strict=True)]
 
 
 def _predicted(run: Run, x_t: Tensor, t: Tensor, rows: Sequence[Tensors], extras: Tensors) -> Tensor:

@@ -49,12 +49,13 @@ def run(listed: Path, output: Path, pack: int, seconds: float | None) -> int:
     words += ["--pack", str(pack), "--output", str(output)]
     for field in ONLY_FAST:
         words += ["--set", field]
-    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        return child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-        return child.wait()
+    with (listed.parent / "log").open("w") as log:
+        child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            return child.wait()
 
 
 def look(output: Path, good: set[str], bad: set[str]) -> list[str]:
@@ -104,6 +105,8 @@ def main() -> None:
             left = given.kills - kills
             status = run(listed, output, given.pack, dice.uniform(given.least, given.most) if left else None)
             kills += status == -signal.SIGKILL
+        if status not in (0, 1):
+            raise SystemExit((listed.parent / "log").read_text())
         wrong = look(output, good, bad)
     seconds = time.monotonic() - began
     print(f"{len(rows)} lines, {len(good)} good jobs, {len(bad)} bad, {kills} SIGKILLs, {seconds:.0f} s, exit {status}")
