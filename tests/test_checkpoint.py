@@ -203,7 +203,7 @@ def test_a_state_of_before_a_field_resumes_where_the_field_changes_nothing(tmp_p
     new: dict = {section: dict(CONFIG.get(section, {})) for section in ("train", "adapter")}
     for name, value in checkpoint.YOUNGER.items():
         section, _, key = name.partition(".")
-        new[section][key] = value
+        new.setdefault(section, {})[key] = value
     checkpoint.refuse_changes(state, {**CONFIG, **new}, 1)
     new["train"]["rate_unit"] = "dw"
     with pytest.raises(ValueError, match=r"train\.rate_unit \(was 'factor', now 'dw'\)"):

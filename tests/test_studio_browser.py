@@ -81,7 +81,7 @@ def test_photos_are_dropped_described_and_removed(server):
         page.goto(server.url + "/new")
         drop(page, [*POODLES, text])
         expect(page.locator(".photos li")).to_have_count(3)
-        expect(page.locator("#toast")).to_contain_text("notes.png: is not a photo")
+        expect(page.locator("#wrong")).to_contain_text("notes.png: is not a photo")
         page.fill("[name=class]", "dog")
         page.fill("[name='caption:00.png']", "A [V] dog on wood")
         page.locator(".more > summary").click()

@@ -68,6 +68,13 @@ def test_two_processes_are_one_with_twice_the_batch(world, tmp_path):
         torch.testing.assert_close(other[name], value, rtol=0, atol=2e-3 * float(value.abs().max()))
 
 
+@pytest.mark.parametrize(("alias", "shift"), [("z-image", 6.0), ("z-image-turbo", 3.0)])
+def test_training_shifts_noise_levels_by_3_whatever_generates(alias, shift):
+    source = open_model(alias)
+    assert source.scheduler_config["shift"] == shift
+    assert float(source.process().quantile(0.5)) == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
+
+
 # ---- memory levels --------------------------------------------------------------------------------------------------
 
 

@@ -52,21 +52,28 @@ async def show(request: Request) -> Response:
 
 @posted
 async def refresh(request: Request, form: FormData) -> Answer:
-    """Keep what was typed in, and say what it means."""
+    """Keep what was typed in, and show it: at once, without the worker."""
     studio, draft = studio_of(request), draft_of(request)
     await run_in_threadpool(_keep, draft, form)
     parts = await run_in_threadpool(_parts, draft)
+    html = {"photos": fragment("_photos.html", csrf=studio.csrf, **parts)}
+    return {"html": html, "problem": parts["problem"], "yaml": parts["yaml"], "count": len(draft.names())}
+
+
+@posted
+async def look(request: Request, form: FormData) -> Answer:
+    """Say what photos, identifier and models are like."""
+    studio, draft = studio_of(request), draft_of(request)
     lines: dict[str, list[str]] = {"advice": [], "identifier": [], "plan": []}
-    if parts["photos"] and not parts["problem"]:
+    if draft.names():
         try:
             lines = await studio.worker.call(briefly, make_config(draft.here()))
         except (ValueError, RuntimeError, OSError) as error:
             lines["plan"] = [str(error)]
     studio.models = studio.models or await studio.worker.call(model_fits)
     chosen = draft.fields().get("model") or studio.models[0].alias
-    context = {**parts, "csrf": studio.csrf, "lines": lines, "models": studio.models, "chosen": chosen, "sure": True}
-    html = {name: fragment(f"_{name}.html", **context) for name in ("models", "photos", "advice", "identifier", "plan")}
-    return {"html": html, "problem": parts["problem"], "yaml": parts["yaml"], "count": len(draft.names())}
+    context = {"lines": lines, "models": studio.models, "chosen": chosen, "sure": True, "photos": draft.names()}
+    return {"html": {name: fragment(f"_{name}.html", **context) for name in ("models", "advice", "identifier", "plan")}}
 
 
 def _keep(draft: Draft, form: FormData) -> None:
@@ -117,5 +124,5 @@ async def begin(request: Request, form: FormData) -> Answer:
     return f"/runs/{name}"
 
 
-ACTIONS = {"photos": upload, "fields": refresh, "remove": remove, "example": example, "start": begin}
+ACTIONS = {"photos": upload, "fields": refresh, "look": look, "remove": remove, "example": example, "start": begin}
 ROUTES = [Route("/new", show), *(Route(f"/new/{name}", action, methods=["POST"]) for name, action in ACTIONS.items())]

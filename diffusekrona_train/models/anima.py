@@ -60,8 +60,8 @@ class Anima(QwenVae):
         r"\.ff\.net\.2$": ".mlp.layer2",
     }
     version, architecture = "anima", "anima"
-    # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.
-    memory = MemoryFigures(plain=14.0, checkpointing=1.5, quantized_share=0.97)
+    # counted by python -m scripts.bench.known
+    memory = MemoryFigures(plain=10.9, checkpointing=0.96, quantized_share=0.99, largest_block=0.035)
 
     def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
         """Encode a prompt as {"prompt_embeds": (512, D)}, as the conditioner gives it: zeros behind the prompt."""

@@ -62,8 +62,8 @@ class Flux2(FlowTransformer):
     }
     pipeline_class = "Flux2Pipeline"
     version, architecture = "flux_2_dev", "flux-2-dev"
-    # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.
-    memory = MemoryFigures(plain=70.0, checkpointing=4.0, quantized_share=0.96)
+    # counted by python -m scripts.bench.known
+    memory = MemoryFigures(plain=72.7, checkpointing=5.09, quantized_share=0.975, largest_block=0.03)
 
     def matches(self, denoiser_config: Config) -> bool:
         """Return True for FLUX.2's transformer with a guidance embedding (dev) or without (klein)."""
@@ -144,7 +144,8 @@ class Klein(Flux2):
     text_layers = (9, 18, 27)
     pipeline_class = "Flux2KleinPipeline"
     version, architecture = "flux_2_klein", "flux-2-klein"
-    memory = MemoryFigures(plain=22.0, checkpointing=2.0, quantized_share=0.95)
+    # of 9B; 4B, whose blocks are a larger share of it, takes two thirds
+    memory = MemoryFigures(plain=27.3, checkpointing=2.55, quantized_share=0.95, largest_block=0.063)
 
     def _tokens(self, tokenizer: Loaded, prompt: str) -> Any:
         messages = [{"role": "user", "content": prompt}]

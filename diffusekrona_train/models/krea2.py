@@ -50,8 +50,8 @@ class Krea2(QwenVae):
     }
     pipeline_class = "Krea2Pipeline"
     version, architecture = "krea2", "krea-2"
-    # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.
-    memory = MemoryFigures(plain=45.0, checkpointing=3.0, quantized_share=0.93)
+    # counted by python -m scripts.bench.known
+    memory = MemoryFigures(plain=29.4, checkpointing=2.82, quantized_share=0.948, largest_block=0.034)
 
     def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
         """Encode a prompt as {"prompt_embeds": (L, 12, D)}, without its padding, as the denoiser masks it anyway.

@@ -71,8 +71,8 @@ class QwenImage(QwenVae):
     dead = (r"attn\.(add_q_proj|to_add_out)", r"txt_mlp\..+")
     pipeline_class = "QwenImagePipeline"
     version, architecture = "qwen_image", "qwen-image"
-    # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.
-    memory = MemoryFigures(plain=45.0, checkpointing=3.0, quantized_share=0.99)
+    # counted by python -m scripts.bench.known
+    memory = MemoryFigures(plain=24.7, checkpointing=2.07, quantized_share=0.998, largest_block=0.017)
 
     def matches(self, denoiser_config: Config) -> bool:
         """Return True for the transformer of text to image, False for those that edit or make layers."""

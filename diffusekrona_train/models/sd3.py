@@ -59,8 +59,8 @@ class SD3(FlowTransformer):
     }
     pipeline_class = "StableDiffusion3Pipeline"
     version, architecture = "sd3", "stable-diffusion-3"
-    # Rough estimates for 1024 pixels, by tokens x width x blocks: neither counted nor measured yet.
-    memory = MemoryFigures(plain=18.0, checkpointing=2.0, quantized_share=0.98)
+    # counted by python -m scripts.bench.known, of large
+    memory = MemoryFigures(plain=13.9, checkpointing=1.27, quantized_share=0.991, largest_block=0.045)
 
     def encode_prompt(self, tokenizers: Sequence[Loaded], text_encoders: Sequence[Loaded], prompt: str) -> Tensors:
         """Encode a prompt as {"prompt_embeds": (77 + 256, D), "pooled": (Dp,)}: both CLIP side by side, filled up with

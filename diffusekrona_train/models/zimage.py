@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffusekrona_train.models.contracts import (
     Conditioning,
+    Config,
     Denoiser,
     Family,
     Loaded,
     MemoryFigures,
     Part,
     Parts,
+    Process,
     Request,
     Tensors,
 )
+from diffusekrona_train.models.process import Flow
 from diffusekrona_train.models.sd import VAE
 from diffusekrona_train.models.transformer import FlowTransformer, usual
 
+TRAINING_SHIFT = 3.0
+"""At most; the base's scheduler has 6, which would hardly train the finer half of the noise levels."""
 MAX_TOKENS = 512
 """Longest prompt in tokens, the chat template's among them."""
 
@@ -43,6 +49,12 @@ class ZImage(FlowTransformer):
     version, architecture = "zimage", "z-image"
     # counted by python -m scripts.bench.known
     memory = MemoryFigures(plain=30.0, checkpointing=2.14, quantized_share=0.997, largest_block=0.029)
+
+    def process(self, scheduler_config: Config, side: int) -> Process:
+        """Return a flow with the shift of the scheduler's config, TRAINING_SHIFT at most."""
+        found = super().process(scheduler_config, side)
+        assert isinstance(found, Flow)
+        return replace(found, shift=min(found.shift, TRAINING_SHIFT))
 
     # ---- prompts ----
 

@@ -176,5 +176,5 @@ def out_of_memory(level: Level | None = None) -> str:
         )
     return (
         f"out of device memory with memory: {level.name}. Lower train.batch_size (and raise "
-        "train.gradient_accumulation), lower data.resolution, or set train.memory: offload"
+        "train.gradient_accumulation), lower data.resolution, or set train.memory: offload with nf4"
     )

@@ -310,7 +310,7 @@ def scores_of(folder: Path) -> list[tuple[str, list[int], list[float]]]:
     """Return (metric, steps, values) of what was measured on the checkpoints."""
     best = best_of(folder)
     rows = best["checkpoints"] if best else []
-    names = {"dino": "DINO", "clip_t": "CLIP-T", "clip_i": "CLIP-I"}
+    names = {"dino": "DINO", "clip_t": "CLIP-T"}
     found = []
     for key, title in names.items():
         values = [(row["step"], row["scores"][key]["value"]) for row in rows if key in row.get("scores", {})]

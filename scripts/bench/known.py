@@ -2,8 +2,10 @@
 
     python -m scripts.bench.known [--models z-image klein-4b] [--write docs/performance.md]
 
-As `scripts.bench.trace` counts it: autograd runs over tensors that have shapes and no content. Prints, for each model,
-what its family should say in MemoryFigures, then the table of docs/performance.md.
+As `scripts.bench.trace` counts it: autograd runs over tensors that have shapes and no content. A step is counted at 3
+and at 5 repeated blocks of each kind and continued to the model's own depth, as every block takes the same (`--whole`
+counts all of them). Prints, for each model, what its family should say in MemoryFigures, then the table of
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,13 @@ class Counted:
         return MemoryFigures(plain, again, self.quantized_share, self.largest_block)
 
 
-def count(alias: str) -> Counted:
+DEPTHS = ("num_layers", "num_single_layers", "n_layers")
+"""Fields of a denoiser's config that say how often a kind of block is repeated."""
+FEW, MORE = 3, 5
+Config = Mapping[str, Any]
+
+
+def count(alias: str, whole: bool = False) -> Counted:
     """Count everything of a known model."""
     source = open_model(alias)
     sizes = {name: i * o for name, (i, o) in linears_of_shapes(source._meta_shapes).items()}
@@ -68,13 +77,27 @@ def count(alias: str) -> Counted:
     for name, size in inside.items():
         blocks[block_of(name)] += size
     base = source.base_parameters()
-    peaks = {side: (peak(source, side, False), peak(source, side, True)) for side in SIDES}
+    unequal = bool(source.denoiser_config.get("dual_attention_layers"))  # of SD 3.5 medium's blocks
+    at = peak if whole or unequal else continued
+    peaks = {side: (at(source, side, False), at(source, side, True)) for side in SIDES}
     activations = {side: (plain[0], again[0]) for side, (plain, again) in peaks.items()}
     shares = sum(inside.values()) / base, max(blocks.values()) / base
     return Counted(base, peaks[512][0][1], activations, *shares)
 
 
-def peak(source: ModelSource, side: int, checkpointing: bool) -> tuple[float, int]:
+def continued(source: ModelSource, side: int, checkpointing: bool) -> tuple[float, int]:
+    """What `peak` gives, from a few blocks of each kind."""
+    config = source.denoiser_config
+    depths = [name for name in DEPTHS if name in config]
+    few = {**config, **dict.fromkeys(depths, FEW)}
+    memory, trained = start = peak(source, side, checkpointing, few)
+    for name in depths:
+        more, times = peak(source, side, checkpointing, {**few, name: MORE}), (config[name] - FEW) / (MORE - FEW)
+        memory, trained = memory + times * (more[0] - start[0]), trained + round(times * (more[1] - start[1]))
+    return memory, trained
+
+
+def peak(source: ModelSource, side: int, checkpointing: bool, config: Config | None = None) -> tuple[float, int]:
     """GiB beside the base at the peak of two steps without an optimiser, and how many numbers are trained."""
     family, alias = source.family, str(source.alias)
     shape = family.latent_shape(source.vae_config, side, side)
@@ -83,7 +106,9 @@ def peak(source: ModelSource, side: int, checkpointing: bool) -> tuple[float, in
         try:
             from diffusekrona_train.models.source import class_of
 
-            denoiser = class_of(family.parts.denoiser).from_config(source.denoiser_config).requires_grad_(False)
+            denoiser = (
+                class_of(family.parts.denoiser).from_config(config or source.denoiser_config).requires_grad_(False)
+            )
         finally:
             torch.set_default_dtype(torch.float32)
         if checkpointing:
@@ -137,15 +162,16 @@ def write(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    everything = [alias for alias, model in known_models().items() if model.like is None and model.prompt]
+    everything = [alias for alias, model in known_models().items() if model.prompt]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=everything, choices=everything)
+    parser.add_argument("--whole", action="store_true", help="count every block: ten times as long")
     parser.add_argument("--write", type=Path, help="page to put the table into")
     given = parser.parse_args()
     hollow()
     counted: dict[str, Any] = {}
     for alias in given.models:
-        found = counted[alias] = count(alias)
+        found = counted[alias] = count(alias, given.whole)
         figures = found.figures
         print(
             f"{alias}: MemoryFigures(plain={figures.plain:.1f}, checkpointing={figures.checkpointing:.2f}, "

@@ -118,17 +118,21 @@ for (const slider of document.querySelectorAll(".slider input")) {
 const drop = $("#drop"), subject = $("#subject");
 if (drop) {
   let round = 0;
+  const place = (answer) => {
+    const typing = document.activeElement?.name?.startsWith("caption:");
+    for (const [id, html] of Object.entries(answer.html || {})) {
+      if (id === "photos" ? !typing : id !== "models" || $("[data-unsure]")) put(id, html);
+    }
+  };
   const refresh = async () => {
     const mine = ++round, answer = await post(subject.dataset.fields, new FormData(subject));
     if (mine !== round) return; // something was typed since
-    if (answer.error) { $("#problem").textContent = answer.error; return; }
-    const typing = document.activeElement?.name?.startsWith("caption:");
-    for (const [id, html] of Object.entries(answer.html)) {
-      if (id === "photos" ? !typing : id !== "models" || $("[data-unsure]")) put(id, html);
-    }
+    place(answer);
     if (answer.yaml) $("#yaml").textContent = answer.yaml;
-    $("#problem").textContent = answer.count ? answer.problem : "";
-    drop.dataset.count = answer.count;
+    $("#problem").textContent = answer.error || (answer.count ? answer.problem : "");
+    drop.dataset.count = answer.count ?? drop.dataset.count;
+    const more = await post("/new/look", new FormData());
+    if (mine === round) place(more);
   };
   const soon = later(500, refresh);
   subject.addEventListener("input", soon);
@@ -147,7 +151,8 @@ if (drop) {
       const answer = await post(drop.action, formOf({ photos: file }));
       if (answer.error) wrong.push(answer.error);
     }
-    say(wrong.join("; "));
+    say("");
+    $("#wrong").textContent = wrong.join("; ");
     refresh();
   };
   $("#files").addEventListener("change", (event) => { send(event.target.files); event.target.value = ""; });
