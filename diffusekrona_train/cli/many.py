@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from diffusekrona_train.common.progress import Fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from rich.live import Live
+    from rich.table import Table
 
     from diffusekrona_train.fleet.call import Call
     from diffusekrona_train.fleet.service import Done
@@ -78,7 +81,7 @@ class Board(Terminal):
     def __init__(self, slots: int) -> None:
         super().__init__()
         self.slots = slots
-        self._live: Any = None
+        self._live: Live | None = None
         self._pack: Fields = {}
         self._began = time.monotonic()
 
@@ -94,14 +97,14 @@ class Board(Terminal):
             self._close()
         return counts
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         if event == "pack":
             self.interruptible = True
             self._pack = fields
             self._draw()
         elif event == "warning" or (event == "message" and "job" not in fields):
             about = f"{fields['job']}: " if "job" in fields else ""
-            self._line(about + fields["text"], warning=event == "warning")
+            self._line(about + str(fields["text"]), warning=event == "warning")
 
     def _open(self) -> None:
         if sys.stdout.isatty():
@@ -132,7 +135,7 @@ class Printed(Board):
     def __init__(self) -> None:
         super().__init__(0)
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         self.interruptible = self.interruptible or event == "pack"
         print(json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str), flush=True)
 
@@ -149,7 +152,7 @@ def _sentence(done: Done) -> str:
     return f"{done.id}: {done.end}{f': {done.reason}' if done.reason else ''}"
 
 
-def table_of(pack: Fields) -> Any:
+def table_of(pack: Fields) -> Table:
     """Return rich's table of the slots, and a line under it: what is done, subjects an hour, time left."""
     from rich.table import Table
 

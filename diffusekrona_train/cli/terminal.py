@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from diffusekrona_train.common.progress import Fields, Progress
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def first_process() -> bool:
@@ -28,7 +31,7 @@ class Terminal(Progress):
         """The first signal that came while the run could still save."""
         self.interruptible = False
         self._show_images = images
-        self._bar: Any = None
+        self._bar: tqdm | None = None
 
     def report(self, event: str, **fields: object) -> None:
         shown = {"phase": self._phase, "step": self._step, "loss": self._loss, "image": self._image}

@@ -5,7 +5,7 @@ Every field has one docstring line; `krona-train schema` prints them as a JSON s
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -113,7 +113,7 @@ class AdapterConfig(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_budget(cls, values: Any) -> Any:
+    def _read_budget(cls, values: object) -> object:
         if isinstance(values, dict) and isinstance(values.get("params"), str):
             try:
                 return {**values, "params": parse_count(values["params"])}

@@ -7,7 +7,7 @@ taken by turns, one a pass, so that a photo with five is not seen more often tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ def tidy(text: str) -> str:
     return " ".join(text.split())
 
 
-def as_captions(value: Any, place: str) -> Captions:
+def as_captions(value: object, place: str) -> Captions:
     """Return captions of a value in metadata or a column: a text, a list of texts, or nothing; ValueError for
     others."""
-    texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    texts: Sequence[Any] = value if isinstance(value, list | tuple) else [] if value is None else [value]
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
         raise ValueError(f"{place}: the caption should be text and is {type(wrong).__name__}")

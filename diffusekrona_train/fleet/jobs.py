@@ -216,7 +216,7 @@ def _set(tree: Tree, key: str, value: object) -> None:
         put(tree, dotted, one)
 
 
-def _fields(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+def _fields(path: str, value: object) -> Iterable[tuple[str, object]]:
     """Take a section apart into its dotted fields, one level down: deeper ones are values."""
     if isinstance(value, dict) and "." not in path:
         return [(f"{path}.{key}", one) for key, one in value.items()]

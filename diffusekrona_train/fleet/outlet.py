@@ -14,6 +14,7 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -206,7 +207,7 @@ def _reached(folder: Path) -> int:
     return _farthest(path.relative_to(folder).as_posix() for path in folder.glob("resume/*/state.safetensors"))
 
 
-def _farthest(names: Any) -> int:
+def _farthest(names: Iterable[str]) -> int:
     """Return the newest step of the resume states among the files of a job, -1 without one."""
     states = [PurePosixPath(name) for name in names if name.endswith("/state.safetensors")]
     return max((run_folder.step_of(Path(state.parent.name)) for state in states), default=-1)

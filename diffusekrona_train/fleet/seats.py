@@ -106,7 +106,7 @@ class Kept(ModelSource):
             _move(part, "cpu")
 
 
-def _move(part: Any, device: torch.device | str) -> None:
+def _move(part: object, device: torch.device | str) -> None:
     for module in part if isinstance(part, list) else [part]:
         if isinstance(module, torch.nn.Module):
             module.to(device)

@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
-from diffusekrona_train.common.progress import Progress
+from diffusekrona_train.common.progress import Fields, Progress
 from diffusekrona_train.fleet.call import Call
 from diffusekrona_train.fleet.jobs import JobError, Tree, shown_id
 from diffusekrona_train.fleet.photos import is_url
@@ -26,6 +27,20 @@ LOSSES = 3
 """Actors that may be lost in a row, no job ending between, before a call gives up."""
 PACKAGE = Path(__file__).resolve().parents[2]
 Row = tuple[int, Tree | JobError]
+Reference = object
+"""Ray's name for a result that comes later, which `ray.get` waits for."""
+
+
+class Method(Protocol):
+    """A method of an actor in another process."""
+
+    def remote(self, *given: object) -> Reference: ...
+
+
+class Actor(Protocol):
+    """An actor, as the others see it."""
+
+    def __getattr__(self, name: str, /) -> Method: ...
 
 
 class Queue:
@@ -35,7 +50,7 @@ class Queue:
         self.waiting: list[Row] = []
         self.taken: dict[int, tuple[str, Row]] = {}
         self.ended: list[tuple[int, Done]] = []
-        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.events: list[tuple[str, Fields]] = []
         self.complete = self.stopping = False
 
     def put(self, row: Row) -> None:
@@ -59,7 +74,7 @@ class Queue:
         if self.taken.pop(number, None) is not None:
             self.ended.append((number, done))
 
-    def tell(self, event: str, fields: dict[str, Any]) -> bool:
+    def tell(self, event: str, fields: Fields) -> bool:
         """Take an event of an actor; return whether it is to stop."""
         self.events.append((event, fields))
         return self.stopping
@@ -70,7 +85,7 @@ class Queue:
         self.waiting[:0] = [self.taken.pop(number)[1] for number in own]
         return len(own)
 
-    def news(self) -> tuple[list[tuple[int, Done]], list[tuple[str, dict[str, Any]]], int]:
+    def news(self) -> tuple[list[tuple[int, Done]], list[tuple[str, Fields]], int]:
         """Return what has ended and was told since the last call, and how many jobs wait or run."""
         found = self.ended, self.events, len(self.waiting) + len(self.taken)
         self.ended, self.events = [], []
@@ -80,7 +95,7 @@ class Queue:
 class FromQueue:
     """The queue as a source of jobs for one actor."""
 
-    def __init__(self, ray: Any, queue: Any, actor: str):
+    def __init__(self, ray: ModuleType, queue: Actor, actor: str):
         self.ray, self.queue, self.actor = ray, queue, actor
         self.numbers: dict[str, list[int]] = {}
 
@@ -104,11 +119,11 @@ class FromQueue:
 class Teller(Progress):
     """Passes an actor's events to the queue, and hears from it when all are to stop."""
 
-    def __init__(self, ray: Any, queue: Any, actor: str):
+    def __init__(self, ray: ModuleType, queue: Actor, actor: str):
         super().__init__()
         self.ray, self.queue, self.actor = ray, queue, actor
 
-    def report(self, event: str, **fields: Any) -> None:
+    def report(self, event: str, **fields: object) -> None:
         if event in ("job", "pack", "warning") and self.ray.get(
             self.queue.tell.remote(event, {**fields, "on": self.actor})
         ):
@@ -118,7 +133,7 @@ class Teller(Progress):
 class Worker:
     """One GPU, or one CPU process, with its own base and slots."""
 
-    def __init__(self, call: Call, queue: Any, name: str):
+    def __init__(self, call: Call, queue: Actor, name: str):
         self.call, self.queue, self.name = call, queue, name
 
     def pid(self) -> int:
@@ -127,7 +142,7 @@ class Worker:
 
     def work(self) -> None:
         """Train jobs of the queue until there is none any more."""
-        ray: Any = importlib.import_module("ray")
+        ray: ModuleType = importlib.import_module("ray")
         source = FromQueue(ray, self.queue, self.name)
         for done in train_here(
             self.call, source, Teller(ray, self.queue, self.name), events=f"events-{self.name}.jsonl"
@@ -143,7 +158,7 @@ def train_on_ray(call: Call, source: Source, progress: Progress) -> Iterator[Don
     if is_url(call.output):
         raise ValueError(f"--output {call.output}: on Ray, give a folder that all machines share")
     try:
-        ray: Any = importlib.import_module("ray")
+        ray: ModuleType = importlib.import_module("ray")
     except ImportError:
         raise ValueError("--on ray needs the extra `ray`: pip install -e '.[ray]'") from None
     paths = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
@@ -161,14 +176,14 @@ def train_on_ray(call: Call, source: Source, progress: Progress) -> Iterator[Don
 class Crew:
     """The actors of a call, seen from the process that started it."""
 
-    def __init__(self, ray: Any, call: Call, source: Source, progress: Progress):
+    def __init__(self, ray: ModuleType, call: Call, source: Source, progress: Progress):
         self.ray, self.source, self.progress = ray, source, progress
         self.call = replace(call, on="here", address=None, workers=None)
         cards = int(ray.cluster_resources().get("GPU", 0))
         self.options = {"num_cpus": 1, "num_gpus": 1 if cards else 0, "max_restarts": 0}
         self.size = call.workers or max(1, cards)
         self.queue = ray.remote(Queue).options(num_cpus=0).remote()
-        self.running: dict[Any, tuple[str, Any]] = {}
+        self.running: dict[Reference, tuple[str, Actor]] = {}
         self.started = 0
         self.losses = 0
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,10 +141,10 @@ class Host:
         self.shelves: dict[str, Shelf] = {}
         self._order: list[str] = []
         """Blocks in the order of their first use."""
-        self._here: dict[str, tuple[Tensor, Any]] = {}
+        self._here: dict[str, tuple[Tensor, torch.Event | None]] = {}
         """Block -> its buffer on the device, and the event after which it is complete."""
         self._current: str | None = None
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def shelf(self, block: str) -> Shelf:
         """Return the shelf of a block, a new one at first."""
@@ -231,23 +231,30 @@ class StoredLinear(nn.Module):
         return _product(x, self)
 
 
+class _Context(Protocol):
+    """What autograd hands from the forward to the backward pass."""
+
+    linear: StoredLinear
+    needs_input_grad: tuple[bool, ...]
+
+
 class _Product(torch.autograd.Function):
     """x W^T + b; keeps no weight for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: StoredLinear) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, linear: StoredLinear) -> Tensor:
         ctx.linear = linear
         return F.linear(x, linear.weight_as(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if not ctx.needs_input_grad[0]:
             return None, None
         return grad @ ctx.linear.weight_as(grad.dtype), None
 
 
-_product: Any = torch.compiler.disable(_Product.apply)
+_product = cast("Callable[[Tensor, StoredLinear], Tensor]", torch.compiler.disable(_Product.apply))
 """Streams and copies from host memory are not for a compiled graph."""
 
 _BLOCK = re.compile(r"(?:.*?\.)?\w*transformer_blocks\.\d+|.+?\.\d+")

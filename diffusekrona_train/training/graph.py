@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from diffusekrona_train.training.memory import GIB, Level, decoding
 from diffusekrona_train.training.optimizer import Descent
 
 Work = Callable[[], None]
+Given = tuple[object, ...]
+Named = dict[str, object]
+"""The arguments of an operation: those by place, and those by name."""
 MOST_SHAPES = 8
 """Shapes of micro-batches that are captured; further ones run as they are."""
 LARGEST_COMPARED = GIB
@@ -122,11 +125,13 @@ class Uncapturable(TorchDispatchMode):
         self._made.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._made.__exit__(*error)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Given = (), kwargs: Named | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if _waits(func, args) or _is_random(func) or _crosses(func, args, result):
             self.found[func.name()] = None
@@ -140,10 +145,13 @@ class _Made(TorchFunctionMode):
         super().__init__()
         self.found = found
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Given = (), kwargs: Named | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         makes = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
-        if makes and not (args and isinstance(args[-1], Tensor)) and result.device.type != "cpu":
+        copies = isinstance(result, Tensor) and result.device.type != "cpu"
+        if makes and copies and not (args and isinstance(args[-1], Tensor)):
             self.found[f"torch.{func.__name__}"] = None
         return result
 
@@ -159,10 +167,10 @@ def _is_random(func: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name()
 
 
-def _crosses(func: OpOverload, args: object, result: Any) -> bool:
+def _crosses(func: OpOverload, args: object, result: object) -> bool:
     """Return whether numbers are copied between host and device; a single one of the host is a kernel's argument."""
     given = [value for value in tree_iter(args) if isinstance(value, Tensor)]
-    if func.name() in ("aten::_to_copy", "aten::copy_"):
+    if isinstance(result, Tensor) and func.name() in ("aten::_to_copy", "aten::copy_"):
         return any(value.device.type != result.device.type for value in given)
     hosts = [value for value in given if value.device.type == "cpu"]
     return len(hosts) < len(given) and any(value.dim() for value in hosts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import nn
 
@@ -14,6 +15,13 @@ from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models import open_model
 from diffusekrona_train.models.layers import Layer, find_layers
+
+
+class Pipeline(Protocol):
+    """A pipeline of diffusers: its `unet` or `transformer` is what gets an adapter."""
+
+    @property
+    def components(self) -> Mapping[str, object]: ...
 
 
 def known_layers(model: str, model_config_dir: str | None = None) -> tuple[list[Layer], str, int]:
@@ -73,7 +81,7 @@ def fill(injection: Injection, file: AdapterFile) -> None:
         raise ValueError(f"{file.path}: {error}") from None
 
 
-def load_adapter(pipe_or_model: Any, path: str | Path, strength: float = 1.0) -> Injection:
+def load_adapter(pipe_or_model: Pipeline | nn.Module, path: str | Path, strength: float = 1.0) -> Injection:
     """Put an adapter file into a diffusers pipeline (or its UNet); several files may be stacked.
 
     Raises a one-line ValueError for a damaged file and for one of another model.
@@ -87,7 +95,7 @@ def load_adapter(pipe_or_model: Any, path: str | Path, strength: float = 1.0) ->
     return injection
 
 
-def set_scale(pipe_or_model: Any, strength: float, index: int | None = None) -> None:
+def set_scale(pipe_or_model: Pipeline | nn.Module, strength: float, index: int | None = None) -> None:
     """Set the strength of all loaded adapters, or of the one at `index` in loading order; 0 is exactly the base."""
     loaded = _loaded(_denoiser(pipe_or_model))
     if not loaded:
@@ -96,14 +104,14 @@ def set_scale(pipe_or_model: Any, strength: float, index: int | None = None) -> 
         injection.set_strength(strength)
 
 
-def unload(pipe_or_model: Any) -> None:
+def unload(pipe_or_model: Pipeline | nn.Module) -> None:
     """Take out every adapter that load_adapter put in; the model is then bit-identical to before."""
     loaded = _loaded(_denoiser(pipe_or_model))
     while loaded:
         loaded.pop().eject()
 
 
-def _denoiser(pipe_or_model: Any) -> nn.Module:
+def _denoiser(pipe_or_model: Pipeline | nn.Module) -> nn.Module:
     for name in ("unet", "transformer"):
         if isinstance(getattr(pipe_or_model, name, None), nn.Module):
             return getattr(pipe_or_model, name)

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from diffusekrona_train.models.contracts import Loadable, Loaded
 
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 TOYBOX = ASSETS / "toybox"
+Inputs = TypeVar("Inputs")
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Encoder:
         return {"encoder": self.identity, "preprocessing": self.preprocessing.describe()}
 
     @torch.no_grad()
-    def _run(self, embed: Callable[[Any], Tensor], inputs: Any) -> np.ndarray:
+    def _run(self, embed: Callable[[Inputs], Tensor], inputs: Inputs) -> np.ndarray:
         return unit(embed(inputs).float().cpu().numpy())
 
     def _cache_file(self) -> Path | None:
