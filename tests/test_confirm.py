@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from scripts import paper
-from scripts.studies import judge, spread
+from scripts.studies import conduct, judge
 from scripts.studies.study import load_base, load_studies, look_alikes, suite_to_confirm
 from tests.test_paper import here
 
@@ -81,7 +81,7 @@ def test_the_table_has_both_and_the_hypervolume(tmp_path, monkeypatch, capsys):
     base = load_base("toybox").model_dump(mode="json")
     base |= {"prompts": base["prompts"][:1], "sampling": {"steps": 1, "guidance": 0}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    monkeypatch.setitem(conduct.RUNNERS, "local", here)
     call = ["confirm", "--photos", str(photos), "--base", str(tmp_path / "base.yaml"), "--steps", "2", "--seeds", "1"]
     assert paper.main([*call, "--runs", str(tmp_path / "runs")]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Many jobs, the process killed again and again: the short form of scripts/bench/killed.py."""
+"""Many jobs, the process killed again and again: the short form of scripts/bench/many.py --kills."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_or_trained_twice_by_kills():
     root = Path(__file__).resolve().parents[1]
-    words = ["--jobs", "24", "--kills", "2", "--least", "18", "--most", "30"]
+    words = ["--subjects", "24", "--kills", "2", "--least", "18", "--longest", "30"]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench.killed", *words],
+        [sys.executable, "-m", "scripts.bench.many", *words],
         capture_output=True,
         text=True,
         cwd=root,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from scripts import paper
-from scripts.studies import judge, records, spread, work
+from scripts.studies import conduct, judge, records, work
 from scripts.studies.plan import Planner
 from scripts.studies.study import Series, Study, Value, load_base, load_studies
 from scripts.studies.work import Cell
@@ -318,7 +318,7 @@ def test_a_judged_study_from_yaml_to_verdict(tmp_path, monkeypatch, capsys):
     }
     for name, tree in (("base", base), ("tiny", study)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    monkeypatch.setitem(conduct.RUNNERS, "local", here)
     call = [str(tmp_path / "tiny.yaml"), "--base", str(tmp_path / "base.yaml"), "--seeds", "1"]
     assert paper.main([*call, "--runs", str(tmp_path / "runs")]) == 0, capsys.readouterr().err
     assert len(list((tmp_path / "runs" / "trained").iterdir())) == 1, "both methods share the run"

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from scripts import paper
-from scripts.studies import conduct, records, spread, tables, work
+from scripts.studies import conduct, records, tables, work
 from scripts.studies.plan import Planner, order, unfinished
 from scripts.studies.study import MODELS, Series, Study, Value, known_studies, load_base, load_studies
 from scripts.studies.tables import rows_of
@@ -192,7 +192,7 @@ STUDY = {
 def here(tasks, runs, workers):
     """Runs tasks in this process."""
     for task in tasks:
-        yield task, spread.attempt(task, runs)[0]
+        yield task, conduct.attempt(task, runs)[0]
 
 
 def write_world(folder: Path) -> list[str]:
@@ -215,7 +215,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
     call = write_world(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(spread.RUNNERS, "local", here)
+        patch.setitem(conduct.RUNNERS, "local", here)
         assert paper.main([*call, "--runs", str(folder / "runs"), "--export", str(folder / "export")]) == 0
     return call, folder / "runs", folder / "export"
 
@@ -227,7 +227,7 @@ def forbid(tasks, runs, workers):
 def test_a_finished_study_is_not_computed_again(world, monkeypatch, capsys):
     call, runs, _ = world
     before = (runs / "small" / "toybox" / "table.csv").read_bytes()
-    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
     assert paper.main([*call, "--runs", str(runs)]) == 0
     assert "everything is measured" in capsys.readouterr().out
     assert (runs / "small" / "toybox" / "table.csv").read_bytes() == before
@@ -262,7 +262,7 @@ def test_a_study_leaves_table_sheet_and_plot(world):
 
 def test_records_of_another_machine_give_the_same_tables(world, tmp_path, monkeypatch):
     call, runs, export = world
-    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
     source = ["--import-records", str(export / "records.jsonl")]
     assert paper.main([*call, "--runs", str(tmp_path / "runs"), *source]) == 0
     for name in ("table.md", "table.csv"):
@@ -305,18 +305,18 @@ def test_an_interrupted_study_goes_on(world, tmp_path, monkeypatch):
         task = next(task for task in tasks if task.steps)
         task.needs = {key: need for key, need in task.needs.items() if need["step"] == 1}
         patch.setattr("scripts.studies.work.claimed", interrupt)
-        spread.attempt(task, place)
+        conduct.attempt(task, place)
         yield task, None
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(spread.RUNNERS, "local", stopped)
+        patch.setitem(conduct.RUNNERS, "local", stopped)
         assert paper.main([*call, "--runs", str(again)]) == 130
     (run,) = (again / "trained").glob("*")
     assert (run / "resume" / "step-000001").is_dir() and not (again / "records").exists()
-    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    monkeypatch.setitem(conduct.RUNNERS, "local", here)
     assert paper.main([*call, "--runs", str(again)]) == 0
     assert "resuming after step 1 of 2" in (run / "log.txt").read_text()
     ours, theirs = (scores_of(place) for place in (again, runs))
@@ -329,7 +329,7 @@ def scores_of(runs: Path) -> dict:
 
 def test_a_run_that_diverges_is_a_result(world, tmp_path, monkeypatch):
     call, *_ = world
-    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    monkeypatch.setitem(conduct.RUNNERS, "local", here)
     module = importlib.import_module("diffusekrona_train.training")
 
     def diverge(config, **_):
@@ -339,7 +339,7 @@ def test_a_run_that_diverges_is_a_result(world, tmp_path, monkeypatch):
     assert paper.main([*call, "--runs", str(tmp_path)]) == 0
     text = (tmp_path / "small" / "toybox" / "table.md").read_text()
     assert text.count("| 0, 1 diverged |") == 3 and "missing" not in text
-    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
     assert paper.main([*call, "--runs", str(tmp_path)]) == 0, "it is not tried again"
 
 
@@ -358,7 +358,7 @@ def test_a_state_that_cannot_go_on_is_left_behind(monkeypatch):
 
 def test_an_adapter_that_is_missing_for_another_reason_is_no_divergence(world, tmp_path, monkeypatch, capsys):
     call, *_ = world
-    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    monkeypatch.setitem(conduct.RUNNERS, "local", here)
     monkeypatch.setattr(importlib.import_module("diffusekrona_train.training"), "train", lambda *_, **__: None)
     assert paper.main([*call, "--runs", str(tmp_path)]) == 1
     assert "failed: poodle, seed 0" in capsys.readouterr().err
@@ -378,7 +378,7 @@ def test_a_task_that_fails_costs_only_itself(world, tmp_path, monkeypatch, capsy
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("scripts.studies.work.ensure_trained", fail)
-    monkeypatch.setitem(spread.RUNNERS, "local", here)
+    monkeypatch.setitem(conduct.RUNNERS, "local", here)
     assert paper.main([*call, "--runs", str(tmp_path / "runs")]) == 1
     assert "RuntimeError: out of luck" in capsys.readouterr().err
     text = (tmp_path / "runs" / "small" / "toybox" / "table.md").read_text()
@@ -395,13 +395,13 @@ def empty_task(name: str, **needs) -> Task:
 def test_the_pool_gives_every_task_its_answer(tmp_path):
     """The tasks need nothing, or something that cannot be; no model is loaded."""
     tasks = [empty_task("good"), empty_task("bad", abc={}), empty_task("fine")]
-    answers = {task.run: why for task, why in spread.run_local(tasks, tmp_path, 2)}
+    answers = {task.run: why for task, why in conduct.run_local(tasks, tmp_path, 2)}
     assert answers == {"good": None, "fine": None, "bad": "KeyError: 'step'"}
     assert "KeyError" in (tmp_path / "trained" / "bad" / "log.txt").read_text()
 
 
 def test_a_worker_that_dies_is_told(tmp_path):
-    worker = spread.Worker(0, tmp_path, None)
+    worker = conduct.Worker(0, tmp_path, None)
     worker.task = task = empty_task("doomed")
     worker.process.kill()
     assert worker.take() == (task, "its process ended (exit code -9); was there too little memory?")
@@ -411,7 +411,7 @@ def test_a_worker_that_dies_is_told(tmp_path):
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ValueError, match=r"--on ray needs the extra `ray`: pip install -e '.\[ray\]'"):
-        list(spread.run_ray([empty_task("any")], tmp_path, 1))
+        list(conduct.run_ray([empty_task("any")], tmp_path, 1))
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -604,7 +604,7 @@ COMMITTED = ROOT / "docs" / "paper" / "toybox"
 
 def test_the_committed_tables_are_made_of_the_committed_records(tmp_path, monkeypatch):
     """And of today's studies, subjects and weights: each record's key is worked out anew from these."""
-    monkeypatch.setitem(spread.RUNNERS, "local", forbid)
+    monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
     for name in ("write_plot", "write_sheet"):
         monkeypatch.setattr(conduct.figures, name, lambda *_, **__: False)
     source = ["--import-records", str(COMMITTED / "records.jsonl")]

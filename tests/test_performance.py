@@ -19,12 +19,13 @@ from PIL import Image
 
 from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import memory, train
-from scripts.bench import first, peers, setting
+from scripts.bench import __main__ as first
+from scripts.bench import peers, setting
 from scripts.bench.__main__ import chosen
 from scripts.bench.contender import Bench
-from scripts.bench.kernels import Kernels
 from scripts.bench.run import WATCHED, Watch, cap_memory, watching
 from scripts.bench.setting import BEGIN, END, Broken, Rows, TimeIsUp, shown, write_markdown
+from scripts.bench.trace import Kernels
 from tests.runs import make_run
 from tests.tiny import make_unet, real_part, write_pipeline
 from tests.tiny.__main__ import make
@@ -120,7 +121,7 @@ def asked(tmp_path: Path, minutes: float) -> argparse.Namespace:
 def test_without_time_every_piece_is_named_and_none_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(first, "in_a_process", lambda *_: pytest.fail("begun"))
     monkeypatch.setattr(os, "environ", {**os.environ})
-    assert first.conduct(asked(tmp_path, 0.1)) == list(first.PIECES)
+    assert first.conduct_pieces(asked(tmp_path, 0.1)) == list(first.PIECES)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert len(rows) == len(first.PIECES) and all(row["error"].startswith("not begun: ") for row in rows)
 
@@ -355,7 +356,7 @@ def test_the_estimates_leave_room_over_what_is_counted(monkeypatch):
 
 
 def few(kind: str, names: tuple[str, ...]) -> dict[str, int]:
-    from scripts.bench.kernels import kernels
+    from scripts.bench.trace import kernels
 
     found = {name: kernels(kind, name).total() for name in names}
     assert found["bare"] < found["krona_operator"] <= found["lora"]

@@ -136,7 +136,7 @@ def test_the_first_step_of_a_run_moves_dw_by_rms_rate(name):
     """All factors at once, as they begin: one is zero, and the others move at most 5 % of their own size."""
     adapters, rate = adapters_of(name, random=False), 1e-3
     sizes = {key: parameter.detach().square().mean().sqrt() for a in adapters.values() for key, parameter in named(a)}
-    befores = {key: parameter.detach().clone() for a in adapters.values() for key, parameter in named(a)}
+    earlier = {key: parameter.detach().clone() for a in adapters.values() for key, parameter in named(a)}
     descent = descent_of(adapters, rate_unit="dw")
     step(descent, rate, torch.Generator().manual_seed(1))
     for adapter in adapters.values():
@@ -145,7 +145,7 @@ def test_the_first_step_of_a_run_moves_dw_by_rms_rate(name):
         )
         for key, parameter in named(adapter):
             if sizes[key] > 0:
-                moved = (parameter.detach() - befores[key]).square().mean().sqrt()
+                moved = (parameter.detach() - earlier[key]).square().mean().sqrt()
                 assert moved.item() == pytest.approx(0.05 * sizes[key].item(), rel=1e-3)
 
 

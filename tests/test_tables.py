@@ -97,3 +97,41 @@ def test_the_tables_need_no_diffusers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- writing them ---------------------------------------------------------------------------------------------------
+
+
+def describe(config: dict) -> dict:
+    """The table of one UNet: its layers [dotted name, in, out], all its parameters, its layers a block."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    wanted = (".attn1.", ".attn2.", ".ff.net.")
+    layers = [
+        [name, module.in_features, module.out_features]
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(part in name for part in wanted)
+    ]
+    return {
+        "base_parameters": sum(p.numel() for p in unet.parameters()),
+        "layers_per_block": config["layers_per_block"],
+        "layers": layers,
+    }
+
+
+def write() -> None:
+    """Write diffusekrona_train/assets/layers/*.json: after a change of the configs, `python -m tests.test_tables`."""
+    tables.FOLDER.mkdir(parents=True, exist_ok=True)
+    for alias, path in CONFIGS.items():
+        table = describe(json.loads(path.read_text()))
+        layers = ",\n  ".join(json.dumps(layer) for layer in table.pop("layers"))
+        head = ",\n ".join(f"{json.dumps(key)}: {value}" for key, value in table.items())
+        text = "{" + head + ',\n "layers": [\n  ' + layers + "\n ]}\n"
+        (tables.FOLDER / f"{alias}.json").write_text(text)
+        print(alias, table, json.loads(text)["layers"][0])
+
+
+if __name__ == "__main__":
+    write()

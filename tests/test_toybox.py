@@ -126,7 +126,7 @@ def test_every_background_is_a_picture_of_its_own(recipe):
 def test_a_stopped_unet_stage_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     """Six steps straight through, and six steps killed within the fifth and started again."""
     monkeypatch.syspath_prepend(str(RECIPE))
-    for name in (before := set(sys.modules)) & {"judges", "stage", "world"}:
+    for name in (before := set(sys.modules)) & {"judges", "vae", "world"}:
         monkeypatch.delitem(sys.modules, name)
     unet = importlib.import_module("unet")
     monkeypatch.setattr(unet, "BATCH", 2)

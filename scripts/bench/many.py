@@ -2,16 +2,23 @@
 
     python -m scripts.bench.many                  # twelve subjects, 100 steps of batch 1, one thread; minutes
     python -m scripts.bench.many --kernels        # dispatcher counts of packed SDXL steps, without a GPU
+    python -m scripts.bench.many --kills 20 --subjects 1000   # the process is killed again and again; an hour or more
 
 Both ways train the same jobs on toybox, start-up included, one after the other: `krona-train --config` once a subject,
 and `krona-train many --pack 8`. The ratio of the steps alone comes from the runs' own times. Kernels are counted as in
-`scripts.bench.kernels`, on tensors with shapes and no content.
+`scripts.bench.trace --kernels`, on tensors with shapes and no content.
+
+With --kills `krona-train many` is started, killed after a random time, and started again with the same list, until it
+ends by itself. The jobs have three steps; a tenth of them cannot be trained and a tenth is listed twice. Then every
+folder is checked: each good job must have been trained once, and nothing may be lost or half-written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,13 +30,13 @@ from unittest import mock
 
 import torch
 
+from diffusekrona_train.adapters.formats import read_adapter
 from diffusekrona_train.adapters.packed import Pack
 from diffusekrona_train.data import toybox_subjects
 from diffusekrona_train.fleet.step import PackedStep, Share
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.bench.contender import Bench, OneProcess
-from scripts.bench.kernels import Kernels, as_on_a_card, kernels
-from scripts.bench.trace import SIDES
+from scripts.bench.trace import SIDES, Kernels, as_on_a_card, kernels
 from tests.tiny import real_part
 
 BAR = 1.8
@@ -150,6 +157,95 @@ def show_kernels(kind: str, most: int) -> None:
                 print(" ", ", ".join(f"{op} {n}" for op, n in found.most_common(most)))
 
 
+# ---- kills ----------------------------------------------------------------------------------------------------------
+
+STEPS = 3
+ONLY_FAST = ("adapter.blocks=[mid_block*]", "train.batch_size=1", "train.checkpoint_every=1", "train.log_every=1")
+
+
+def make_list(count: int, dice: random.Random) -> tuple[list[dict[str, Any]], set[str], set[str]]:
+    """Return rows in random order, the ids of good jobs, and of bad ones."""
+    subjects = list(toybox_subjects().items())
+    rows, good, bad = [], set(), set()
+    for number in range(count):
+        name, about = subjects[number % len(subjects)]
+        row: dict[str, Any] = {"id": f"job-{number:04d}", "images": f"toybox:{name}", "class": about["class"]}
+        row |= {"steps": STEPS, "seed": number}
+        if number % 10 == 7:
+            row |= dice.choice([{"images": "nowhere"}, {"steps": "three"}, {"colour": "red"}])
+        (bad if number % 10 == 7 else good).add(row["id"])
+        rows += [row] * (2 if number % 10 == 3 else 1)
+    dice.shuffle(rows)
+    return rows, good, bad
+
+
+def run_or_kill(listed: Path, output: Path, pack: int, seconds: float | None) -> int:
+    """Start the command and wait for it, or kill it after so many seconds; return its exit status."""
+    words = [sys.executable, "-m", "diffusekrona_train.cli.train", "many", str(listed), "--model", "toybox"]
+    words += ["--pack", str(pack), "--output", str(output)]
+    for field in ONLY_FAST:
+        words += ["--set", field]
+    with (listed.parent / "log").open("w") as log:
+        child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            return child.wait()
+
+
+def look(output: Path, good: set[str], bad: set[str]) -> list[str]:
+    """Return what is wrong with the folders."""
+    wrong = []
+    failed = [json.loads(line)["id"] for line in (output / "failed.jsonl").read_text().splitlines()] if bad else []
+    if sorted(failed) != sorted(bad):
+        wrong.append(f"failed.jsonl names {len(failed)} jobs, {len(bad)} are bad")
+    for name in sorted(good):
+        folder = output / name
+        record = json.loads((folder / "job.json").read_text()) if (folder / "job.json").is_file() else {}
+        if record.get("state") != "done":
+            wrong.append(f"{name}: {record.get('state')}")
+            continue
+        read_adapter(folder / f"{name}.safetensors")
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if steps != list(range(1, STEPS + 1)):
+            wrong.append(f"{name}: steps {steps} were logged")
+    wrong += [f"{path} is left" for path in output.glob("job-*/.writing-*")]
+    done = [json.loads(line) for path in output.glob("events*.jsonl") for line in _whole_lines(path)]
+    ends = [event["job"] for event in done if event["event"] == "job" and event["state"] == "trained"]
+    twice = sorted({name for name in ends if ends.count(name) > 1})
+    return wrong + ([f"trained twice: {', '.join(twice)}"] if twice else [])
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def kill(given: argparse.Namespace, count: int) -> None:
+    """Train `count` jobs under kills; exit status 1 where something is wrong."""
+    dice = random.Random(given.seed)
+    rows, good, bad = make_list(count, dice)
+    began, kills = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as scratch:
+        listed, output = Path(scratch, "jobs.jsonl"), Path(scratch, "fleet")
+        listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        status = -signal.SIGKILL
+        while status == -signal.SIGKILL:
+            left = given.kills - kills
+            status = run_or_kill(listed, output, given.pack, dice.uniform(given.least, given.longest) if left else None)
+            kills += status == -signal.SIGKILL
+        if status not in (0, 1):
+            raise SystemExit((listed.parent / "log").read_text())
+        wrong = look(output, good, bad)
+    seconds = time.monotonic() - began
+    print(f"{len(rows)} lines, {len(good)} good jobs, {len(bad)} bad, {kills} SIGKILLs, {seconds:.0f} s, exit {status}")
+    print(
+        "\n".join(wrong) or "each good job was trained once, each bad one is in failed.jsonl, nothing is half-written"
+    )
+    if wrong or status != (1 if bad else 0):
+        raise SystemExit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--subjects", type=int, default=12)
@@ -158,7 +254,13 @@ def main() -> None:
     parser.add_argument("--pack", type=int, default=8)
     parser.add_argument("--kernels", action="store_true", help="count a packed SDXL step's kernels instead")
     parser.add_argument("--most", type=int, default=0, metavar="N", help="also list the N commonest operations")
+    parser.add_argument("--kills", type=int, help="kill the process so often, and look whether anything is lost")
+    parser.add_argument("--seed", type=int, default=0, help="kills: of the list and the times")
+    parser.add_argument("--least", type=float, default=20.0, help="kills: shortest time to one, in seconds")
+    parser.add_argument("--longest", type=float, default=90.0, help="kills: longest time to one")
     given = parser.parse_args()
+    if given.kills is not None:
+        return kill(given, given.subjects)
     if given.kernels:
         return show_kernels("sdxl", given.most)
     ratio = race(given.subjects, given.steps, given.batch, given.pack)

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from stage import Pace, finish, neighbours, pixels
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from vae import Pace, finish, neighbours, pixels
 from world import Label
 
 from diffusekrona_train.evaluation.metrics.encoders import IdentityNet

@@ -27,7 +27,7 @@ import vae
 from diffusers import AutoencoderKL
 from PIL import Image
 from sprites import NAMES, Sprite, fetch, load_sprites, small_world
-from stage import finish
+from vae import finish
 from world import COLOURS, PLAIN, SCENES, SMALL, WIDE, compose, draw_world, paint
 
 STEPS = {"subjects": 1, "vae": 5819, "clip": 716, "identity": 2400, "wide": 4480, "small": 3339, "grow": 2400}

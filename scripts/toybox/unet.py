@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from stage import Average, Pace, finish, load_state, save_state
 from torch import Tensor
+from vae import Average, Pace, finish, load_state, save_state
 
 BATCH = 16
 """Pictures a step of one process."""
