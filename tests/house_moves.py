@@ -1,6 +1,6 @@
 """Count how far a reader walks: files between a photo and its gradient, and hand-overs of `config` between files.
 
-    python -m scripts.house_moves
+    python -m tests.house_moves
 
 Watches one step of a toybox run on a CPU. Photo to gradient: the files of the package that are entered while photos
 become latents, and while a step goes from what it draws to the return of backward. What loads models, reads the config,
