@@ -42,7 +42,7 @@ NOUNS = {
     "hiking_boot": "boot",
     "parrot": "bird",
 }
-PLACES = ("", "in the snow", "at night")
+PLACES = ("", "on the beach", "in the snow", "at night", "in the desert", "in the forest")
 SEEDS = range(4)
 
 

@@ -111,7 +111,7 @@ WATCHED = (
     ("training.setup", "assemble", "set-up"),
     ("training.setup", "build_training_set", "cache"),
     ("models.source.ModelSource", "load_denoiser", "load"),
-    ("training.setup", "inject_factors", "adapters"),
+    ("training.base", "inject_factors", "adapters"),
     ("training.loop", "validate", "validation"),
     ("models.sd.SD", "decode", "decode"),
     ("training.loop", "save", "save"),
