@@ -128,7 +128,7 @@ def test_validation_with_its_decoding_mixes_no_devices(kind, tmp_path, monkeypat
     monkeypatch.setattr(DDIMScheduler, "set_timesteps", lambda self, steps, device=None: times(self, steps))
     parts = {"vae": make_vae(), "scheduler": DDIMScheduler(clip_sample=False)}
     source = SimpleNamespace(load=lambda *names, dtype=None: {name: parts[name] for name in names})
-    gallery = Gallery(config, source, objective, tmp_path, Told())
+    gallery = Gallery(config, source, objective, memory.Level("plain", "none", False), tmp_path, Told())
     monkeypatch.setattr(preview, "images_at_once", lambda *_: 2)
     with OneDevice():
         gallery.render(1, lambda: False)
@@ -225,12 +225,12 @@ def test_check_says_whether_the_step_would_be_captured(card, tmp_path, monkeypat
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config = make_run(tmp_path, tmp_path / "x", data={"resolution": 1024}, validation={"every": 100})
     told = {}
-    for free in (80, 11, 6):
+    for free in (80, 11, 7):
         card("cuda", free=free)
         told[free] = [line for line in needs.memory_lines(config, open_model("sdxl")) if "CUDA graph" in line]
     assert told[80] == ["the step is captured as a CUDA graph"]
     assert len(told[11]) == 1 and told[11][0].startswith("no CUDA graph: it needs 4.0 GiB beside the step, and ")
-    assert told[6] == ["no CUDA graph: not tried with nf4; train.cuda_graph: true tries it"]
+    assert told[7] == ["no CUDA graph: not tried with nf4; train.cuda_graph: true tries it"]
     card("xpu")
     assert not any("is captured" in line for line in needs.memory_lines(config, open_model("sdxl")))
 
@@ -238,9 +238,9 @@ def test_check_says_whether_the_step_would_be_captured(card, tmp_path, monkeypat
 def test_a_level_that_the_card_cannot_run_is_neither_chosen_nor_taken_later(card, tmp_path):
     figures = family_named("sdxl").memory
     config = make_run(tmp_path, tmp_path / "x", data={"resolution": 1024})
-    for kind, lowest in (("mps", "checkpointing"), ("xpu", "nf4")):
+    for kind, chosen, lowest in (("mps", "checkpointing", "checkpointing"), ("xpu", "nf4", "offload")):
         device = card(kind, free=5)
-        assert memory.choose(config, 2_567_463_684, 1, torch.bfloat16, device, figures)[0].name == lowest
+        assert memory.choose(config, 2_567_463_684, 1, torch.bfloat16, device, figures)[0].name == chosen
         level, found = memory.levels(config)[0], []
         while level is not None:
             found.append(level.name)

@@ -319,7 +319,7 @@ def bad_models(folders, tmp_path):
     (broken / "unet" / "config.json").write_text("{")
     other = tmp_path / "other"
     shutil.copytree(folders["sd15"], other)
-    (other / "unet" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    (other / "unet" / "config.json").write_text(json.dumps({"_class_name": "PixArtTransformer2DModel"}))
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "model.ckpt").write_text("hello")
     return {
@@ -328,7 +328,7 @@ def bad_models(folders, tmp_path):
         str(tmp_path / "partail"): "did you mean",
         str(no_part): "has no unet/config.json",
         str(broken): "is not JSON",
-        str(other): r"FluxTransformer2DModel\) belongs to none of the families",
+        str(other): r"PixArtTransformer2DModel\) belongs to none of the families",
         str(tmp_path / "text.safetensors"): "damaged or not a safetensors",
         str(tmp_path / "model.ckpt"): "is not a .safetensors file",
         file("lora.safetensors", {"a.lora_down.weight": (1, 1)}): "is an adapter, not a model",

@@ -54,8 +54,7 @@ class TrainConfig(Strict):
     compile: bool = False
     """torch.compile the transformer blocks; needs a C++ compiler, and minutes for the first step."""
     cuda_graph: Literal["auto"] | bool = "auto"
-    """Replay the step as a CUDA graph: auto where memory allows it, true always tries; it runs without where it
-    cannot."""
+    """Replay the step as a CUDA graph: auto (where memory allows it), true (always tries) or false."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs that have them."""
     channels_last: bool = False

@@ -94,7 +94,7 @@ def _check_header(path: Path) -> None:
         file.seek(8)
         size = path.stat().st_size
         # a header's length may begin with a pickle's \x80 too, but a header begins with a brace
-        pickled = start[:1] == b"\x80" and mark != b"{"
+        pickled = start[:1] == b"\x80" and mark not in (b"{", b"")
         if path.suffix.lower() in PICKLES or pickled or start[:4] == b"PK\x03\x04":
             raise ValueError(
                 f"{path}: is a pickle, which runs code when it is loaded; convert it to .safetensors first"
