@@ -1,11 +1,12 @@
 """How many kernels a training step launches, counted without a GPU: real sizes, tensors with shapes and no content.
 
-    python -m scripts.bench.kernels [--json]
+    python -m scripts.bench.kernels [--json] [--again]
 
 Counted is what PyTorch's dispatcher is asked for in a forward and a backward pass of batch size 1, in bf16, from the
 gathering of the batch to the gradients in the flat buffer: one for each operation that is no view and allocates not
 only. Attention itself is left out (one kernel forward and some backward, the same for all). `krona_operator` counts the
-product with A ⊗ B as the one operator that it is on NVIDIA cards.
+product with A ⊗ B as the one operator that it is on NVIDIA cards. `--again` counts a second step with the same caption,
+which finds what the first one kept (see adapters.kept).
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def as_on_a_card() -> Iterator[None]:
         yield
 
 
-def kernels(kind: str, name: str) -> Counter[str]:
-    """Count the operations of one step, by name. `kind` is a model of SIDES, `name` a row of ADAPTERS."""
+def kernels(kind: str, name: str, again: bool = False) -> Counter[str]:
+    """Count the operations of the first step or the one `again`, by name. `kind`: of SIDES, `name`: of ADAPTERS."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -69,8 +70,10 @@ def kernels(kind: str, name: str) -> Counter[str]:
     with as_on_a_card():
         # the operator as where Triton runs
         contender = Bench(unet, SIDES[kind], 1).contender(ADAPTERS[name], lambda *_: name == "krona_operator")
+        if again:
+            contender.passes(*contender.objective.batches(0, 0))
         with Kernels() as counted:
-            (batch,) = contender.objective.batches(0, 0)
+            (batch,) = contender.objective.batches(int(again), 0)
             contender.passes(batch)
     return counted.found
 
@@ -78,9 +81,10 @@ def kernels(kind: str, name: str) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--again", action="store_true", help="count a second step with the same caption")
     parser.add_argument("--most", type=int, default=0, metavar="N", help="also list the N commonest operations of each")
     given = parser.parse_args()
-    counts = {kind: {name: kernels(kind, name) for name in ADAPTERS} for kind in KINDS}
+    counts = {kind: {name: kernels(kind, name, given.again) for name in ADAPTERS} for kind in KINDS}
     totals = {kind: {name: found.total() for name, found in row.items()} for kind, row in counts.items()}
     if given.json:
         print(json.dumps(totals))
