@@ -23,9 +23,9 @@ from scripts.bench import __main__ as first
 from scripts.bench import peers, setting
 from scripts.bench.__main__ import chosen
 from scripts.bench.contender import Bench
+from scripts.bench.kernels import Kernels
 from scripts.bench.run import WATCHED, Watch, cap_memory, watching
 from scripts.bench.setting import BEGIN, END, Broken, Rows, TimeIsUp, shown, write_markdown
-from scripts.bench.trace import Kernels
 from tests.runs import make_run
 from tests.tiny import make_unet, real_part, write_pipeline
 from tests.tiny.__main__ import make
@@ -356,7 +356,7 @@ def test_the_estimates_leave_room_over_what_is_counted(monkeypatch):
 
 
 def few(kind: str, names: tuple[str, ...]) -> dict[str, int]:
-    from scripts.bench.trace import kernels
+    from scripts.bench.kernels import kernels
 
     found = {name: kernels(kind, name).total() for name in names}
     assert found["bare"] < found["krona_operator"] <= found["lora"]

@@ -261,6 +261,8 @@ class Family:
 
 
 class Off:
+    flat = None
+
     def __init__(self, denoiser):
         self.denoiser = denoiser
 
@@ -517,6 +519,24 @@ def test_out_of_memory_at_the_bottom_names_three_settings(world, tmp_path, monke
     monkeypatch.setattr(Objective, "batches", short)
     with pytest.raises(RuntimeError, match="batch_size.*resolution.*nf4"):
         train(make_run(world, tmp_path / "run"))
+
+
+def test_the_lowest_level_first_gives_up_what_is_kept_of_captions(world, tmp_path, monkeypatch):
+    batches, kept = Objective.batches, []
+
+    def short(self, step, micro):
+        if step == 3 and self.kept.on:
+            kept.append(self.kept.nbytes)
+            raise torch.OutOfMemoryError
+        return batches(self, step, micro)
+
+    bottom = {"train": {"memory": "checkpointing"}}
+    whole = factors(train(make_run(world, tmp_path / "a" / "run", **bottom)).file.parent)
+    monkeypatch.setattr(Objective, "batches", short)
+    told = Told()
+    run = train(make_run(world, tmp_path / "b" / "run", **bottom), progress=told).file.parent
+    assert len(kept) == 1 and kept[0] > 0 and same_factors(factors(run), whole)
+    assert "out of memory with memory: checkpointing; continuing without keeping keys and values" in told.text
 
 
 def test_a_failing_validation_or_report_never_ends_a_run(world, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters.base import Adapter
+from diffusekrona_train.adapters.kept import Kept
 
 ALIGN = 256
 
@@ -86,6 +87,7 @@ class FlatFactors:
         self._shadows: dict[torch.dtype, Tensor] = {self.master.dtype: self.master.detach()}
         self._stages: dict[torch.dtype, Tensor] = {}
         self.round = 0
+        self.kept = Kept()
         with torch.no_grad():
             for segment, parameter in zip(self.segments, parameters, strict=True):
                 segment.of(self.master).copy_(parameter)

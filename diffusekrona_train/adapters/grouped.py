@@ -309,6 +309,8 @@ class GroupLane:
         """Compute base(x) plus what the adapter adds, (..., out), for x (..., in)."""
         plain = _is_plain(base, x)
         shared = self.group.shared(self.index, x, plain)
+        if (kept := self.group.flat.kept.of(base, x)) is not None:
+            return _Over.apply(self, shared.taken, shared.z, (x,), kept)  # type: ignore[return-value]
         if plain:
             return _Plain.apply(self, shared.taken, shared.z, (x, base.weight, base.bias))  # type: ignore[return-value]
         return _Over.apply(self, shared.taken, shared.z, (x,), base(shared.through))  # type: ignore[return-value]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from diffusekrona_train.adapters.inject import Injection
+from diffusekrona_train.adapters.kept import Kept
 from diffusekrona_train.common.device import ABILITIES, abilities, moved
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
@@ -73,6 +74,7 @@ class Objective:
         self._pins = abilities(self.device).pinned and self.device.type in ABILITIES  # not for meta tensors
         self.process.check_weighting(self.config.train.weighting)
         self.process = self.process.to(self.device)
+        self._own = object()  # another objective's captions have the same numbers
 
     # ---- what a step sees ----
 
@@ -161,11 +163,22 @@ class Objective:
 
     def _told(self, batch: Batch, part: slice) -> Conditioning:
         extras = {name: value[part] for name, value in batch.extras.items()}
-        return {**self.family.collate(self.prompts(batch)[part]), **extras}
+        captions = batch.caption[part]
+        collated = self.kept.again((self._own, *captions), lambda: self.family.collate(self._rows(captions)))
+        return {**collated, **extras}
+
+    @property
+    def kept(self) -> Kept:
+        """Where the injection's layers keep what they make of captions."""
+        flat = self.injection.flat if self.injection else None  # none of either: a bare denoiser is timed
+        return Kept(limit=0) if flat is None else flat.kept
 
     def prompts(self, batch: Batch) -> list[Tensors]:
         """Return the encoded captions of a batch, one row a sample."""
-        rows = [self.captions[i] for i in batch.caption]
+        return self._rows(batch.caption)
+
+    def _rows(self, captions: Sequence[int]) -> list[Tensors]:
+        rows = [self.captions[i] for i in captions]
         return [{name: self._sent(value, self.device) for name, value in row.items()} for row in rows]
 
     # ---- how it is judged ----

@@ -6,7 +6,7 @@
 
 Both ways train the same jobs on toybox, start-up included, one after the other: `krona-train --config` once a subject,
 and `krona-train many --pack 8`. The ratio of the steps alone comes from the runs' own times. Kernels are counted as in
-`scripts.bench.trace --kernels`, on tensors with shapes and no content.
+`scripts.bench.kernels`, on tensors with shapes and no content.
 
 With --kills `krona-train many` is started, killed after a random time, and started again with the same list, until it
 ends by itself. The jobs have three steps; a tenth of them cannot be trained and a tenth is listed twice. Then every
@@ -36,7 +36,8 @@ from diffusekrona_train.data import toybox_subjects
 from diffusekrona_train.fleet.step import PackedStep, Share
 from diffusekrona_train.training.optimizer import SPARE, Descent
 from scripts.bench.contender import Bench, OneProcess
-from scripts.bench.trace import SIDES, Kernels, as_on_a_card, kernels
+from scripts.bench.kernels import Kernels, as_on_a_card, kernels
+from scripts.bench.trace import SIDES
 from tests.tiny import real_part
 
 BAR = 1.8

@@ -1,28 +1,17 @@
-"""Peak memory and kernels of a training step at real size, counted without a GPU on tensors that have no content.
+"""Peak memory of a training step at real size, counted without a GPU on tensors that have no content.
 
     python -m scripts.bench.trace --kind sdxl [--side 1024] [--batch 1] [--checkpointing]
     python -m scripts.bench.trace --kind sdxl --decode
-    python -m scripts.bench.trace --kernels [--json]
 
-Memory: autograd runs as it does on a card, so what it keeps is counted exactly, in blocks of 512 bytes. Attention is
+Autograd runs as it does on a card, so what it keeps is counted exactly, in blocks of 512 bytes. Attention is
 taken to be a fused kernel, which keeps q, k, v, its output and one number a row. Not counted: workspaces of cuDNN and
 cuBLAS, fragmentation, the CUDA context.
-
-Kernels: what PyTorch's dispatcher is asked for in a forward and a backward pass of batch size 1, in bf16, from the
-gathering of the batch to the gradients in the flat buffer; views and mere allocations are not counted. Attention itself
-is left out (one kernel forward and some backward, the same for all). `krona_operator` counts the product with A ⊗ B as
-the one operator that it is on NVIDIA cards.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -143,71 +132,6 @@ def decode_peak(kind: str, side: int, dtype: torch.dtype) -> tuple[float, float]
     return base / GIB, peak.most / GIB
 
 
-# ---- kernels --------------------------------------------------------------------------------------------------------
-
-ADAPTERS: dict[str, dict[str, Any] | None] = {
-    "bare": None,
-    "lora": {"type": "lora", "rank": 4},
-    "krona": {"a1": 4, "a2": 64},
-    "krona_operator": {"a1": 4, "a2": 64},
-}
-KINDS = ("sdxl", "sd15", "z-image")
-NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "promote_types")
-
-
-class Kernels(TorchDispatchMode):
-    """Count operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().partition("::")[2]
-        if not (func.is_view or name.startswith(NO_KERNEL)):
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def as_on_a_card() -> Iterator[None]:
-    """Attention as one fused kernel."""
-    functional = torch.nn.functional
-    with mock.patch.object(functional, "scaled_dot_product_attention", fused_attention):
-        yield
-
-
-def kernels(kind: str, name: str) -> Counter[str]:
-    """Count the operations of one step, by name. `kind` is a model of SIDES, `name` a row of ADAPTERS."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            unet = real_part(kind, DENOISERS.get(kind, "unet")).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-    with as_on_a_card():
-        # the operator as where Triton runs
-        contender = Bench(unet, SIDES[kind], 1).contender(ADAPTERS[name], lambda *_: name == "krona_operator")
-        with Kernels() as counted:
-            (batch,) = contender.objective.batches(0, 0)
-            contender.passes(batch)
-    return counted.found
-
-
-def show_kernels(as_json: bool, most: int) -> None:
-    """Print how many kernels a step of each model launches with each adapter."""
-    counts = {kind: {name: kernels(kind, name) for name in ADAPTERS} for kind in KINDS}
-    totals = {kind: {name: found.total() for name, found in row.items()} for kind, row in counts.items()}
-    if as_json:
-        print(json.dumps(totals))
-        return
-    for kind, row in totals.items():
-        print(kind, ", ".join(f"{name} {total:,}" for name, total in row.items()))
-        for name in row if most else ():
-            print(f"  {name}:", ", ".join(f"{op} {n}" for op, n in counts[kind][name].most_common(most)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kind", choices=list(SIDES), default="sdxl")
@@ -215,23 +139,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--decode", action="store_true", help="decode one picture in fp32 instead")
-    parser.add_argument("--kernels", action="store_true", help="count kernels instead, of all models and adapters")
-    parser.add_argument("--json", action="store_true", help="kernels: print JSON only")
-    parser.add_argument("--most", type=int, default=0, metavar="N", help="kernels: also list the N commonest of each")
     given = parser.parse_args()
-    if given.kernels:
-        return show_kernels(given.json, given.most)
     side = given.side or SIDES[given.kind]
     torch.nn.functional.scaled_dot_product_attention = fused_attention
     Fp32Module._apply = stay
     if given.decode:
         base, more = decode_peak(given.kind, side, torch.float32)
         print(f"{given.kind} {side}, decoding in fp32: VAE {base:.2f} GiB, and {more:.2f} GiB at the peak")
-        return None
+        return
     base, more = step_peak(given.kind, side, given.batch, given.checkpointing)
     way = "checkpointing" if given.checkpointing else "plain"
     print(f"{given.kind} {side}, batch {given.batch}, {way}: base {base:.2f} GiB, and {more:.2f} GiB at the peak")
-    return None
 
 
 if __name__ == "__main__":
