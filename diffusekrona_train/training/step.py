@@ -48,7 +48,7 @@ def go_down(run: Run) -> None:
     run.graphs.forget()
     run.descent.clear()
     lower = memory.below(run.level, run.config, run.accelerator.device)
-    if lower is None and run.objective.kept.on:  # the last thing that can be given up
+    if lower is None and run.objective.kept.nbytes:  # the last thing that can be given up
         run.objective.kept.stop()
         run.journal.say(f"out of memory with memory: {run.level.name}; continuing without keeping keys and values")
         free()
