@@ -334,3 +334,8 @@ def test_any_bytes_are_read_or_give_one_line(content):
 def test_half_of_a_pair_says_what_the_other_half_is():
     with pytest.raises(ValueError, match=r"train\.betas: \[0\.9\] lacks value 2; it is: AdamW's betas\."):
         make_config({"subject": {"images": "x", "class": "dog"}, "output": "x", "train": {"betas": [0.9]}})
+
+
+def test_what_is_a_word_or_a_switch_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="^train.cuda_graph: 'maybe' should be 'auto', True or False$"):
+        make_config({"subject": {"images": "x", "class": "dog"}, "output": "runs/x", "train": {"cuda_graph": "maybe"}})

@@ -141,5 +141,5 @@ def test_a_stream_is_named_once():
     for wrong in ([], ["image", "image"]):
         with pytest.raises(ValueError, match="streams: .* should name at least one of image, text"):
             AdapterConfig.model_validate({"streams": wrong})
-    with pytest.raises(ValueError, match="match no layer"):
+    with pytest.raises(ValueError, match="streams: .*text.* matches no layer; those of this model see: image"):
         select_layers(open_model("sdxl").layers(), AdapterConfig(streams=["text"]))

@@ -78,6 +78,16 @@ def test_disk_is_what_the_files_weigh(tmp_path):
     assert f"cache {latents / 1e6:.1f} MB" in line and f"run {(3 * 4 + 2 * 12):.1f} MB" in line
 
 
+def test_encoded_prompts_of_a_transformer_are_counted(tmp_path):
+    """FLUX.2 dev: 512 tokens of three layers of 5120 numbers in 16 bits, for four prompts."""
+    config = run(tmp_path, validation={"every": 0, "prompts": ["A [V] dog at night"]})
+    source = open_model("flux2-dev")
+    (line,) = needs.disk_lines(config, source, photos(5), trainable=1_000_000)
+    side = config.data.resolution // 8
+    prompts = len({"", "A sks dog", "a dog", "A sks dog at night"})
+    assert f"cache {(5 * 32 * side**2 * 4 + prompts * 512 * 15360 * 2) / 1e6:.1f} MB" in line
+
+
 def test_too_little_disk_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert "are free there" in needs.disk_lines(run(tmp_path), open_model("sdxl"), photos(5), 1_000_000)[-1]

@@ -143,9 +143,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def one_line(error: ValidationError, root: type[BaseModel] = RunConfig) -> str:
-    """Say in one line what pydantic found in a tree for the model `root`: field, value, what would be right (two
-    mistakes,
-    and how many more)."""
+    """Say in one line what pydantic found in a tree for the model `root`: field, value, what would be right.
+
+    Two mistakes are named, and how many more there are.
+    """
     lines = list(dict.fromkeys(_describe(item, root) for item in error.errors(include_url=False)))
     more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
     return "; ".join(lines[:2]) + more

@@ -53,7 +53,7 @@ class TrainConfig(Strict):
     """auto picks by the free GPU memory: plain, checkpointing, nf4 with it, or offload (nf4 or fp8 in host memory)."""
     compile: bool = False
     """torch.compile the transformer blocks; needs a C++ compiler, and minutes for the first step."""
-    cuda_graph: Literal["auto"] | bool = "auto"
+    cuda_graph: Literal["auto", True, False] = "auto"
     """Replay the step as a CUDA graph: auto (where memory allows it), true (always tries) or false."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs that have them."""

@@ -102,7 +102,8 @@ def _find(subject: SubjectConfig) -> Found:
         raise ValueError(f"subject.images: {printable(where)} cannot be read ({error.strerror})") from None
     if _path(where).exists():
         raise ValueError(f"subject.images: {printable(where)} is not a folder, an image or a data set")
-    raise ValueError(f"subject.images: {printable(where)} is not there{_nearest(_path(where))}")
+    hint = _nearest(_path(where)) or "; give a folder, an image or a data set"
+    raise ValueError(f"subject.images: {printable(where)} is not there{hint}")
 
 
 def _refuse_fields(subject: SubjectConfig, source: Source, shown: str) -> None:

@@ -250,6 +250,9 @@ def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
     """Choose likewise from a list of layers, such as a table of a model that is not built. Raises as `find_layers`."""
     if spec.is_whole:
         return layers
+    if layers and spec.streams and not any(_in_stream(layer, spec.streams) for layer in layers):
+        streams = " and ".join(sorted({layer.stream for layer in layers}))
+        raise ValueError(f"adapter.streams: {spec.streams} matches no layer; those of this model see: {streams}")
     chosen = [layer for layer in layers if _has_role(layer, spec)]
     if not chosen:
         kinds = sorted({layer.kind for layer in layers})
@@ -266,8 +269,12 @@ def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:
     return [layer for layer in chosen if any(_matches(layer.name, pattern) for pattern in spec.blocks)]
 
 
+def _in_stream(layer: Layer, streams: Sequence[str]) -> bool:
+    return layer.stream in ("both", *streams)
+
+
 def _has_role(layer: Layer, spec: AdapterConfig) -> bool:
-    if spec.streams is not None and layer.stream not in ("both", *spec.streams):
+    if spec.streams is not None and not _in_stream(layer, spec.streams):
         return False
     if layer.kind == "ffn":
         return spec.ffn

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from diffusekrona_train.common.process import world_size
 from diffusekrona_train.config import EMBEDDED, RunConfig
+from diffusekrona_train.config.known import known_model
 from diffusekrona_train.data import Collection
-from diffusekrona_train.data.training_set import cache_folder
+from diffusekrona_train.data.training_set import cache_folder, prompts_of
 from diffusekrona_train.models.contracts import Layer
 from diffusekrona_train.models.source import ModelSource
 
@@ -142,6 +143,7 @@ def disk_lines(config: RunConfig, source: ModelSource, collection: Collection, t
     latent = math.prod(source.family.latent_shape(source.vae_config, side, side))
     pictures = len(collection.pictures) + (config.prior.count if config.prior.kind == "images" else 0)
     latents = pictures * config.data.variants * latent * 4
+    texts = len(prompts_of(config, collection.pictures)) * _bytes_a_prompt(source)
     class_images = config.prior.count * config.data.resolution**2 * 1.5 if config.prior.kind == "images" else 0
     checkpoints = math.ceil(config.train.steps / config.train.checkpoint_every)
     states = min(checkpoints, config.train.keep_resume_states) * trainable * 12
@@ -149,12 +151,22 @@ def disk_lines(config: RunConfig, source: ModelSource, collection: Collection, t
     samples = rendered * len(config.validation.prompts) * len(config.validation.seeds) * config.data.resolution**2 * 1.5
     run = (checkpoints + 1) * trainable * 4 + states + samples
     folder = cache_folder(config)
-    lines = [f"cache {_megabytes(latents + class_images)} in {folder}, run {_megabytes(run)} in {config.output}"]
+    cache = latents + texts + class_images
+    lines = [f"cache {_megabytes(cache)} in {folder}, run {_megabytes(run)} in {config.output}"]
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
-    if free < 1.2 * (latents + class_images + run):
+    if free < 1.2 * (cache + run):
         lines.append(f"only {_megabytes(free)} are free there")
     return lines
+
+
+def _bytes_a_prompt(source: ModelSource) -> float:
+    """Return what an encoded prompt of usual length weighs; 0 for the UNets' short ones, which weigh little."""
+    known = known_model(source.identity)
+    shapes = known.prompt.values() if known else ()
+    encoders = source.family.parts.text_encoders
+    width = max((source.text_dtype(part).itemsize for part in encoders), default=4)
+    return sum(map(math.prod, shapes)) * width
 
 
 def _megabytes(count: float) -> str:
