@@ -20,7 +20,9 @@ from diffusekrona_train.fleet import train_all
 from diffusekrona_train.fleet.call import Call
 from diffusekrona_train.fleet.jobs import JobError, common_tree, make_job
 from diffusekrona_train.fleet.photos import fetch
+from diffusekrona_train.fleet.seats import SharedSource
 from diffusekrona_train.fleet.stream import Stream
+from diffusekrona_train.models import open_model
 from tests import fleets
 from tests.runs import factors, finish, make_world, same_factors, start
 from tests.tiny.photos import draw_photos
@@ -314,3 +316,9 @@ def test_by_command_the_exit_status_says_whether_a_job_failed(world, tmp_path):
     assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["state"] for line in lines if line["event"] == "job"] == ["skipped"]
+
+
+def test_all_jobs_get_the_model_as_the_config_asks_for_it():
+    source = open_model("z-image", text_precision="int8", prediction_type=None)
+    shared = SharedSource.of(source)
+    assert vars(shared) == {**vars(source), "_layers": [], "_whole": set()} and shared.text_precision == "int8"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,15 @@ class Rider:
         return time.monotonic() - self.began
 
 
-class Kept(ModelSource):
+class SharedSource(ModelSource):
     """A model whose small parts are loaded once: they wait in host memory between two jobs."""
 
     @staticmethod
-    def of(source: ModelSource) -> Kept:
-        return Kept(**{name: getattr(source, name) for name in ("model", "place", "family", "vae", "predicts")})
+    def of(source: ModelSource) -> SharedSource:
+        """Return the same model, whatever its config asked for."""
+        return SharedSource(
+            **{each.name: getattr(source, each.name) for each in fields(source) if not each.name.startswith("_")}
+        )
 
     def load(self, *parts: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Load as `ModelSource.load`, each of KEPT once a type."""
@@ -120,16 +123,16 @@ class Seats:
         self.riders: list[Rider] = []
         self.base: Base | None = None
         self.packed: PackedStep | None = None
-        self.source: Kept | None = None
+        self.source: SharedSource | None = None
 
     @property
     def free(self) -> bool:
         return len(self.riders) < self.count
 
-    def model(self, config: RunConfig) -> Kept:
+    def model(self, config: RunConfig) -> SharedSource:
         """Return the model of all jobs, which is found when the first one asks."""
         if self.source is None:
-            self.source = Kept.of(configured_model(config))
+            self.source = SharedSource.of(configured_model(config))
         return self.source
 
     def open(self, job: Job, config: RunConfig, mark: str, folder: Path) -> Rider:
