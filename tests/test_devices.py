@@ -225,11 +225,12 @@ def test_check_says_whether_the_step_would_be_captured(card, tmp_path, monkeypat
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config = make_run(tmp_path, tmp_path / "x", data={"resolution": 1024}, validation={"every": 100})
     told = {}
-    for free in (80, 11, 7):
+    for free in (80, 11, 7, 6):
         card("cuda", free=free)
         told[free] = [line for line in needs.memory_lines(config, open_model("sdxl")) if "CUDA graph" in line]
     assert told[80] == ["the step is captured as a CUDA graph"]
     assert len(told[11]) == 1 and told[11][0].startswith("no CUDA graph: it needs 4.0 GiB beside the step, and ")
+    assert told[6] == ["no CUDA graph: blocks of the base come from host memory"]
     assert told[7] == ["no CUDA graph: not tried with nf4; train.cuda_graph: true tries it"]
     card("xpu")
     assert not any("is captured" in line for line in needs.memory_lines(config, open_model("sdxl")))

@@ -373,6 +373,15 @@ def sized(world, tmp_path, adapter, **section):
     return make_run(world, tmp_path / "x", adapter=adapter, train=section)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_estimate_is_weights_activations_and_a_gibibyte_of_reserve(checkpointing):
+    """By hand, SDXL in bf16: 2.567 billion numbers of 2 bytes are 4.78 GiB; a step at 1024 x 1024 takes its figure."""
+    figures = SDXL().memory
+    step = figures.checkpointing if checkpointing else figures.plain
+    found = memory.estimate(memory.Level("", "none", checkpointing), 2_567_463_684, 1.0, torch.bfloat16, figures)
+    assert found == pytest.approx(4.782 + step + 1.0, abs=0.001)
+
+
 def test_estimates_count_what_is_trained_and_what_int8_keeps(world, tmp_path):
     layers, base = layer_table("sdxl"), base_parameters("sdxl")
     full = {"type": "full", "targets": ["q", "k", "v", "o"]}
