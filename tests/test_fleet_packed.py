@@ -22,6 +22,7 @@ KINDS = {
     "lokr, low rank": {"type": "lokr", "rank": 1, "alpha": 2.0, "decompose_both": True, "factor": 4},
     "loha": {"type": "loha", "rank": 2},
     "loha, dense": {"type": "loha", "rank": 8},
+    "terms": {"type": "terms", "rank": 2, "rho": 2},
 }
 ALONE = SimpleNamespace(num_processes=1, scaler=None)
 
@@ -77,6 +78,9 @@ def written_out(base, seat, factors: dict[str, torch.Tensor]) -> dict[str, torch
         scale = adapter.multiplier
         if "A" in own:
             delta = torch.kron(own["A"], own["B"])
+        elif "terms_a" in own:
+            pairs = zip(own["terms_a"], own["terms_b"], strict=True)
+            delta = sum(torch.kron(A.contiguous(), B.contiguous()) for A, B in pairs)
         elif "lora_up" in own:
             delta = own["lora_up"] @ own["lora_down"]
         elif "hada_w1_a" in own:
@@ -226,5 +230,5 @@ def test_a_new_subject_starts_as_it_would_alone(base):
 
 
 def test_full_fine_tuning_does_not_pack(base):
-    with pytest.raises(ValueError, match="type Full cannot be packed; these can: KronA, LoHa, LoKr, LoRA"):
+    with pytest.raises(ValueError, match="type Full cannot be packed; these can: KronA, LoHa, LoKr, LoRA, Terms"):
         Pack(fresh(base), AdapterConfig(type="full"), 2)

@@ -17,6 +17,7 @@ TYPES = {
     "lora": {"type": "lora", "rank": 2},
     "lokr": {"type": "lokr", "rank": 1, "factor": 4, "decompose_both": True},
     "loha": {"type": "loha", "rank": 2},
+    "terms": {"type": "terms", "rank": 2, "rho": 2},
 }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
 from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
+from diffusekrona_train.adapters.further import Terms
 from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.adapters.kron import kron_macs
@@ -299,11 +300,18 @@ def _loha(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
     return _linear(_linear(x, down), scaled(up, scale))
 
 
+def _terms(kind: Adapter, of: Factors, x: Tensor) -> Tensor:
+    rho = of["terms_a"].shape[2]
+    tokens, first = x.unflatten(2, (-1, rho)), scaled(of["terms_a"], kind.multiplier)
+    return torch.einsum("mncr,mkac,mkbr->mnab", tokens, first, of["terms_b"]).flatten(2)
+
+
 PRODUCTS: dict[type[Adapter], Callable[[Adapter, Factors, Tensor], Tensor]] = {
     KronA: _krona,
     LoRA: _lora,
     LoKr: _lokr,
     LoHa: _loha,
+    Terms: _terms,
 }
 """Type of adapter -> its product for the factors of m subjects."""
 

@@ -257,8 +257,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=0, metavar="N", help="also list the N commonest operations")
     parser.add_argument("--kills", type=int, help="kill the process so often, and look whether anything is lost")
     parser.add_argument("--seed", type=int, default=0, help="kills: of the list and the times")
-    parser.add_argument("--least", type=float, default=20.0, help="kills: shortest time to one, in seconds")
-    parser.add_argument("--longest", type=float, default=90.0, help="kills: longest time to one")
+    parser.add_argument("--least", type=float, default=6.0, help="kills: shortest time to one, in seconds")
+    parser.add_argument("--longest", type=float, default=16.0, help="kills: longest time to one")
     given = parser.parse_args()
     if given.kills is not None:
         return kill(given, given.subjects)
