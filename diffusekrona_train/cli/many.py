@@ -156,7 +156,7 @@ def table_of(pack: Fields) -> Table:
     """Return rich's table of the slots, and a line under it: what is done, subjects an hour, time left."""
     from rich.table import Table
 
-    table = Table(caption=caption_of(pack))
+    table = Table(caption=caption_of(pack), min_width=64)  # the line under it is not broken
     for name in ("slot", "job", "step", "loss"):
         table.add_column(name)
     running = {row["slot"]: row for row in pack["running"]}

@@ -91,7 +91,7 @@ def _strip(output: Path, record: Record) -> Strip:
     folder = output / record.id
     steps = sorted((path for path in folder.glob("samples/step-*") if step_of(path) >= 0), key=step_of)
     samples = sorted(steps[-1].glob("*.png"))[:SHOWN_SAMPLES] if steps else []
-    figures = [_figure(folder / PHOTO, "photo"), *(_figure(path, path.stem) for path in samples)]
+    figures = [_figure(folder / PHOTO, "photo"), *(_figure(path, f"step {step_of(steps[-1])}") for path in samples)]
     scores = json.dumps(_scores(folder))[1:-1].replace('"', "")
     label = f"{record.id}: {record.state}" + (f", {record.seconds:.0f} s" if record.seconds else "")
     return Strip(label + (f", {scores}" if scores else ""), [figure for figure in figures if figure is not None])
