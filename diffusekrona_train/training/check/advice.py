@@ -18,7 +18,7 @@ CUT_AWAY = 0.6
 BLURRED = 25.0
 """Variance of the Laplacian, photos at 512 pixels: out-of-focus ones lie below, sharp ones in the hundreds."""
 STRAIGHT, TILTED = 3.0, (4.0, 20.0)
-"""How far the commonest direction of edges exceeds the mean one before it counts; degrees at which a photo leans by mistake."""
+"""How far the commonest direction of edges exceeds the mean one to count; degrees at which a photo leans by mistake."""
 SAME_BITS, ALIKE_BITS = 6, 14
 """Of 64 bits of a difference hash: two shots of one moment; a set without variety (unrelated photos differ in 32)."""
 
