@@ -96,7 +96,7 @@ def test_whole_seeds_come_first_and_shared_runs_before_others(tmp_path):
 
 MISTAKES = {
     "an unknown study": (["initt"], "study 'initt' is not known; there are baselines, "),
-    "an unknown model": (["init", "--model", "sd9"], "--model 'sd9' is not known; there are toybox, sdxl, sd15"),
+    "an unknown model": (["init", "--model", "sd9"], "--model 'sd9' is not known; there are toybox, toybox-flow, sdxl, sd15"),
     "an unknown subject": (["init", "--subjects", "unicorn"], "--subjects unicorn: suite toybox has poodle, "),
     "no photos": (["init", "--model", "sd15"], "give the folder that holds dog/ with --photos"),
     "a wrong override": (["init", "--set", "train.stepz=3"], "train.stepz is not a known key"),
