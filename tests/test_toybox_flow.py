@@ -150,9 +150,14 @@ def test_the_recipes_networks_are_the_packages(flow):
             torch.testing.assert_close(row[: len(wanted)], wanted)
 
 
-def test_the_packages_weights_are_trained_further(flow, tmp_path):
+def test_the_packages_weights_are_trained_further(flow, tmp_path, monkeypatch):
     """They begin near their last loss, and the file has both networks' tensors in fp16."""
-    told = flow.further(tmp_path / "further.safetensors", sprites_of(flow), 12, steps=1)
+    importlib.import_module("sprites").pack(sprites_of(flow), tmp_path / "sprites.npz")
+    given = ["--sprites", str(tmp_path / "sprites.npz"), "--images", "12", "--steps", "1", "--seconds", "500"]
+    given += ["--json", str(tmp_path / "told.json")]
+    monkeypatch.setattr(sys, "argv", ["flow.py", str(tmp_path / "further.safetensors"), *given])
+    assert flow.main() == 0
+    told = json.loads((tmp_path / "told.json").read_text())
     assert told["steps"] == 1 and told["loss before"] < 0.6
     tensors = load_file(tmp_path / "further.safetensors")
     own = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false, reportAssignmentType=false
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -238,8 +239,8 @@ def further(
 ) -> dict[str, float]:
     """Train the package's weights for more steps, at half the rates falling to zero, and write fp16 tensors to `out`.
 
-    `until` is a time.time() after which no step begins. Returns steps, seconds, and the loss on the same 8 batches of
-    the package's weights (before) and of the averaged ones (after).
+    `until` is a time.time() at which the rates have fallen to zero in any case. Returns steps, seconds, and the loss on
+    the same 8 batches of the package's weights (before) and of the averaged ones (after).
     """
     torch.manual_seed(1)
     tokenizer = Qwen2Tokenizer.from_pretrained(PIPE / "tokenizer")
@@ -250,8 +251,9 @@ def further(
         )
     course = Course(nets, tokenizer, prepare(small, number, device), device, rate=0.5)
     before, began, pace = held_loss(course), time.time(), Pace("further", steps)
-    while course.done < steps and time.time() < until:
-        loss = course.step(scale_at(course.done, steps, constant=0.0), seed=1)
+    while course.done < steps and (now := time.time()) < until:
+        left = 1.0 if math.isinf(until) else (until - now) / (until - began)
+        loss = course.step(min(left, scale_at(course.done, steps, constant=0.0)), seed=1)
         pace.step(course.done, loss)
     seconds = time.time() - began
     nets.load_state_dict(course.average.values)
@@ -272,8 +274,9 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="safetensors file for the transformer and the text encoder, fp16")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--images", type=int, default=PICTURES, help="of the small world")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no step after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all of it, if the steps take longer")
     parser.add_argument("--sprites", type=Path, default=Path("build/toybox"), help="folder, or a file of sprites.py")
+    parser.add_argument("--json", type=Path, help="write what came out to this file too")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     until = time.time() + given.seconds
@@ -286,7 +289,10 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(further(given.out, small, given.images, given.steps, until, given.device)))
+    found = json.dumps(further(given.out, small, given.images, given.steps, until, given.device))
+    print(found)
+    if given.json:
+        given.json.write_text(found)
     return 0
 
 
