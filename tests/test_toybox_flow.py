@@ -47,7 +47,7 @@ def test_it_is_a_flow_of_toyboxs_latents_with_toyboxs_own_vae():
 def test_its_config_takes_its_defaults():
     config = load_config("configs/toybox-flow.yaml")
     assert (config.data.resolution, config.adapter.a1, config.adapter.a2) == (64, 4, 4)
-    assert (config.validation.steps, config.validation.guidance, config.train.learning_rate) == (25, 4.0, 2e-3)
+    assert (config.validation.steps, config.validation.guidance, config.train.learning_rate) == (25, 4.0, 5e-3)
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------

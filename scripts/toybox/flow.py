@@ -222,7 +222,7 @@ def write_pipeline(folder: Path, nets: Nets, tokenizer: Qwen2Tokenizer) -> ZImag
     coder = AutoencoderKL.from_pretrained(TOYBOX / "pipe" / "vae", torch_dtype=torch.float16)
     coder.register_to_config(shift_factor=0.0)  # ZImagePipeline adds it
     transformer, encoder = nets.transformer.eval().half(), nets.text_encoder.eval().half()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # as trained: subjects learnt from it keep fine detail
     pipe = ZImagePipeline(scheduler, coder, encoder, tokenizer, transformer)
     pipe.save_pretrained(folder)
     return pipe

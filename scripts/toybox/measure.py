@@ -37,7 +37,7 @@ from sprites import NAMES, Sprite, fetch, load_sprites, small_world
 from world import BACKGROUNDS, SCENES, SMALL, compose, paint, with_article
 
 from diffusekrona_train.adapters.formats import load_adapter
-from diffusekrona_train.evaluation.inputs import load_suite
+from diffusekrona_train.evaluation.inputs import SuiteRow, load_suite
 from diffusekrona_train.evaluation.metrics import unit
 from diffusekrona_train.evaluation.metrics.encoders import TOYBOX, Encoder, open_clip, open_dino
 from diffusekrona_train.models import ModelSource, open_model
@@ -183,7 +183,7 @@ class Subject:
 
 
 def measure_subjects(given: argparse.Namespace) -> None:
-    rows = load_suite("toybox").rows
+    rows = rows_of(given.only)
     judge, sprites, (source, pipe) = open_dino("toybox"), load_sprites(given.sprites), open_pipe(given.pipe[0])
     kinds = ["real renders", "base", *(folder.name for folder in given.runs)]
     table: dict[str, list[Score]] = {kind: [] for kind in kinds}
@@ -224,10 +224,18 @@ def adapter_of(runs: Path, name: str) -> Path:
     return runs / name / f"{name}.safetensors"
 
 
-def check_runs(folders: list[Path]) -> None:
+def rows_of(only: list[str] | None) -> list[SuiteRow]:
+    """The subjects of the suite, or those named; ValueError of one line for an unknown name."""
+    rows = load_suite("toybox").rows
+    if unknown := set(only or []) - {row.name for row in rows}:
+        raise ValueError(f"--only {min(unknown)}: the suite has {', '.join(row.name for row in rows)}")
+    return [row for row in rows if not only or row.name in only]
+
+
+def check_runs(folders: list[Path], rows: list[SuiteRow]) -> None:
     """ValueError of one line where a folder lacks a subject's run."""
     for folder in folders:
-        if missing := [row.name for row in load_suite("toybox").rows if not adapter_of(folder, row.name).is_file()]:
+        if missing := [row.name for row in rows if not adapter_of(folder, row.name).is_file()]:
             raise ValueError(f"{folder} has no finished run of {', '.join(missing)}: scripts/train_suite.py makes them")
 
 
@@ -240,13 +248,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--runs", type=Path, action="append", help="measure subjects: folder of runs; may be repeated")
+    parser.add_argument("--only", nargs="*", help="names of the subjects to measure (all)")
     parser.add_argument("--images", type=int, default=4, help="images a prompt of a subject")
     given = parser.parse_args()
     given.pipe = given.pipe or ["toybox"]
     try:
         if given.runs and len(given.pipe) > 1:
             raise ValueError("--pipe: give one with --runs, the model that they were trained on")
-        check_runs(given.runs or [])
+        check_runs(given.runs or [], rows_of(given.only))
         fetch(given.sprites)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
