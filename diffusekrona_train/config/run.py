@@ -42,7 +42,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox-flow": {
         "data": {"resolution": 64},
         "adapter": {"a1": 4, "a2": 4},
-        "train": {"batch_size": 4, "learning_rate": 2e-3},
+        "train": {"batch_size": 4, "learning_rate": 5e-3},
         "validation": {"steps": 25, "guidance": 4.0},
     },
     "sd15": {"data": {"resolution": 512}},

@@ -289,6 +289,12 @@ class Family(Protocol):
 
     # the denoiser
 
+    @property
+    def caption(self) -> str:
+        """Name of the conditioning that `predict` gives to every cross-attention unchanged; "" if it changes on the way
+        or there is no such attention."""
+        ...
+
     def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the prediction (B, C, h, w) in the convention of `process.target`: no caller knows a sign, scale or
         packing.

@@ -48,6 +48,7 @@ class SD:
     negative_prompt = True
     added: Mapping[str, str] = {}
     """What the UNet is given beside its prompt: its name for it -> the conditioning's."""
+    caption = "prompt_embeds"
     blocks = ("down_blocks", "mid_block", "up_blocks")
     # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without cuDNN's workspaces and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.

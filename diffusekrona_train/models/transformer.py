@@ -24,6 +24,7 @@ class FlowTransformer(SD):
     """What differs from the UNets, for all transformers that predict a velocity."""
 
     side_multiple = 16
+    caption = ""
     streams: Mapping[str, str] = {}
     """Path of repeated blocks -> whose tokens they see: image, text or both; a text projection inside is text."""
     feed_forward: Mapping[str, str] = {}
