@@ -110,7 +110,7 @@ def test_flux1_and_chroma_at_their_real_width(tmp_path, family):
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    made = getattr(diffusers, config["_class_name"]).from_config(config)
+    made = getattr(diffusers, str(config["_class_name"])).from_config(config)
     torch.set_default_dtype(before)
     path = saved(ORIGINAL[family](made.state_dict()), tmp_path / "one.safetensors")
     assert_same(opened(path, tmp_path).load("denoiser", dtype=torch.bfloat16)["denoiser"], made)
@@ -119,7 +119,7 @@ def test_flux1_and_chroma_at_their_real_width(tmp_path, family):
 FILES = {
     "z-image": {"z_image_turbo_bf16": "z-image-turbo", "z_image_bf16": "z-image"},
     "klein-4b": {"flux-2-klein-base-4b": "klein-4b", "flux-2-klein-4b": "klein-4b-distilled"},
-    "klein-9b": {"flux-2-klein-9b-fp8": "klein-9b-distilled"},
+    "klein-9b": {"flux-2-klein-9b-fp8": "klein-9b-distilled", "flux-2-klein-base-9b": "klein-9b"},
     "flux2-dev": {"flux2_dev": "flux2-dev"},
     "qwen-image": {"qwen_image_2512_bf16": "qwen-image-2512", "qwen_image_bf16": "qwen-image"},
     "krea-2": {"krea2_turbo": "krea-2-turbo", "krea2_raw": "krea-2"},
@@ -163,7 +163,8 @@ def test_a_file_of_real_size_is_told_by_its_tensors_without_a_network(tmp_path, 
         assert source.like == known_models()[alias].hub
         assert source.family.name == known.family.name
         assert source.scheduler_config == known.scheduler_config
-    source.check_part(source.family.parts.denoiser)
+        if alias == size:
+            source.check_part(source.family.parts.denoiser)
 
 
 def test_fp8_is_cast_or_multiplied(models, tmp_path):
