@@ -93,8 +93,10 @@ def test_layers_with_one_input_are_computed_together():
     injection = injected(net)
     flat = injection.flatten()
     sizes = Counter(len(layers) for _, layers, _ in flat.layout)
-    assert sizes == {3: 2, 2: 2, 1: 2 * 3}  # two blocks: q, k, v; k, v; and self o, cross q, cross o
+    assert sizes == {3: 2, 4: 1, 1: 2 * 3}  # q, k, v of two blocks; k, v of both; and self o, cross q, cross o
     lanes = {name: adapter.lane for name, adapter in injection.adapters.items()}
+    together = Counter(lane.group for lane in lanes.values())
+    assert Counter(together.values()) == {3: 2, 2: 2, 1: 2 * 3}
     assert lanes["blocks.0.mix.to_q"].group is lanes["blocks.0.mix.to_v"].group
     assert lanes["blocks.0.ask.to_k"].group is lanes["blocks.0.ask.to_v"].group
     assert lanes["blocks.0.ask.to_q"].group is not lanes["blocks.0.ask.to_k"].group

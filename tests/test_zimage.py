@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
+from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter, save_adapter
 from diffusekrona_train.adapters.formats.exports import EXPORTERS
-from diffusekrona_train.config import make_config
+from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.config import AdapterConfig, make_config
 from diffusekrona_train.models import open_model
 from diffusekrona_train.sampling import SampleRequest, open_call
 from diffusekrona_train.sampling.render import render, settings_of
@@ -200,6 +201,19 @@ def test_a_thin_pair_leaves_as_an_exact_lora_that_diffusers_loads(world, thin, t
         layer = name.removesuffix(".weight")
         wanted = value + changed[layer] if layer in changed else value
         torch.testing.assert_close(after[name], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_full_pair_that_is_not_square_is_refused_for_diffusers_with_its_reason(world, tmp_path):
+    injection = inject(
+        open_model(str(world / "model")).load("denoiser")["denoiser"], AdapterConfig(a1=3, a2=4, init_b="same")
+    )
+    save_adapter(tmp_path / "own.safetensors", injection, {"model": "x", "token": "sks", "class": "dog"})
+    file, out = read_adapter(tmp_path / "own.safetensors"), tmp_path / "diffusers.safetensors"
+    with pytest.raises(ValueError, match="exact LoRA rank 72, .* only where A is square, of one size in all layers"):
+        EXPORTERS["diffusers"](file, out, dtype="fp32")
+    assert not out.exists()
+    remarks = EXPORTERS["diffusers"](file, out, dtype="fp32", rank=8)
+    assert remarks[0].startswith("cut: rank 8")
 
 
 def changes(file: AdapterFile) -> dict[str, torch.Tensor]:

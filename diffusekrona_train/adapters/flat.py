@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,24 @@ class Segment:
     def of(self, buffer: Tensor) -> Tensor:
         """Return the factor's view of a buffer with this layout."""
         return buffer[self.start : self.start + self.size].view(self.shape)
+
+
+@dataclass
+class Ready:
+    """What was computed of an input before the model runs; `version` is the input's then."""
+
+    x: Tensor
+    version: int
+    outputs: dict[nn.Module, Tensor]
+    """Adapter -> its layer's output, what it adds included."""
+
+
+class Early(Protocol):
+    """Layers that can be computed before the model runs (see `ahead`)."""
+
+    def prepare(self, x: Tensor) -> dict[nn.Module, Tensor]:
+        """Return adapter -> output of its layer for x (..., in); {} if the layers have to compute it themselves."""
+        ...
 
 
 class FlatFactors:
@@ -88,6 +107,8 @@ class FlatFactors:
         self._stages: dict[torch.dtype, Tensor] = {}
         self.round = 0
         self.kept = Kept()
+        self.ahead: list[Early] = []
+        self.ready: dict[int, Ready] = {}
         with torch.no_grad():
             for segment, parameter in zip(self.segments, parameters, strict=True):
                 segment.of(self.master).copy_(parameter)
@@ -136,13 +157,24 @@ class FlatFactors:
             if dtype != self.master.dtype:
                 shadow.copy_(self.master)
 
+    def expect(self, x: Tensor) -> None:
+        """Compute what depends only on x (B, L, width), before a model that gives x to its layers unchanged runs.
+
+        Its layers take it while that tensor is unchanged, until `flush` or `clear`.
+        """
+        found: dict[nn.Module, Tensor] = {}
+        for early in self.ahead if torch.is_grad_enabled() else ():
+            found |= early.prepare(x)
+        if found:
+            self.ready[id(x)] = Ready(x, x._version, found)
+
     @torch.no_grad()
     def flush(self) -> None:
         """Add what the last backward pass left in the stages to `gradient`, in fp32."""
         for stage in self._stages.values():
             self.gradient.add_(stage)
             stage.zero_()
-        self.round += 1
+        self._next_round()
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -150,7 +182,11 @@ class FlatFactors:
         self.buffer.zero_()
         for stage in self._stages.values():
             stage.zero_()
+        self._next_round()
+
+    def _next_round(self) -> None:
         self.round += 1
+        self.ready.clear()
 
     def of_slot(self, slot: int, buffer: Tensor) -> Tensor:
         """Return one slot's share of a buffer with this layout."""
@@ -158,19 +194,32 @@ class FlatFactors:
 
 
 def members_of(adapters: Mapping[str, nn.Module]) -> list[list[str]]:
-    """Return layer names whose adapters may be computed together: q, k, v of a self-attention, k and v of a
-    cross-attention, where type and shapes agree; all others alone. In the adapters' order."""
+    """Return layer names whose factors lie side by side, where type and shapes agree: those of `grouped`, and k and v
+    of all cross-attentions; all others alone. In the adapters' order."""
     found: dict[object, list[str]] = {}
     for name, adapter in adapters.items():
         found.setdefault(_key(name, adapter), []).append(name)
     return list(found.values())
 
 
+def grouped(adapters: Mapping[str, Adapter]) -> list[list[str]]:
+    """Return names of those with the same input: q, k, v of a self-attention, k and v of a cross-attention."""
+    found: dict[str, list[str]] = {}
+    for name, adapter in adapters.items():
+        found.setdefault(adapter.layer.group or name, []).append(name)
+    return list(found.values())
+
+
+def reads_the_text(adapter: Adapter) -> bool:
+    """Return whether its layer makes keys or values of a cross-attention."""
+    return adapter.layer.kind == "cross" and adapter.layer.projection in ("k", "v")
+
+
 def _key(name: str, adapter: nn.Module) -> object:
     if not isinstance(adapter, Adapter) or adapter.sides is None:
         return name
     shapes = tuple((factor, tuple(parameter.shape)) for factor, parameter in adapter.named_parameters())
-    return adapter.layer.group or name, type(adapter), shapes
+    return reads_the_text(adapter) or adapter.layer.group or name, type(adapter), shapes
 
 
 def aligned(size: int) -> int:

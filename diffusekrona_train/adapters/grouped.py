@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusekrona_train.adapters import operator
+from diffusekrona_train.adapters.ahead import Ahead, take
 from diffusekrona_train.adapters.base import Adapter, check_plain
-from diffusekrona_train.adapters.flat import FlatFactors, Segment
+from diffusekrona_train.adapters.flat import FlatFactors, Segment, grouped, reads_the_text
 from diffusekrona_train.adapters.kron import Left, computes_in_own_type
+from diffusekrona_train.adapters.members import Members
 
 
 class AdaptedLinear(nn.Module):
@@ -127,73 +129,45 @@ Chooser = Callable[[Tensor, Tensor, Tensor], bool]
 
 
 def flatten(
-    subjects: Sequence[Mapping[str, nn.Module]], spare: int = 0, by_operator: Chooser | None = None
+    subjects: Sequence[Mapping[str, nn.Module]],
+    spare: int = 0,
+    by_operator: Chooser | None = None,
+    sites: Mapping[str, AdaptedLinear] | None = None,
 ) -> FlatFactors:
     """Move the subjects' parameters into flat buffers, and have those that can be computed together computed so.
 
     `by_operator` says which products the operator computes; default: `operator.use_operator` on a GPU, else none.
+    `sites`: layer name -> where its adapter is, for those that can be computed ahead (see `ahead`).
     """
     flat = FlatFactors(subjects, spare)
     for slot, layers, segments in flat.layout:
-        adapters = [adapter for layer in layers if isinstance(adapter := subjects[slot][layer], Adapter)]
-        if adapters and adapters[0].sides is not None:
-            starts = {segment.factor: segment for segment in reversed(segments)}
-            group = Group(flat, adapters, starts, by_operator)
-            for index, adapter in enumerate(adapters):
-                adapter.lane = GroupLane(group, index)
+        adapters = {layer: adapter for layer in layers if isinstance(adapter := subjects[slot][layer], Adapter)}
+        if not adapters or adapters[layers[0]].sides is None:
+            continue
+        groups = []
+        for names in grouped(adapters):
+            starts = {segment.factor: segment for segment in segments if segment.layer == names[0]}
+            groups.append(group := Group(flat, [adapters[name] for name in names], starts, by_operator))
+            for index, name in enumerate(names):
+                adapters[name].lane = GroupLane(group, index)
+        if sites and reads_the_text(adapters[layers[0]]):
+            flat.ahead.append(Ahead(flat, groups, [sites[layer] for layer in layers]))
     return flat
 
 
-class Group:
-    """Members with equal factors side by side in the flat buffers."""
+class Group(Members):
+    """Members that one block computes together: they are given the same input."""
 
     def __init__(
         self, flat: FlatFactors, adapters: list[Adapter], starts: Mapping[str, Segment], by_operator: Chooser | None
     ):
-        sides = adapters[0].sides
-        assert sides is not None
-        (self.inner, inner), (self.outer, outer) = sides
-        self.flat, self.adapters = flat, adapters
-        self._factors = starts[inner], starts[outer]
-        self._views: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._stages: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._round = -1
+        super().__init__(flat, adapters, starts)
         self._shared: _Shared | None = None
-        self.anchor = adapters[0].get_parameter(inner)
-        self._gradients = self._of(flat.gradient)
         if Left not in (self.inner, self.outer):
             by_operator = None
         elif by_operator is None and flat.master.is_cuda:
             by_operator = operator.use_operator
         self._by_operator = by_operator
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return all members' inner and outer factors (s, o, i) in `dtype`."""
-        if dtype not in self._views:
-            self._views[dtype] = self._of(self.flat.shadow(dtype))
-        return self._views[dtype]
-
-    def stages(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return where this pass's gradients of both factors go; those of an earlier use are stored first."""
-        if dtype not in self._stages:
-            self._stages[dtype] = self._of(self.flat.stage(dtype))
-        if self._round == self.flat.round:
-            for gradient, stages in zip(self._gradients, zip(*self._stages.values(), strict=True), strict=True):
-                for stage in stages:
-                    gradient.add_(stage)
-                    stage.zero_()
-        self._round = self.flat.round
-        return self._stages[dtype]
-
-    def _of(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(  # type: ignore[return-value]
-            buffer.as_strided(
-                (len(self.adapters), *first.shape),
-                (first.step, first.shape[1], 1),
-                buffer.storage_offset() + first.start,
-            )
-            for first in self._factors
-        )
 
     def kron(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return (inner, outer) as (A, B)."""
@@ -221,9 +195,6 @@ class Group:
             return operator.kron_add(y, x, A, B, scale)
         operator.kron_add_(y, x, A, B, scale)
         return y
-
-    def scales(self) -> list[float]:
-        return [adapter.multiplier for adapter in self.adapters]
 
     def shared(self, index: int, x: Tensor, plain: bool) -> _Shared:
         """Return what the members share for this x; made for the first that asks, dropped after the last."""
@@ -307,6 +278,8 @@ class GroupLane:
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Compute base(x) plus what the adapter adds, (..., out), for x (..., in)."""
+        if self.group.flat.ready and (ready := take(self.group.flat, self.group.adapters[self.index], x)) is not None:
+            return ready
         plain = _is_plain(base, x)
         shared = self.group.shared(self.index, x, plain)
         if (kept := self.group.flat.kept.of(base, x)) is not None:

@@ -95,7 +95,8 @@ class Injection:
 
     def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
         """Move parameters and gradients into flat buffers (see `grouped.flatten`), for an optimiser."""
-        self.flat = flatten([self.adapters], spare, by_operator)
+        sites = {name: site for name, site in self._sites.items() if isinstance(site, AdaptedLinear)}
+        self.flat = flatten([self.adapters], spare, by_operator, sites)
         return self.flat
 
     def base_sigmas(self) -> dict[str, float]:
@@ -210,6 +211,8 @@ class Injection:
             parameter.requires_grad_(True)
         self._thawed = []
         self._sites = {}
+        if self.flat is not None:
+            self.flat.ahead.clear()
         return self.model
 
 

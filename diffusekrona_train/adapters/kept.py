@@ -64,7 +64,7 @@ class Kept:
         Nobody may write into it.
         """
         entry, name, version = self._places.get(id(x), (None, "", 0))
-        if entry is None or x._version != version or not _is_frozen(layer):
+        if entry is None or x._version != version or not is_frozen(layer):
             return None
         outputs = entry.outputs.setdefault(name, WeakKeyDictionary())
         of_weight, y = outputs.get(layer, (None, None))
@@ -104,7 +104,7 @@ class Kept:
         return self.nbytes + more <= self.limit
 
 
-def _is_frozen(layer: nn.Module) -> bool:
+def is_frozen(layer: nn.Module) -> bool:
     """Return whether a layer is one frozen product: nothing beneath it trains, and nobody listens to its calls."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return not hooks and not layer._modules and not any(value.requires_grad for value in layer.parameters())

@@ -151,7 +151,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 # A factor M (o, i) maps a part of each token: `Right` its last side, `Left` its first. KronA with B first is Right by
 # B, then Left by A; with A first the other way round; LoRA is Right twice. Each is one kernel that adds to what is
 # there. Tensors come as (n tokens, anything), contiguous and of one type; sums are made by BLAS in fp32 and rounded
-# once.
+# once. `across` takes all tokens' first parts, then all their second parts, ...: so either product of s members with s
+# inputs is one kernel, and sums over tokens too.
 
 
 class Right:
@@ -184,6 +185,18 @@ class Right:
         """The same for members with one source (n, k * i) and grads (s, n, k * o), in one product."""
         rows = source.view(-1, out.shape[2])
         torch.bmm(grads.view(len(out), -1, out.shape[1]).mT, rows.expand(len(out), -1, -1), out=out)
+
+    @staticmethod
+    def across(Ms: Tensor, parts: Tensor) -> Tensor:
+        """Ms (s, o, i), each on its own (p, n, i) of parts (s, p, n, i) -> (s, p, n, o), in one product."""
+        return torch.bmm(parts.view(len(Ms), -1, Ms.shape[2]), Ms.mT).view(*parts.shape[:3], Ms.shape[1])
+
+    @staticmethod
+    def across_grams(out: Tensor, grads: Tensor, parts: Tensor, scale: float) -> None:
+        """out (s, o, i) = scale * the gradients of Ms in `across`, for grads (s, p, n, o), in one product."""
+        members, o, i = out.shape
+        left, right = grads.view(members, -1, o).mT, parts.view(members, -1, i)
+        torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 class Left:
@@ -220,6 +233,19 @@ class Left:
     def grams_of_one(out: Tensor, grads: Tensor, source: Tensor) -> None:
         """As Right.grams_of_one, in two kernels more a member."""
         Left.grams(out, list(grads), [source] * len(grads), [1.0] * len(grads))
+
+    @staticmethod
+    def across(Ms: Tensor, parts: Tensor) -> Tensor:
+        """As Right.across, for parts (s, i, n, q) -> (s, o, n, q)."""
+        members, o, i = Ms.shape
+        return torch.bmm(Ms, parts.view(members, i, -1)).view(members, o, *parts.shape[2:])
+
+    @staticmethod
+    def across_grams(out: Tensor, grads: Tensor, parts: Tensor, scale: float) -> None:
+        """As Right.across_grams, for grads (s, o, n, q)."""
+        members, o, i = out.shape
+        left, right = grads.view(members, o, -1), parts.view(members, i, -1).mT
+        torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 Side = type[Right] | type[Left]

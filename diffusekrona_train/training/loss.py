@@ -230,6 +230,9 @@ class Objective:
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share
 
     def _predicted(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        flat = self.injection.flat if self.injection else None
+        if flat is not None and self.family.caption and not self.config.train.compile:  # compiled layers look nowhere
+            flat.expect(conditioning[self.family.caption])
         return self.family.predict(self.denoiser, x_t.to(self.dtype), t, conditioning).float()
 
     @torch.no_grad()

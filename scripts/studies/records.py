@@ -30,6 +30,7 @@ WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log
 """Fields of `train` that do not change the factors."""
 SINCE: dict[str, Any] = {
     "prediction_type": None,
+    "text_encoders": None,
     "subject.caption_key": None,
     "subject.image_column": None,
     "subject.caption_column": None,
