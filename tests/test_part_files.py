@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffusekrona_train.config import make_config
 from diffusekrona_train.config.known import known_models
 from diffusekrona_train.models import ModelSource, configured_model, generating_model, open_model
 from diffusekrona_train.sampling.session import base_model_of
@@ -350,6 +351,10 @@ def test_a_run_on_files_is_the_run_on_the_folder(models, tmp_path):
     straight = train(make_run(tmp_path, tmp_path / "folder", model=str(folder), **run)).file
     assert same_factors(factors(result.parent), factors(straight.parent, "folder"))
     assert str(tmp_path) not in result.read_bytes().decode("latin-1")
+    changed = {name: value + 0.1 for name, value in load_file(tmp_path / "qwen.safetensors").items()}
+    other = {**config.model_dump(by_alias=True), "text_encoders": [str(saved(changed, tmp_path / "other.safetensors"))]}
+    others = train(make_config({**other, "output": str(tmp_path / "other")})).file
+    assert not same_factors(factors(others.parent), factors(result.parent)), "the first encoder's prompts were taken"
     found = open_model(**base_model_of([], None, result.parent))
     assert found.text_encoders == [str(tmp_path / "qwen.safetensors")] and found.vae == str(tmp_path / "ae.safetensors")
 
