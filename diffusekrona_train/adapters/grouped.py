@@ -186,11 +186,11 @@ class Group(Members):
 
     def add(self, index: int, y: Tensor, x: Tensor, z: Tensor, *, fresh: bool) -> Tensor:
         """Add to y (n, out) what a member adds for x (n, in), in place unless `fresh`."""
-        inner, outer = self.factors(x.dtype)
+        inner, outer = self.each(x.dtype)[index]
         scale = self.adapters[index].multiplier
         if z.numel():
-            return self.outer.add(y, outer[index], z[index], scale, fresh=fresh)
-        A, B = self.kron((inner[index], outer[index]))
+            return self.outer.add(y, outer, z[index], scale, fresh=fresh)
+        A, B = self.kron((inner, outer))
         if fresh:
             return operator.kron_add(y, x, A, B, scale)
         operator.kron_add_(y, x, A, B, scale)
@@ -214,31 +214,36 @@ class Group(Members):
         grad_z = self._factor_gradients(x, z, grads)
         if not wants_x:
             return None
+        each, first = self.each(x.dtype), grad_x is None and bool(z.numel())
         total = None if grad_x is None else grad_x.reshape(x.shape).clone()  # another's buffer is not written to
+        if first:  # a small product first: the large one reads what is there while it computes
+            total = torch.empty_like(x)
+            self.inner.add(total, each[0][0].mT, grad_z[0], 1.0, beta=0)
         for grad, weight in zip(grads, taken.weights, strict=True):
             if weight is not None:
                 total = grad @ weight if total is None else total.addmm_(grad, weight)
         total = torch.zeros_like(x) if total is None else total
-        for index, (M, outer) in enumerate(zip(*self.factors(x.dtype), strict=True)):
+        for index in range(first, len(each)):
+            inner, outer = each[index]
             if z.numel():
-                self.inner.add(total, M.mT, grad_z[index], 1.0)
+                self.inner.add(total, inner.mT, grad_z[index], 1.0)
             else:
-                A, B = self.kron((M, outer))
+                A, B = self.kron((inner, outer))
                 operator.kron_add_(total, grads[index], A.mT, B.mT, self.adapters[index].multiplier)
         return total
 
     def _factor_gradients(self, x: Tensor, z: Tensor, grads: list[Tensor]) -> Tensor:
         """Compute gradients of the factors into the stages (the operator's: into the fp32 gradients); returns that of
         z."""
-        factors, scales = self.factors(x.dtype), self.scales()
+        each, scales = self.each(x.dtype), self.scales()
         if not z.numel():
-            pairs = zip(zip(*factors, strict=True), zip(*self._gradients, strict=True), grads, scales, strict=True)
+            pairs = zip(each, zip(*self._gradients, strict=True), grads, scales, strict=True)
             for pair, into, grad, scale in pairs:
                 operator.kron_grads_(*self.kron(into), x, grad, *self.kron(pair), scale, accumulate=True)
             return z
         grad_z = torch.empty_like(z)
-        for into, M, grad, scale in zip(grad_z, factors[1], grads, scales, strict=True):
-            self.outer.add(into, M.mT, grad, scale, beta=0)
+        for into, (_, outer), grad, scale in zip(grad_z, each, grads, scales, strict=True):
+            self.outer.add(into, outer.mT, grad, scale, beta=0)
         to_inner, to_outer = self.stages(x.dtype)
         self.outer.grams(to_outer, grads, list(z), scales)
         self.inner.grams_of_one(to_inner, grad_z, x)

@@ -22,6 +22,7 @@ class Members:
         self.segments = starts
         self._factors = starts[inner], starts[outer]
         self._views: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._each: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         self._stages: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._round = -1
         self.anchor = adapters[0].get_parameter(inner)
@@ -32,6 +33,12 @@ class Members:
         if dtype not in self._views:
             self._views[dtype] = self._of(self.flat.shadow(dtype))
         return self._views[dtype]
+
+    def each(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Return each member's inner and outer factor (o, i) in `dtype`."""
+        if dtype not in self._each:
+            self._each[dtype] = list(zip(*self.factors(dtype), strict=True))
+        return self._each[dtype]
 
     def stages(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return where this pass's gradients of both factors go; those of an earlier use are stored first."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters import KronA, build_adapter, plan
-from diffusekrona_train.adapters.grouped import AdaptedLinear, flatten
+from diffusekrona_train.adapters.grouped import AdaptedLinear, GroupLane, flatten
 from diffusekrona_train.adapters.kron import kron_delta
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import Layer
@@ -143,6 +143,8 @@ def build(make: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> nn.
 
 def stepper(module: nn.Module, x: Tensor, upstream: Tensor, mode: str) -> Callable[[], Any]:
     """What runs one forward and backward pass: 'eager', 'compiled', or as a CUDA 'graph'."""
+    lane = module.adapter.lane if isinstance(module, AdaptedLinear) else None
+    flat = lane.group.flat if isinstance(lane, GroupLane) else None
     called = torch.compile(module, dynamic=False) if mode == "compiled" else module
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -151,6 +153,8 @@ def stepper(module: nn.Module, x: Tensor, upstream: Tensor, mode: str) -> Callab
     def step() -> None:
         x.grad = None
         called(x).backward(upstream)
+        if flat is not None:
+            flat.flush()  # as after each backward pass of a run, there for all layers at once
 
     if mode != "graph":
         return step

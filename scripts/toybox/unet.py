@@ -209,7 +209,7 @@ def sample_sheet(pipe: DiffusionPipeline, captions: list[str], across: int = 10,
     for start in range(0, len(texts), across):
         part, r = texts[start : start + across], torch.Generator().manual_seed(start)
         size = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": guidance}
-        rows.append((pipe(part, generator=r, output_type="np", **size).images * 255).round().astype(np.uint8))
+        rows.append((pipe(list(part), generator=r, output_type="np", **size).images * 255).round().astype(np.uint8))
         print("; ".join(part), flush=True)
     return rows
 
