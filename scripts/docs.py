@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import posixpath
 import re
 import shutil
 import sys
@@ -25,6 +26,8 @@ COPIED = {
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
     "changes.md": "CHANGELOG.md",
+    "toybox.md": "diffusekrona_train/assets/toybox/README.md",
+    "toybox-flow.md": "diffusekrona_train/assets/toybox-flow/README.md",
 }
 """Page of the site -> file of the repository that it shows."""
 COMMANDS = {
@@ -78,11 +81,13 @@ def inside_only(markdown: str, page: Path) -> str:
 
 
 def copied(source: str) -> str:
-    """A page from a file of the repository's root: links to docs/ and to other copied files lead to their pages."""
-    pages = {file: page for page, file in COPIED.items()}
+    """A page from a file of the repository: links to docs/ and to other copied files lead to their pages."""
+    pages, folder = {file: page for page, file in COPIED.items()}, posixpath.dirname(source)
 
     def moved(found: re.Match[str]) -> str:
         target, mark, anchor = found[3].partition("#")
+        if target and "://" not in target:
+            target = posixpath.normpath(posixpath.join(folder, target))
         known = pages.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
         if known is None:
             return found[0] if not target or "://" in target else found[2]

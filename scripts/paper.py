@@ -33,7 +33,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="STUDY",
         help="names in configs/paper/, a YAML file, or all",
     )
-    parser.add_argument("--model", default="toybox", help="toybox, sdxl or sd15")
+    parser.add_argument("--model", default="toybox", help="toybox, toybox-flow, sdxl or sd15")
     parser.add_argument("--base", type=Path, help="another base than configs/paper/models/MODEL.yaml")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … of every run")
     parser.add_argument("--subjects", help="names in the base's suite, with commas (the base's own)")

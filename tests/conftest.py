@@ -40,6 +40,7 @@ LONG = {
     "test_strengths": 25,
     "test_studio_browser": 20,
     "test_zimage": 20,
+    "test_part_files": 20,
     "test_align": 20,
     "test_report": 20,
     "test_judge": 15,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from diffusekrona_train.adapters.formats import EXPORTERS, identify, merged, read_adapter, save_adapter
+from diffusekrona_train.adapters.formats import EXPORTERS, identify, inject_file, merged, read_adapter, save_adapter
 from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.common.device import moved
 from diffusekrona_train.config import AdapterConfig
@@ -24,6 +25,7 @@ from diffusekrona_train.training import train
 from diffusekrona_train.training.graph import Uncapturable
 from tests.runs import draw_photos, factors, make_run, same_factors
 from tests.tiny.families import HEIGHT, TINY, WIDTH, Tiny
+from tests.tiny.original_flow import ORIGINAL
 
 PROMPTS = ["A photo of a dog on the beach, in the snow", "a cat"]
 CROP = ((100, 80), (4, 2), (HEIGHT, WIDTH))
@@ -42,6 +44,11 @@ class Case:
 
     def row(self, prompt: str) -> dict[str, torch.Tensor]:
         return self.family.encode_prompt(self.parts["tokenizers"], self.parts["text_encoders"], prompt)
+
+    @functools.cached_property
+    def first(self) -> dict[str, Any]:
+        """What the first prompt and a picture are told as."""
+        return {**self.family.collate([self.row(PROMPTS[0])]), **self.told(1)}
 
     def told(self, count: int) -> dict[str, torch.Tensor]:
         extras = self.family.picture_conditioning(*CROP)
@@ -277,6 +284,107 @@ def test_a_merged_pipeline_predicts_what_the_adapter_does(case, tmp_path):
     again = open_model(str(tmp_path / "merged")).load("denoiser", dtype=torch.float32)["denoiser"]
     torch.testing.assert_close(case.family.predict(again, case.noise(1), t, told), wanted, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(case.family.predict(denoiser, case.noise(1), t, told), wanted, rtol=1e-3, atol=1e-4)
+
+
+def _predicts(case, denoiser=None) -> torch.Tensor:
+    t = case.source.process(HEIGHT).quantile(0.5)[None]
+    return case.family.predict(denoiser or case.parts["denoiser"], case.noise(1), t, case.first)
+
+
+def _exported(case, folder, spec):
+    """An adapter of the denoiser as a file -> (the file, what the denoiser predicts with it)."""
+    injection = inject(case.parts["denoiser"], spec, seed=1)
+    save_adapter(folder / "own.safetensors", injection, {"model": "x", "token": "sks", "class": "dog"})
+    wanted = _predicts(case)
+    injection.eject()
+    per_block = int(case.source.denoiser_config.get("layers_per_block", 2))
+    return identify(read_adapter(folder / "own.safetensors"), case.source.layers(), case.family.name, per_block), wanted
+
+
+LOKR = ("zimage", "flux2-klein", "flux2")
+"""Families whose pipelines load LoKr files."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("square", [False, True])
+def test_a_file_for_diffusers_does_in_its_own_pipeline_what_the_adapter_does_here(case, tmp_path, square):
+    """Both streams, feed-forwards and fused linears."""
+    out, base = tmp_path / "diffusers.safetensors", _predicts(case)
+    factors = {"a1": 4, "a2": 4, "scale": 0.5} if square else {"a1": 1, "a2": 16}
+    file, wanted = _exported(case, tmp_path, AdapterConfig(init_b="same", ffn=True, **factors))
+    if square and case.family.name not in LOKR:
+        with pytest.raises(ValueError, match="exact LoRA rank .* diffusers loads no LoKr file for family"):
+            EXPORTERS["diffusers"](file, out, dtype="fp32")
+        return
+    EXPORTERS["diffusers"](file, out, dtype="fp32")
+    case.pipe.load_lora_weights(str(out))
+    loaded = _predicts(case)
+    case.pipe.unload_lora_weights()
+    torch.testing.assert_close(loaded, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(base, wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(_predicts(case), base)
+    again = inject_file(case.parts["denoiser"], read_adapter(out))
+    torch.testing.assert_close(_predicts(case), wanted, rtol=1e-4, atol=1e-5)
+    again.eject()
+
+
+AI_TOOLKIT = ("diffusion_model.", "lora_A", "lora_B")
+KOHYA = ("lora_unet_", "lora_down", "lora_up")
+DIFFUSERS = ("transformer.", "lora_A", "lora_B")
+OTHERS = {
+    "zimage": (AI_TOOLKIT, KOHYA, DIFFUSERS),
+    "flux2-klein": (AI_TOOLKIT, KOHYA, DIFFUSERS),
+    "flux2": (AI_TOOLKIT,),
+    "qwenimage": (AI_TOOLKIT, KOHYA, DIFFUSERS),
+    "krea2": (AI_TOOLKIT, DIFFUSERS),
+    "flux1": (KOHYA, DIFFUSERS),
+    "chroma": (KOHYA, DIFFUSERS),
+    "sd3": (AI_TOOLKIT, DIFFUSERS),
+    "anima": (AI_TOOLKIT, DIFFUSERS),
+}
+"""Family -> how trainers name their LoRA files: by original names, diffusers' own by its paths."""
+DIFFUSERS_NAMES = ("zimage", "qwenimage")
+"""Families whose files of other trainers have diffusers' paths too."""
+NOT_IN_DIFFUSERS = {("flux1", KOHYA), ("chroma", KOHYA), ("sd3", AI_TOOLKIT)}
+"""What diffusers cannot load, or only at the real width: held against the weights' own sums."""
+
+
+@torch.no_grad()
+def test_loras_of_other_trainers_are_as_strong_as_in_diffusers(case, tmp_path):
+    """Every linear of attention and feed-forwards, those too whose output leads nowhere; fused where theirs are."""
+    name, denoiser, rank = case.family.name, case.parts["denoiser"], 4
+    linears, generator = tables.linears_of(denoiser), torch.Generator().manual_seed(2)
+    layers = {layer.name for layer in case.source.layers()} | set(case.family.without_effect(case.source.layers()))
+    downs = {width: torch.randn(rank, width, generator=generator) * 0.1 for width, _ in linears.values()}
+    ups = {n: torch.randn(linears[n][1], rank, generator=generator) * 0.1 for n in linears if n in layers}
+    pairs = {n: (up, downs[linears[n][0]]) for n, up in ups.items()}
+    base = _predicts(case)
+    for form in OTHERS.get(name, ()):
+        alpha = 2.0 if form == KOHYA else float(rank)
+        high, low = ({f"{n}.weight": pair[i] for n, pair in pairs.items()} for i in (0, 1))
+        if form != DIFFUSERS and name not in DIFFUSERS_NAMES:
+            high, low = ORIGINAL[name](high), ORIGINAL[name](low)
+        tensors = {}
+        for key in high:
+            path = key.removesuffix(".weight")
+            path = form[0] + (path.replace(".", "_") if form == KOHYA else path)
+            tensors |= {f"{path}.{form[1]}.weight": low[key][:rank].clone(), f"{path}.{form[2]}.weight": high[key]}
+            tensors |= {f"{path}.alpha": torch.tensor(alpha)} if form == KOHYA else {}
+        save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "theirs.safetensors")
+        if (name, form) in NOT_IN_DIFFUSERS:
+            sums = copy.deepcopy(denoiser)
+            for layer, (up, down) in pairs.items():
+                sums.get_submodule(layer).weight.add_(up @ down * (alpha / rank))
+            wanted = _predicts(case, sums)
+        else:
+            case.pipe.load_lora_weights(str(tmp_path / "theirs.safetensors"))
+            wanted = _predicts(case)
+            case.pipe.unload_lora_weights()
+        injection = inject_file(denoiser, read_adapter(tmp_path / "theirs.safetensors"))
+        got = _predicts(case)
+        injection.eject()
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(base, wanted, rtol=1e-3, atol=1e-3), form
 
 
 def _matrix(denoiser, layer):

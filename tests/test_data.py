@@ -27,7 +27,7 @@ from diffusekrona_train.data import (
 )
 from diffusekrona_train.data.images import to_rgb
 from diffusekrona_train.data.pictures import Picture
-from diffusekrona_train.training.check.advice import advise
+from diffusekrona_train.training.check.advice import advise, tilt
 
 
 def run(images, **subject):
@@ -643,6 +643,26 @@ def test_good_photos_get_no_advice_and_one_photo_gets_its_own(tmp_path):
     assert advise(crops[:1]) == [
         "one photo: the subject is learnt only in this pose; 3 to 5 photos from several sides show more"
     ]
+
+
+@pytest.mark.parametrize("turned", [-15, -6, 6, 15])
+def test_a_photo_that_leans_is_advised_against_with_its_angle(tmp_path, turned):
+    house = ImageOps.expand(noise(5, 5, 1).resize((300, 300), 0), 300, "grey")
+    for seed, (left, top) in enumerate([(330, 60), (60, 360), (620, 500)], 5):
+        house.paste(noise(3, 3, seed).resize((220, 180), 0), (left, top))
+    leaning = house.rotate(-turned, Image.Resampling.BICUBIC).crop((150, 150, 750, 750))  # PIL turns counter-clockwise
+    assert tilt(house) == 0 and tilt(leaning) == pytest.approx(turned, abs=1)
+    folder_of(tmp_path, leaning__png=leaning, house__png=house)
+    lines = advise(plan_crops(collect(run(tmp_path)).pictures, DataConfig(resolution=128), 0))
+    (line,) = [line for line in lines if line.startswith("tilted")]
+    said = float(line.removeprefix("tilted: leaning.png by ").split("°")[0])
+    assert said == pytest.approx(abs(turned), abs=1)
+
+
+def test_a_photo_turned_on_purpose_or_without_straight_edges_does_not_lean():
+    house = noise(20, 20, 1).resize((600, 600), 0)
+    assert tilt(house.rotate(40, Image.Resampling.BICUBIC).crop((150, 150, 450, 450))) == 0
+    assert tilt(noise(300, 300, 1)) == tilt(Image.new("RGB", (300, 300), "grey")) == tilt(house.resize((100, 100))) == 0
 
 
 def test_no_torch_is_needed():

@@ -332,7 +332,9 @@ def bad_models(folders, tmp_path):
         str(tmp_path / "text.safetensors"): "damaged or not a safetensors",
         str(tmp_path / "model.ckpt"): "is not a .safetensors file",
         file("lora.safetensors", {"a.lora_down.weight": (1, 1)}): "is an adapter, not a model",
-        file("flux.safetensors", {"double_blocks.0": (1,)}): "a complete Stable Diffusion checkpoint is needed",
+        file(
+            "flux.safetensors", {"double_blocks.0": (1,)}
+        ): "a complete Stable Diffusion checkpoint, or the transformer of a flow model, is needed",
         file("unet.safetensors", unet): "holds no VAE",
         file("paint.safetensors", {**unet, entry: (8, 9, 3, 3)}): "9 input channels",
         file("small.safetensors", whole): "text width 32",

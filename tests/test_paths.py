@@ -18,6 +18,7 @@ from diffusekrona_train.training import setup
 FIELDS = (
     "model",
     "vae",
+    "text_encoders",
     "model_config_dir",
     "output",
     "subject.images",
@@ -32,7 +33,7 @@ def config_with(field: str, value: str):
     tree = {"subject": {"images": "photos", "class": "dog"}, "prior": {"kind": "images"}, "output": "runs/dog"}
     section, _, name = field.rpartition(".")
     place = tree.setdefault(section, {}) if section else tree
-    place[name] = [value] if name == "files" else value
+    place[name] = [value] if name in ("files", "text_encoders") else value
     return make_config(tree)
 
 

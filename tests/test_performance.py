@@ -25,7 +25,7 @@ from scripts.bench.__main__ import chosen
 from scripts.bench.contender import Bench
 from scripts.bench.kernels import Kernels
 from scripts.bench.run import WATCHED, Watch, cap_memory, watching
-from scripts.bench.setting import BEGIN, END, Broken, Rows, TimeIsUp, shown, write_markdown
+from scripts.bench.setting import BEGIN, END, Broken, Rows, Setting, TimeIsUp, shown, write_markdown
 from tests.runs import make_run
 from tests.tiny import make_unet, real_part, write_pipeline
 from tests.tiny.__main__ import make
@@ -124,6 +124,29 @@ def test_without_time_every_piece_is_named_and_none_begun(tmp_path, monkeypatch)
     assert first.conduct_pieces(asked(tmp_path, 0.1)) == list(first.PIECES)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert len(rows) == len(first.PIECES) and all(row["error"].startswith("not begun: ") for row in rows)
+
+
+def test_the_flow_model_is_trained_further_from_packed_sprites_alone(tmp_path, monkeypatch):
+    """The command that flow.py gets; tests/test_toybox_flow.py trains with it."""
+    rows, asked_for = Rows(tmp_path / "results.json", judging=False), []
+    place = Setting("small", tmp_path, rows)
+    monkeypatch.setattr(first, "SPRITES", tmp_path / "sprites.npz")
+    first.further(place)
+    assert rows.rows == [], "no sprites were packed"
+
+    def told(command: list[str], result: Path) -> dict:
+        asked_for.append(command)
+        Path(command[2]).write_bytes(b"weights")
+        return {"steps": 2, "s": 1.0, "loss before": 0.2, "loss after": 0.1}
+
+    (tmp_path / "sprites.npz").write_bytes(b"")
+    monkeypatch.setenv(setting.UNTIL, str(time.time() + 100))
+    monkeypatch.setattr(first, "run_json", told)
+    first.further(place)
+    (command,) = asked_for
+    given = dict(zip(command[3::2], command[4::2], strict=True))
+    assert command[2] == str(tmp_path / "toybox-flow.safetensors") and given["--sprites"].endswith("sprites.npz")
+    assert 80 < float(given["--seconds"]) < 91 and rows.rows[0]["values"]["ms a step"] == 500
 
 
 @pytest.mark.parametrize(

@@ -282,12 +282,9 @@ def test_what_fits_comes_first_and_the_embedded_models_always(monkeypatch, clien
     assert [one.alias for one in quick_fits()][:2] == ["toybox", "toybox-flow"]
     known = ("sdxl", "sd15", "toybox")  # the others need diffusers to be counted
     monkeypatch.setattr(fits, "MODEL_ALIASES", {name: MODEL_ALIASES[name] for name in known})
-    monkeypatch.setattr("diffusekrona_train.training.check.starter.free_gib", lambda: None)
-    assert [(one.alias, one.fits) for one in model_fits()] == [("toybox", True), ("sdxl", False), ("sd15", False)]
-    monkeypatch.setattr("diffusekrona_train.training.check.starter.free_gib", lambda: 24.0)
-    assert [(one.alias, one.fits) for one in model_fits()] == [("sdxl", True), ("sd15", True), ("toybox", True)]
-    monkeypatch.setattr("diffusekrona_train.training.check.starter.free_gib", lambda: 2.5)
-    assert [(one.alias, one.fits) for one in model_fits()] == [("sd15", True), ("toybox", True), ("sdxl", False)]
+    assert [(one.alias, one.fits) for one in model_fits(None)] == [("toybox", True), ("sdxl", False), ("sd15", False)]
+    assert [(one.alias, one.fits) for one in model_fits(24.0)] == [("sdxl", True), ("sd15", True), ("toybox", True)]
+    assert [(one.alias, one.fits) for one in model_fits(2.5)] == [("sd15", True), ("toybox", True), ("sdxl", False)]
     monkeypatch.undo()
     text = client.get("/new").text
     assert all(f'value="{name}"' in text for name in MODEL_ALIASES)

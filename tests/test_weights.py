@@ -205,18 +205,28 @@ def resized(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+BROKEN = "truncated, damaged or not a safetensors file"
 DAMAGE = {
     "cut in the header": (lambda p: resized(p, 1000), "truncated"),
     "cut in the tensors": (lambda p: resized(p, p.stat().st_size - 100), "truncated"),
     "cut to nothing": (lambda p: resized(p, 0), "truncated"),
     "huge header": (
         lambda p: p.write_bytes(struct.pack("<Q", 2**60) + p.read_bytes()[8:]),
-        "truncated or not a safetensors",
+        BROKEN,
     ),
-    "broken JSON": (lambda p: p.write_bytes(p.read_bytes()[:8] + b"}" + p.read_bytes()[9:]), "not the JSON"),
-    "header is a list": (lambda p: p.write_bytes(struct.pack("<Q", 2) + b"[]"), "not the JSON"),
-    "no offsets": (lambda p: p.write_bytes(struct.pack("<Q", 8) + b'{"a":{}}'), "not the JSON"),
-    "bytes after the end": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "after its end"),
+    "broken JSON": (
+        lambda p: p.write_bytes(p.read_bytes()[:8] + b"}" + p.read_bytes()[9:]),
+        BROKEN,
+    ),
+    "header is a list": (
+        lambda p: p.write_bytes(struct.pack("<Q", 2) + b"[]"),
+        BROKEN,
+    ),
+    "no offsets": (
+        lambda p: p.write_bytes(struct.pack("<Q", 8) + b'{"a":{}}'),
+        BROKEN,
+    ),
+    "bytes after the end": (lambda p: p.write_bytes(p.read_bytes() + b"x"), BROKEN),
     "empty": (lambda p: p.write_bytes(struct.pack("<Q", 2) + b"{}"), "no tensors"),
     "a zip": (lambda p: p.write_bytes(b"PK\x03\x04" + bytes(50)), "pickle"),
     "a pickle": (lambda p: torch.save({"a": torch.zeros(1)}, p), "pickle"),

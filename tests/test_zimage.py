@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from diffusekrona_train.adapters.formats import AdapterFile, inject_file, read_adapter
+from diffusekrona_train.adapters.formats import AdapterFile, identify, inject_file, read_adapter, save_adapter
 from diffusekrona_train.adapters.formats.exports import EXPORTERS
-from diffusekrona_train.config import make_config
+from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.config import AdapterConfig, make_config
 from diffusekrona_train.models import open_model
 from diffusekrona_train.sampling import SampleRequest, open_call
 from diffusekrona_train.sampling.render import render, settings_of
@@ -200,6 +201,45 @@ def test_a_thin_pair_leaves_as_an_exact_lora_that_diffusers_loads(world, thin, t
         layer = name.removesuffix(".weight")
         wanted = value + changed[layer] if layer in changed else value
         torch.testing.assert_close(after[name], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_full_pair_that_is_not_square_is_refused_for_diffusers_with_its_reason(world, tmp_path):
+    injection = inject(
+        open_model(str(world / "model")).load("denoiser")["denoiser"], AdapterConfig(a1=3, a2=4, init_b="same")
+    )
+    save_adapter(tmp_path / "own.safetensors", injection, {"model": "x", "token": "sks", "class": "dog"})
+    file, out = read_adapter(tmp_path / "own.safetensors"), tmp_path / "diffusers.safetensors"
+    with pytest.raises(ValueError, match="exact LoRA rank 72, .* only where A is square, of one size in all layers"):
+        EXPORTERS["diffusers"](file, out, dtype="fp32")
+    assert not out.exists()
+    remarks = EXPORTERS["diffusers"](file, out, dtype="fp32", rank=8)
+    assert remarks[0].startswith("cut: rank 8")
+
+
+def test_a_low_rank_factor_with_an_alpha_keeps_its_strength_in_diffusers(world, tmp_path):
+    from diffusers import ZImagePipeline
+
+    pipe: Any = ZImagePipeline.from_pretrained(world / "model")
+    spec = AdapterConfig(type="lokr", factor=8, rank=9, ffn=True)
+    injection = inject(pipe.transformer, spec)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.normal_(std=0.1)
+    save_adapter(tmp_path / "own.safetensors", injection, {"model": "x", "token": "sks", "class": "dog"})
+    injection.eject()
+    theirs = load_file(tmp_path / "own.safetensors")  # as LyCORIS writes it, without our header
+    theirs |= {name: torch.tensor(3.0) for name in theirs if name.endswith(".alpha")}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    layers = open_model(str(world / "model")).layers()
+    file, layer = identify(read_adapter(tmp_path / "theirs.safetensors"), layers, "zimage"), "layers.0.feed_forward.w1"
+    w1, w2_a, w2_b = (theirs[f"lycoris_{layer.replace('.', '_')}.lokr_{end}"] for end in ("w1", "w2_a", "w2_b"))
+    before = pipe.transformer.get_submodule(layer).weight.detach().clone()
+    EXPORTERS["diffusers"](file, tmp_path / "diffusers.safetensors", dtype="fp32")
+    pipe.load_lora_weights(str(tmp_path / "diffusers.safetensors"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    change = torch.kron(w1, w2_a @ w2_b) * (3 / 9)
+    torch.testing.assert_close(pipe.transformer.get_submodule(layer).weight - before, change, rtol=1e-4, atol=1e-6)
 
 
 def changes(file: AdapterFile) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from diffusekrona_train.app.guard import Guard, is_loopback, names_of, secret_of
 from diffusekrona_train.app.pages import HERE, Studio, failed, fragment, live, page, studio_of
 from diffusekrona_train.app.worker import warm_up
 from diffusekrona_train.training import status
-from diffusekrona_train.training.check.fits import model_fits
+from diffusekrona_train.training.check.fits import fits_here
 from diffusekrona_train.training.curves import series
 
 
@@ -81,7 +81,7 @@ async def _clock(studio: Studio) -> None:
 
 async def _warm(studio: Studio) -> None:
     with contextlib.suppress(RuntimeError):
-        studio.models = await studio.worker.call(model_fits)
+        studio.models = await studio.worker.call(fits_here)
         await studio.worker.call(warm_up)
 
 

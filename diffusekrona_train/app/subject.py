@@ -16,7 +16,7 @@ from diffusekrona_train.app.pages import Answer, fragment, page, posted, studio_
 from diffusekrona_train.app.worker import briefly
 from diffusekrona_train.config import make_config
 from diffusekrona_train.config.fields import PREFIX, groups_of
-from diffusekrona_train.training.check.fits import model_fits, quick_fits
+from diffusekrona_train.training.check.fits import fits_here, quick_fits
 
 FIELDS = ("class", "token", "name", "model", "other_model")
 
@@ -70,7 +70,7 @@ async def look(request: Request, form: FormData) -> Answer:
             lines = await studio.worker.call(briefly, make_config(draft.here()))
         except (ValueError, RuntimeError, OSError) as error:
             lines["plan"] = [str(error)]
-    studio.models = studio.models or await studio.worker.call(model_fits)
+    studio.models = studio.models or await studio.worker.call(fits_here)
     chosen = draft.fields().get("model") or studio.models[0].alias
     context = {"lines": lines, "models": studio.models, "chosen": chosen, "sure": True, "photos": draft.names()}
     return {"html": {name: fragment(f"_{name}.html", **context) for name in ("models", "advice", "identifier", "plan")}}

@@ -24,7 +24,7 @@ from diffusekrona_train.data.names import safe_name
 from diffusekrona_train.training import status
 
 MOST_SHOWN = 24
-BASE_FIELDS = ("model", "revision", "variant", "vae", "model_config_dir", "prediction_type")
+BASE_FIELDS = ("model", "revision", "variant", "vae", "text_encoders", "model_config_dir", "prediction_type")
 LORA_FOLDERS = ("models/loras", "models/Lora", "ComfyUI/models/loras")
 """Where ComfyUI and Forge look for adapters, below their own folder."""
 

@@ -119,7 +119,8 @@ def enter(app: Callable[..., Any]) -> NoReturn:
             getattr(error, "show", lambda: None)()
         else:
             hint = f" ({context.command_path} --help lists what there is)" if context else ""
-            print(f"error: {' '.join(text().split())}{hint}", file=sys.stderr)
+            said = " ".join(text().split()).replace("Value error, ", "")
+            print(f"error: {said}{hint}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 2)) from None
     raise SystemExit(status if isinstance(status, int) else 0)
 

@@ -60,6 +60,9 @@ def sample(
     revision: Annotated[str | None, typer.Option(help="Hub revision of --model.")] = None,
     variant: Annotated[str | None, typer.Option(help="Weight variant of --model, such as fp16.")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE: hub name, folder or file.")] = None,
+    text_encoder: Annotated[
+        list[str] | None, typer.Option(help="File of a text encoder, for a model of ComfyUI's files; repeatable.")
+    ] = None,
     model_config_dir: Annotated[str | None, typer.Option(help="Configs for a single-file model.")] = None,
     prediction_type: Annotated[
         str | None, typer.Option(help="epsilon or v_prediction, for a --model whose file does not say it.")
@@ -114,7 +117,7 @@ def sample(
         run, prompts, adapter or [], checkpoint, token or [], class_noun, model, revision, variant, vae,
         model_config_dir, range(seed, seed + num_images), scale, **wanted, sweeps=sweep or [], base=base,
         memory=memory, batch_size=batch_size, output=output or _home(run, each or adapter or []) / "pictures",
-        overwrite=overwrite, prediction_type=prediction_type, each=each or [],
+        overwrite=overwrite, prediction_type=prediction_type, each=each or [], text_encoders=text_encoder,
     )  # fmt: skip
     with as_found():
         call = open_call(request, Terminal(images=True))

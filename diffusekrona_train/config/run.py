@@ -42,7 +42,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox-flow": {
         "data": {"resolution": 64},
         "adapter": {"a1": 4, "a2": 4},
-        "train": {"batch_size": 4, "learning_rate": 2e-3},
+        "train": {"batch_size": 4, "learning_rate": 5e-3},
         "validation": {"steps": 25, "guidance": 4.0},
     },
     "sd15": {"data": {"resolution": 512}},
@@ -61,17 +61,21 @@ UNQUANTISED = {
 
 
 class RunConfig(Strict):
-    PATHS = ("model", "vae", "model_config_dir", "output")
+    PATHS = ("model", "vae", "text_encoders", "model_config_dir", "output")
     model: str = "sdxl"
-    """Hub name, diffusers folder, one .safetensors file, or an alias such as sdxl (krona-inspect models lists them)."""
+    """Hub name, diffusers folder, one .safetensors file (a complete checkpoint, or a flow model's transformer), or an
+    alias such as sdxl (krona-inspect models lists them)."""
     revision: str | None = None
     """Hub revision of the model."""
     variant: str | None = None
     """Weight variant such as fp16; none takes fp16 files where the hub has them."""
     vae: str | None = None
     """Another VAE: hub name, folder or file."""
+    text_encoders: list[str] | None = None
+    """Files of text encoders, in any order, such as qwen_3_4b.safetensors; none takes the model's own."""
     model_config_dir: str | None = None
-    """Folder with the configs and tokenizers for a single-file model; none takes the package's own."""
+    """Folder with the configs and tokenizers for a single-file model; none takes the package's own. For a flow model's
+    transformer also an alias or hub name: of the model that all other parts are taken from."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the model predicts, where its files do not say (or say it wrongly); none takes what they say."""
     subject: SubjectConfig

@@ -187,7 +187,7 @@ def _image_entries(config: RunConfig, source: ModelSource, crops: Sequence[Crop]
         "parts": _fingerprint(source, [source.family.parts.vae]),
         "revision": config.revision,
     }
-    vae |= {"variant": config.variant, "vae": _vae_identity(config.vae), "precision": precision} | made
+    vae |= {"variant": config.variant, "vae": _file_identity(config.vae), "precision": precision} | made
     advice = (
         "is the VAE file complete?"
         if precision == "fp32"
@@ -209,6 +209,7 @@ def _text_entries(
     parts = _fingerprint(source, [*encoders, *source.family.parts.tokenizers])
     precision = "+".join(dict.fromkeys(name_of(source.text_dtype(part)) for part in encoders))
     precision = "int8" if source.text_precision == "int8" else precision
+    parts += [f"text_encoders {_file_identity(name)}" for name in config.text_encoders or ()]
     model = {"model": source.identity, "parts": parts, "revision": config.revision, "variant": config.variant} | made
     problem = "{!r}: the text encoders give embeddings that are not finite; are the model's files complete?"
     return [
@@ -242,9 +243,10 @@ def _text_maker(source: ModelSource, device: torch.device) -> Callable[[str], Te
 def _fingerprint(source: ModelSource, parts: Sequence[Part]) -> list[str]:
     """Return what distinguishes two local folders with the same denoiser: name, size and both ends of each file of
     `parts`."""
-    root = getattr(source.place, "path", None)
+    place = getattr(source.place, "base", source.place)  # what a single transformer's other parts are taken from
+    root = getattr(place, "path", None)
     if root is None or not Path(root).is_dir():
-        return []
+        return [] if place is source.place else [place.identity]
     marks = []
     for part in parts:
         for path in sorted(Path(root, part.folder).glob("*")):
@@ -253,11 +255,11 @@ def _fingerprint(source: ModelSource, parts: Sequence[Part]) -> list[str]:
     return marks
 
 
-def _vae_identity(vae: str | None) -> str | None:
+def _file_identity(name: str | None) -> str | None:
     """Return a hub name as it is; a file or folder by its content, so that the cache outlives its moving."""
-    if vae is None or not Path(vae).expanduser().exists():
-        return vae
-    path = Path(vae).expanduser()
+    if name is None or not Path(name).expanduser().exists():
+        return name
+    path = Path(name).expanduser()
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("config.json"))
     return " ".join(_ends(file) for file in files)
 

@@ -38,6 +38,7 @@ COMMON = (
     "revision",
     "variant",
     "vae",
+    "text_encoders",
     "model_config_dir",
     "prediction_type",
     "adapter",

@@ -6,7 +6,9 @@ loading a weight and without importing diffusers. A new family is one file here 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusekrona_train.common.nearest import did_you_mean, nearest
 from diffusekrona_train.config import EMBEDDED, MODEL_ALIASES, RunConfig
@@ -26,6 +28,7 @@ __all__ = [
     "configured_model",
     "family_named",
     "family_of",
+    "generating_arguments",
     "generating_model",
     "near_miss",
     "open_model",
@@ -46,6 +49,7 @@ def open_model(
     model_config_dir: str | None = None,
     prediction_type: str | None = None,
     text_precision: str | None = None,
+    text_encoders: Sequence[str] | None = None,
 ) -> ModelSource:
     """Find a model by alias, hub name, diffusers folder or single .safetensors file.
 
@@ -63,9 +67,7 @@ def open_model(
     elif path.is_dir():
         place = LocalModel(path, variant=variant)
     elif path.is_file():
-        from diffusekrona_train.models.singlefile import SingleFile
-
-        place = SingleFile(path, config_folder=model_config_dir, own_vae=vae is None)
+        place = _file(path, model_config_dir, own_vae=vae is None)
     elif _looks_local(resolved):
         raise ValueError(f"model {model!r}: no such file or folder{near_miss(path)}")
     elif "/" in resolved:
@@ -80,10 +82,42 @@ def open_model(
     config = denoiser_config(place)
     family = family_of(config, model)
     check_denoiser(model, config)
-    precision = text_precision or "auto"
+    texts = [_text_file(user_path(name, "text_encoders")) for name in text_encoders or ()]
     return ModelSource(
-        model=model, place=place, family=family, vae=vae, predicts=prediction_type, text_precision=precision
+        model=model,
+        place=place,
+        family=family,
+        vae=vae,
+        predicts=prediction_type,
+        text_encoders=texts,
+        text_precision=text_precision or "auto",
     )
+
+
+def _file(path: Path, configs: str | None, own_vae: bool) -> Place:
+    """Open a single file: a transformer that is told by its tensors, else a complete Stable Diffusion checkpoint."""
+    from diffusekrona_train.models.checkpointfile import CheckpointFile
+    from diffusekrona_train.models.singlefile import SingleFile
+    from diffusekrona_train.models.transformerfile import open_transformer, recognised
+
+    file = CheckpointFile(path)
+    found = recognised(file)
+    if found is None:
+        return SingleFile(path, config_folder=configs, own_vae=own_vae)
+    base = None
+    if configs is not None:
+        folder, hub = Path(configs).expanduser(), MODEL_ALIASES.get(configs, configs)
+        if not folder.is_dir() and (hub in EMBEDDED or hub.count("/") != 1 or _looks_local(hub)):
+            raise ValueError(f"model_config_dir {configs!r} is not a folder, an alias or a hub name")
+        base = LocalModel(folder) if folder.is_dir() else HubModel(hub, alias=PACKAGED.get(hub))
+    return open_transformer(path, file, found, base)
+
+
+def _text_file(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"text_encoders: {name!r}: no such file{near_miss(path)}")
+    return name
 
 
 def denoiser_config(place: Place) -> Config:
@@ -107,6 +141,7 @@ def configured_model(config: RunConfig) -> ModelSource:
         model_config_dir=config.model_config_dir,
         prediction_type=config.prediction_type,
         text_precision=config.data.text_precision,
+        text_encoders=config.text_encoders,
     )
 
 
@@ -115,13 +150,23 @@ def generating_model(config: RunConfig, trained: ModelSource) -> ModelSource:
     or another text encoder than the trained one, whose adapter and embeddings it is to use."""
     if config.sample.model is None:
         return trained
-    found = open_model(config.sample.model, text_precision=config.data.text_precision)
+    found = open_model(**generating_arguments(config))
     what = f"sample.model: {config.sample.model!r}"
     if found.family.name != trained.family.name:
         raise ValueError(f"{what} is of family {found.family.name}, and model of {trained.family.name}; name its kin")
     if found.layers() != trained.layers():
         raise ValueError(f"{what} has other layers than model: {config.model!r}; name its distilled or its base model")
     return found
+
+
+def generating_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return open_model's arguments for sample.model: a file goes with the run's own VAE and text encoders."""
+    assert config.sample.model is not None
+    given: dict[str, Any] = {"model": config.sample.model, "text_precision": config.data.text_precision}
+    if not Path(user_path(config.sample.model, "sample.model")).expanduser().is_file():
+        return given
+    folder = config.model_config_dir if config.model_config_dir and Path(config.model_config_dir).is_dir() else None
+    return given | {"vae": config.vae, "text_encoders": config.text_encoders, "model_config_dir": folder}
 
 
 def near_miss(path: Path) -> str:

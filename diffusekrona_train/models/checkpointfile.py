@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".gguf")
 SAFETENSORS = (".safetensors", ".sft")
 """Suffixes that mark a name as a file, in upper or lower case; the header decides what the file is."""
 
@@ -60,20 +62,25 @@ class CheckpointFile:
         }
         self._check_quantised()
 
-    def read(self, *prefixes: str) -> dict[str, Tensor]:
-        """Return name -> tensor for all whose name begins with one of `prefixes`; scaled weights as fp32, others as
-        stored."""
+    def weights(self, *prefixes: str) -> list[str]:
+        """Return the names that begin with one of `prefixes`, without those of the scales of 8-bit weights."""
+        beside = {*self._scales.values(), *(key for key in self.kinds if key.endswith(INPUT_SCALES))}
+        return [name for name, key in self.stored.items() if key not in beside and name.startswith(prefixes)]
+
+    def read(self, *prefixes: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return name -> tensor of `weights`, in `dtype` if it is given: each is cast as it is read, so that no file is
+        held twice. Without one scaled weights are fp32, others as stored."""
         from safetensors import safe_open
 
-        beside = {*self._scales.values(), *(key for key in self.kinds if key.endswith(INPUT_SCALES))}
         result: dict[str, Tensor] = {}
         with safe_open(self.path, "pt") as file:
-            for name, key in self.stored.items():
-                if key in beside or not name.startswith(prefixes):
-                    continue
+            for name in self.weights(*prefixes):
+                key = self.stored[name]
                 tensor = file.get_tensor(key)
                 if key in self._scales:
                     tensor = _multiplied(tensor, file.get_tensor(self._scales[key]))
+                if dtype is not None and tensor.is_floating_point():
+                    tensor = tensor.to(dtype)
                 result[name] = tensor.T.contiguous() if _is_transposed(key) else tensor
         return result
 
@@ -91,6 +98,11 @@ class CheckpointFile:
                     f"model file {self.path.name!r}: {name} has shape {ours}, its {what} should have {theirs}; "
                     "give model_config_dir with the configs of this model"
                 )
+        self.check_numbers(expected)
+
+    def check_numbers(self, names: Iterable[str]) -> None:
+        """Raise ValueError naming the first of these tensors that holds no numbers that can be read."""
+        for name in names:
             kind = self.kinds[self.stored[name]]
             if kind not in FLOATS and self.stored[name] not in self._scales:
                 raise ValueError(f"model file {self.path.name!r}: {name} is {kind}, without a scale to convert it")
@@ -125,6 +137,8 @@ class CheckpointFile:
             said = json.loads(self.metadata.get("_quantization_metadata", "{}")).get("layers", {})
             found = [(layer, _format_of(about)) for layer, about in said.items()]
             marks = [key for key in self.kinds if key.endswith(".comfy_quant")]
+            if not marks:  # opening maps the whole file, which some systems refuse for one larger than their memory
+                return found
             with safe_open(self.path, "pt") as file:
                 texts = {key: bytes(file.get_tensor(key).tolist()) for key in marks}
             return found + [(key.removesuffix(".comfy_quant"), _format_of(json.loads(texts[key]))) for key in marks]
@@ -149,6 +163,10 @@ def read_header(path: Path, shown: str | None = None) -> tuple[dict[str, tuple[t
                 key: (tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()
             }, file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        if path.suffix.lower() == ".gguf":
+            raise ValueError(
+                f"model file {shown!r} is a GGUF file, which is not read; use the .safetensors file of this model"
+            ) from None
         if path.suffix.lower() in PICKLES:
             raise ValueError(
                 f"model file {shown!r} is not a .safetensors file; convert it (pickles can run code)"

@@ -233,6 +233,11 @@ class Family(Protocol):
     def memory(self) -> MemoryFigures: ...
 
     @property
+    def loads_lokr(self) -> bool:
+        """Whether its pipeline's load_lora_weights takes LoKr files too."""
+        ...
+
+    @property
     def fp16(self) -> bool:
         """Whether the denoiser can compute in fp16; where its numbers overflow there, it is refused."""
         ...
@@ -339,6 +344,15 @@ class Family(Protocol):
 
     def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
         """Return every name that tools give this layer, `file_name` among them."""
+        ...
+
+    def without_effect(self, layers: Sequence[Layer]) -> Sequence[str]:
+        """Return the dotted paths that the complete list `layers` leaves out, as their outputs lead nowhere."""
+        ...
+
+    def joined_names(self, layer: str) -> Sequence[str]:
+        """Return every name that tools give the original linear that holds this layer beside others: rows of q, k, v,
+        then of a feed-forward. Empty where no such linear is."""
         ...
 
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:

@@ -57,6 +57,15 @@ class Flux1(FlowTransformer):
         r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$": r"double_blocks.\1.img_attn.proj",
         r"^transformer_blocks\.(\d+)\.attn\.to_add_out$": r"double_blocks.\1.txt_attn.proj",
         r"^single_transformer_blocks\.(\d+)\.proj_out$": r"single_blocks.\1.linear2",
+        r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj$": r"double_blocks.\1.img_mlp.0",
+        r"^transformer_blocks\.(\d+)\.ff\.net\.2$": r"double_blocks.\1.img_mlp.2",
+        r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj$": r"double_blocks.\1.txt_mlp.0",
+        r"^transformer_blocks\.(\d+)\.ff_context\.net\.2$": r"double_blocks.\1.txt_mlp.2",
+    }
+    joined = {
+        r"^transformer_blocks\.(\d+)\.attn\.to_[qkv]$": r"double_blocks.\1.img_attn.qkv",
+        r"^transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj$": r"double_blocks.\1.txt_attn.qkv",
+        r"^single_transformer_blocks\.(\d+)\.(?:attn\.to_[qkv]|proj_mlp)$": r"single_blocks.\1.linear1",
     }
     pipeline_class = "FluxPipeline"
     version, architecture = "flux1", "flux-1-dev"

@@ -49,6 +49,7 @@ class Flux2(FlowTransformer):
         tokenizers=(Part("tokenizer", "AutoTokenizer", "transformers"),),
     )
     negative_prompt = False
+    loads_lokr = True
     embeds_guidance = True
     text_layers: Sequence[int] = (10, 20, 30)
     streams = {"transformer_blocks": "image", "single_transformer_blocks": "both"}
@@ -59,6 +60,14 @@ class Flux2(FlowTransformer):
         r"^single_transformer_blocks\.(\d+)\.attn\.to_out$": r"single_blocks.\1.linear2",
         r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$": r"double_blocks.\1.img_attn.proj",
         r"^transformer_blocks\.(\d+)\.attn\.to_add_out$": r"double_blocks.\1.txt_attn.proj",
+        r"^transformer_blocks\.(\d+)\.ff\.linear_in$": r"double_blocks.\1.img_mlp.0",
+        r"^transformer_blocks\.(\d+)\.ff\.linear_out$": r"double_blocks.\1.img_mlp.2",
+        r"^transformer_blocks\.(\d+)\.ff_context\.linear_in$": r"double_blocks.\1.txt_mlp.0",
+        r"^transformer_blocks\.(\d+)\.ff_context\.linear_out$": r"double_blocks.\1.txt_mlp.2",
+    }
+    joined = {
+        r"^transformer_blocks\.(\d+)\.attn\.to_[qkv]$": r"double_blocks.\1.img_attn.qkv",
+        r"^transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj$": r"double_blocks.\1.txt_attn.qkv",
     }
     pipeline_class = "Flux2Pipeline"
     version, architecture = "flux_2_dev", "flux-2-dev"

@@ -47,6 +47,7 @@ class Krea2(QwenVae):
         r"^transformer_blocks\.": "blocks.",
         r"\.attn\.to_([qkv])$": r".attn.w\1",
         r"\.attn\.to_out\.0$": ".attn.wo",
+        r"\.ff\.": ".mlp.",
     }
     pipeline_class = "Krea2Pipeline"
     version, architecture = "krea2", "krea-2"

@@ -53,6 +53,7 @@ class SD:
     # Counted for SDXL (scripts/bench/trace.py): 5.3 and 0.6, without cuDNN's workspaces and fragmentation; stepping
     # down corrects what is left. Three quarters of a UNet are linears of transformer blocks.
     fp16 = True
+    loads_lokr = False
     memory = MemoryFigures(plain=6.5, checkpointing=1.2, quantized_share=0.75)
 
     def matches(self, denoiser_config: Config) -> bool:
@@ -181,6 +182,14 @@ class SD:
     def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
         """Return diffusers' and the original path, bare, below unet., kohya's and LyCORIS's."""
         return names.usual_names(layer, original_path(layer, layers_per_block), prefixes=["unet"])
+
+    def without_effect(self, layers: Sequence[Layer]) -> Sequence[str]:
+        """Return nothing: every layer has a gradient."""
+        return ()
+
+    def joined_names(self, layer: str) -> Sequence[str]:
+        """Return nothing: q, k and v are apart in the original UNets too."""
+        return ()
 
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
         """Return SD 1's or SD 2's metadata: SD 2 has text embeddings 1024 wide, SD 1 768."""

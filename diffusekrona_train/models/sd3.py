@@ -56,6 +56,15 @@ class SD3(FlowTransformer):
     originals = {
         r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$": r"joint_blocks.\1.x_block.attn.proj",
         r"^transformer_blocks\.(\d+)\.attn\.to_add_out$": r"joint_blocks.\1.context_block.attn.proj",
+        r"^transformer_blocks\.(\d+)\.attn2\.to_out\.0$": r"joint_blocks.\1.x_block.attn2.proj",
+        r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj$": r"joint_blocks.\1.x_block.mlp.fc1",
+        r"^transformer_blocks\.(\d+)\.ff\.net\.2$": r"joint_blocks.\1.x_block.mlp.fc2",
+        r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj$": r"joint_blocks.\1.context_block.mlp.fc1",
+        r"^transformer_blocks\.(\d+)\.ff_context\.net\.2$": r"joint_blocks.\1.context_block.mlp.fc2",
+    }
+    joined = {
+        r"^transformer_blocks\.(\d+)\.(attn2?)\.to_[qkv]$": r"joint_blocks.\1.x_block.\2.qkv",
+        r"^transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj$": r"joint_blocks.\1.context_block.attn.qkv",
     }
     pipeline_class = "StableDiffusion3Pipeline"
     version, architecture = "sd3", "stable-diffusion-3"

@@ -31,9 +31,19 @@ from diffusekrona_train.models.original import (
     original_tensors,
     vae_tensors,
 )
+from diffusekrona_train.models.partfile import PartFile
 
 CONFIGS = ASSETS / "configs"
 SPOKEN = {"unet": "denoiser", "vae": "VAE", "text_encoder_2": "second text encoder"}
+OTHERS = {
+    "conv_in.weight": "only a denoiser in diffusers' layout",
+    "decoder.conv_in.weight": "only a VAE (give it in vae)",
+    "decoder.conv1.weight": "only a VAE (give it in vae)",
+    "model.embed_tokens.weight": "only a text encoder (give it in text_encoders)",
+    "text_model.embeddings.token_embedding.weight": "only a text encoder (give it in text_encoders)",
+    "shared.weight": "only a text encoder (give it in text_encoders)",
+}
+"""Tensor of a file that is not a model -> what the file has."""
 CROSS_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 """Width of the text embedding -> packaged configs."""
 
@@ -109,9 +119,10 @@ def check_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], own_vae: bo
         raise ValueError(f"{what} is an adapter, not a model; give its base model here")
     entry = shapes.get(f"{DENOISER}input_blocks.0.0.weight")
     if entry is None:
-        alone = "conv_in.weight" in shapes
-        near = "only a denoiser in diffusers' layout" if alone else f"no {DENOISER}input_blocks keys"
-        raise ValueError(f"{what} has {near}; a complete Stable Diffusion checkpoint is needed")
+        near = next((said for key, said in OTHERS.items() if key in shapes), f"no {DENOISER}input_blocks keys")
+        raise ValueError(
+            f"{what} has {near}; a complete Stable Diffusion checkpoint, or the transformer of a flow model, is needed"
+        )
     if entry[1] != shapes.get(f"{DENOISER}out.2.weight", entry)[0]:
         raise ValueError(f"{what} takes {entry[1]} input channels (inpainting or editing); text-to-image is needed")
     if f"{DENOISER}label_emb.0.0.weight" in shapes and not any(key.startswith("conditioner.") for key in shapes):
@@ -161,39 +172,42 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def load_other_vae(name: str, model_config: Config, dtype: torch.dtype) -> nn.Module:
-    """Load an AutoencoderKL by hub name, folder or file instead of a model's own, whose `model_config` it must match.
+def load_other_vae(name: str, cls: Any, model_config: Config, dtype: torch.dtype) -> nn.Module:
+    """Load a VAE of class `cls` by hub name, folder or file instead of a model's own, whose `model_config` it must
+    match.
 
     ValueError where nothing is found or its latents have another shape than the model's.
     """
-    from diffusers import AutoencoderKL
-
     path = Path(name).expanduser()
     with one_line_errors(f"vae {name!r}"):
         if path.is_dir():
             place = path / "vae" if (path / "vae").is_dir() else path
-            vae = AutoencoderKL.from_pretrained(str(place), local_files_only=True, torch_dtype=dtype)
+            vae = cls.from_pretrained(str(place), local_files_only=True, torch_dtype=dtype)
         elif path.is_file():
-            vae = _vae_from_file(path, model_config, dtype)
+            vae = _vae_from_file(path, cls, model_config, dtype)
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-            vae = HubModel(name).load_part("", AutoencoderKL, torch_dtype=dtype)
+            vae = HubModel(name).load_part("", cls, torch_dtype=dtype)
         else:
             raise ValueError("no such file or folder; give a hub name, a folder or a .safetensors file")
-    for key in ("latent_channels", "block_out_channels"):
-        ours, theirs = vae.config[key], model_config[key]
-        if (len(ours) != len(theirs)) if key == "block_out_channels" else (ours != theirs):
+    for key in ("latent_channels", "z_dim", "block_out_channels", "dim_mult"):
+        if key not in model_config:
+            continue
+        ours, theirs = vae.config.get(key), model_config[key]
+        if (len(ours or ()) != len(theirs)) if isinstance(theirs, list | tuple) else (ours != theirs):
             raise ValueError(f"vae {name!r} has {key} {ours}, the model's own {theirs}: their latents do not fit")
     return vae
 
 
-def _vae_from_file(path: Path, config: Config, dtype: torch.dtype) -> Any:
-    from diffusers import AutoencoderKL
-
+def _vae_from_file(path: Path, cls: Any, config: Config, dtype: torch.dtype) -> Any:
     file = CheckpointFile(path)
     with torch.device("meta"):
-        empty: Any = AutoencoderKL.from_config(dict(config))
+        empty: Any = cls.from_config(dict(config))
     expected = empty.state_dict()
-    prefix = VAE if any(name.startswith(VAE) for name in file.shapes) else ""
+    prefix = next((prefix for prefix in (VAE, "vae.") if file.weights(prefix)), "")
+    if cls.__name__ != "AutoencoderKL":
+        held = PartFile(file, prefix)
+        held.check({**config, "_class_name": cls.__name__}, expected)
+        return held.load(cls, {**config, "_class_name": cls.__name__}, dtype)
     if not expected.keys() <= file.shapes.keys():
         expected = vae_tensors(expected, prefix)
     file.check_complete("VAE", expected)
@@ -201,6 +215,4 @@ def _vae_from_file(path: Path, config: Config, dtype: torch.dtype) -> Any:
         (Path(folder) / "vae").mkdir()
         (Path(folder) / "vae" / "config.json").write_text(json.dumps(dict(config)))
         weights: Any = file.read(prefix)
-        return AutoencoderKL.from_single_file(
-            weights, config=folder, subfolder="vae", torch_dtype=dtype, local_files_only=True
-        )
+        return cls.from_single_file(weights, config=folder, subfolder="vae", torch_dtype=dtype, local_files_only=True)

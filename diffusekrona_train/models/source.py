@@ -10,7 +10,9 @@ import functools
 import importlib
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +21,11 @@ from torch import nn
 from diffusekrona_train.common.device import DTYPES
 from diffusekrona_train.config import EMBEDDED
 from diffusekrona_train.models import layers as tables
+from diffusekrona_train.models.checkpointfile import CheckpointFile
 from diffusekrona_train.models.checks import check_latents, check_numbers
 from diffusekrona_train.models.contracts import Config, Denoiser, Family, Layer, Part, Place, Process
+from diffusekrona_train.models.hub import HubModel
+from diffusekrona_train.models.partfile import PartFile, assigned
 
 PARTS = ("denoiser", "vae", "text_encoders", "tokenizers", "scheduler")
 Device = torch.device | str
@@ -37,6 +42,8 @@ class ModelSource:
     vae: str | None = None
     predicts: str | None = None
     """The user's prediction_type, for models whose files do not have one."""
+    text_encoders: Sequence[str] = ()
+    """Files of text encoders instead of the model's own, in any order."""
     text_precision: str = "auto"
     """How text encoders are held: auto, fp32, bf16, or int8 (by bitsandbytes, computed in bf16)."""
     _layers: list[Layer] = field(default_factory=list, repr=False)
@@ -52,6 +59,13 @@ class ModelSource:
     def alias(self) -> str | None:
         """Return the short name if the package knows the model: sdxl, toybox, z-image, …"""
         return self.place.alias
+
+    @property
+    def like(self) -> str:
+        """Return the name that the package may know the model by: its own, or for a single transformer's file that of
+        the repository which has its other parts."""
+        base = getattr(self.place, "base", None)
+        return base.name if isinstance(base, HubModel) else self.identity
 
     @functools.cached_property
     def denoiser_config(self) -> Config:
@@ -126,12 +140,26 @@ class ModelSource:
 
     def check_part(self, part: Part) -> None:
         """Raise ValueError naming what a part lacks, where the place can tell without loading it."""
-        if self.alias or part.folder in self._whole:  # the toybox has its checksums, and needs no diffusers here
+        if self.alias in EMBEDDED or part.folder in self._whole:  # they have checksums, and need no diffusers here
+            return
+        if part in self.family.parts.text_encoders and part.folder in self.text_files:
             return
         check: Any = getattr(self.place, "check_part", None)
         if check is not None:
             check(part.folder, self.family.name, lambda: self._meta_model(part).state_dict())
         self._whole.add(part.folder)
+
+    @functools.cached_property
+    def text_files(self) -> dict[str, PartFile]:
+        """Return folder of a text encoder -> the file that it is read from, if that is not the model's folder or
+        repository. ValueError where a file is none of the family's."""
+        files = [PartFile(CheckpointFile(Path(name).expanduser())) for name in self.text_encoders]
+        files += getattr(self.place, "text_files", []) if not files else []
+        parts = [part for part in self.family.parts.text_encoders if part.library == "transformers"]
+        if not files:
+            return {}
+        quiet()
+        return assigned(files, parts, class_of, self.place.config)
 
     def _part(self, part: Part, dtype: torch.dtype, device: Device = "cpu") -> Any:
         """Load a part in `dtype`; it is complete and has finite numbers. A place that can reads it onto the device at
@@ -187,7 +215,7 @@ class ModelSource:
         if self.vae:
             from diffusekrona_train.models.singlefile import load_other_vae
 
-            vae = load_other_vae(self.vae, self.vae_config, dtype)
+            vae = load_other_vae(self.vae, class_of(self.family.parts.vae), self.vae_config, dtype)
             check_numbers(f"vae {self.vae!r}", vae)
             return _frozen(vae, device)
         return _frozen(self._part(self.family.parts.vae, dtype), device)
@@ -197,7 +225,13 @@ class ModelSource:
         return [self._text_encoder(part, dtype, device) for part in self.family.parts.text_encoders]
 
     def _text_encoder(self, part: Part, dtype: torch.dtype | None, device: Device) -> nn.Module:
-        model: nn.Module = self._part(part, dtype or self.text_dtype(part))
+        held = self.text_files.get(part.folder)
+        if held is None:
+            model: nn.Module = self._part(part, dtype or self.text_dtype(part))
+        else:
+            config = self.place.config(part.folder)
+            model = held.load_text(class_of(part), config, dtype or self.text_dtype(part))
+            check_numbers(f"{held.shown}, part {part.folder}", model)
         if dtype is None and self.text_precision == "int8":
             from diffusekrona_train.models.quantize import quantize_linears
 

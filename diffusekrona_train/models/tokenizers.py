@@ -15,13 +15,13 @@ def local_tokenizers(source: ModelSource) -> list[Loaded]:
     import transformers
 
     transformers.logging.set_verbosity_error()  # long captions have our own warning
-    found = []
+    found, place = [], getattr(source.place, "base", source.place)
     for part in source.family.parts.tokenizers:
         try:
-            if isinstance(source.place, HubModel):
-                found.append(_hub_tokenizer(source.place, part.folder, class_of(part)))
+            if isinstance(place, HubModel):
+                found.append(_hub_tokenizer(place, part.folder, class_of(part)))
             else:
-                found.append(source.place.load_part(part.folder, class_of(part)))
+                found.append(place.load_part(part.folder, class_of(part)))
         except (OSError, ValueError):
             return []
     return found

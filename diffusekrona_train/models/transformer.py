@@ -37,6 +37,8 @@ class FlowTransformer(SD):
     """Patterns of what leads nowhere inside the last block of the first kind: its gradient is always zero."""
     originals: Mapping[str, str] = {}
     """Pattern in a diffusers path -> what the original release calls it, applied in turn."""
+    joined: Mapping[str, str] = {}
+    """Pattern in a diffusers path -> the original linear that holds it beside others: rows of q, k, v, then of ffn."""
     pipeline_class = ""
     version = ""
     architecture = ""
@@ -106,6 +108,16 @@ class FlowTransformer(SD):
     def _is_dead(self, layer: Layer) -> bool:
         return any(re.fullmatch(pattern, layer.name.removeprefix(f"{layer.block}.")) for pattern in self.dead)
 
+    def without_effect(self, layers: Sequence[Layer]) -> Sequence[str]:
+        """Return the paths in the last block that `layers` leaves out, which other tools adapt all the same."""
+        first = [layer for layer in layers if layer.block.startswith(f"{self.blocks[0]}.")]
+        if not first:
+            return ()
+        start, last = first[0].block, first[-1].block
+        known = {layer.name for layer in first}
+        dead = [layer.name.replace(start, last, 1) for layer in first if layer.block == start and self._is_dead(layer)]
+        return [name for name in dead if name not in known]
+
     def quantizes(self, name: str) -> bool:
         """Return True in the blocks, their modulation included; embedders and the last layer stay."""
         return self._in_block(name) is not None
@@ -141,6 +153,12 @@ class FlowTransformer(SD):
         paths = dict.fromkeys([layer, self.original(layer)])
         usual = names.usual_names(*paths, prefixes=["transformer", "diffusion_model"])
         return [*usual, *(names.underscored("lora_transformer_", path) for path in paths)]
+
+    def joined_names(self, layer: str) -> Sequence[str]:
+        """Return what tools call the original linear that holds this layer beside others, in the forms of
+        `other_names`."""
+        held = [re.sub(pattern, new, layer) for pattern, new in self.joined.items() if re.search(pattern, layer)]
+        return names.usual_names(*held, prefixes=["transformer", "diffusion_model"])
 
     def original(self, layer: str) -> str:
         """Return the original path of a diffusers path by `originals`; itself where it is a part of a fused linear."""

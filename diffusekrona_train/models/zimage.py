@@ -42,9 +42,12 @@ class ZImage(FlowTransformer):
         tokenizers=(Part("tokenizer", "Qwen2Tokenizer", "transformers"),),
     )
     fp16 = False
+    loads_lokr = True
     streams = {"noise_refiner": "image", "context_refiner": "text", "layers": "both"}
     feed_forward = {r"feed_forward\.w[123]": ""}
     gated = r"(.+\.feed_forward)\.w[13]"
+    originals = {r"\.attention\.to_out\.0$": ".attention.out"}
+    joined = {r"\.attention\.to_[qkv]$": ".attention.qkv"}
     pipeline_class = "ZImagePipeline"
     version, architecture = "zimage", "z-image"
     # counted by python -m scripts.bench.known

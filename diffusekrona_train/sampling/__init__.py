@@ -94,6 +94,8 @@ class SampleRequest:
     each: Sequence[str] = ()
     """FILE or FILE:STRENGTH for each prompt, in their order: every prompt has an adapter of its own, and images of
     different adapters are generated in one batch. Adapters of one type and one set of shapes."""
+    text_encoders: Sequence[str] | None = None
+    """Files of text encoders instead of the model's own, in any order."""
 
 
 def sample(
@@ -223,7 +225,7 @@ def _base(request: SampleRequest, subjects: list[Subject], run: Path | None) -> 
     if not subjects and request.model is None:
         raise ValueError("neither an adapter nor a base model is given")
     found = session.base_model_of(subjects, request.model, run)
-    names = ("revision", "variant", "vae", "model_config_dir", "prediction_type")
+    names = ("revision", "variant", "vae", "text_encoders", "model_config_dir", "prediction_type")
     found |= {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     model = open_model(**found)
     session.check_base(model, subjects)

@@ -19,7 +19,7 @@ from diffusekrona_train.common.process import world_size
 from diffusekrona_train.common.run_folder import step_of
 from diffusekrona_train.config import MODEL_ALIASES, MODEL_DEFAULTS, load_config
 from diffusekrona_train.config.paths import user_path
-from diffusekrona_train.models import near_miss
+from diffusekrona_train.models import generating_arguments, near_miss
 from diffusekrona_train.models.contracts import Tensors
 from diffusekrona_train.models.source import ModelSource, quiet
 from diffusekrona_train.sampling.plan import Planned
@@ -205,8 +205,8 @@ def base_model_of(subjects: Sequence[Subject], model: str | None, run_folder: Pa
     if config_file is not None and config_file.is_file():
         config = load_config(config_file)
         if config.sample.model is not None:
-            return {"model": config.sample.model, "text_precision": config.data.text_precision}
-        names = ("model", "revision", "variant", "vae", "model_config_dir", "prediction_type")
+            return generating_arguments(config)
+        names = ("model", "revision", "variant", "vae", "text_encoders", "model_config_dir", "prediction_type")
         return {name: getattr(config, name) for name in names} | {"text_precision": config.data.text_precision}
     told = [subject.file.info.get("sample_model") or subject.file.info.get("model") for subject in subjects]
     named = [str(name) for name in told if name]

@@ -36,6 +36,7 @@ from scripts.bench.setting import (
     TimeIsUp,
     Values,
     reason,
+    run_json,
     table,
     write_markdown,
 )
@@ -59,6 +60,7 @@ TITLES = {
     5: "Sampling",
     6: "Precision: losses of the same steps as fp32's",
     7: "Peers: diffusers' train_dreambooth_lora_sdxl.py",
+    8: "toybox-flow, trained further",
 }
 
 OUT_OF_TIME, BROKEN = 75, 76
@@ -66,6 +68,8 @@ OUT_OF_TIME, BROKEN = 75, 76
 RAM_DISK, ROOM = Path("/dev/shm"), 16 * GIB
 """Where models are made if so much is free there: SDXL in 16 bits is read several times."""
 SCRIPT = ROOT / ".wheels" / "peer" / "train_dreambooth_lora_sdxl.py"
+SPRITES = ROOT / ".wheels" / "world" / "sprites.npz"
+"""Of toybox's small world, as scripts/toybox/sprites.py packs them."""
 
 
 def main() -> None:
@@ -246,6 +250,32 @@ def compiled(setting: Setting) -> None:
     measure_compiled(setting)
 
 
+def further(setting: Setting) -> None:
+    """The weights of the embedded flow transformer, trained on for the time that is left; they come back too."""
+    if SPRITES.is_file():
+        title = "the package's weights in what time is left, at half the rates falling to zero"
+        goal = ("the loss falls", lambda found: found["loss after"] < found["loss before"])
+        setting.rows.attempt(8, title, lambda: train_further(setting), goal, needs=45)
+
+
+def train_further(setting: Setting) -> Values:
+    steps, images = (2, 24) if setting.small else (20_000, 8_000)
+    seconds = min(600.0, float(os.environ.get(UNTIL, "inf")) - time.time() - 10)
+    weights, result = setting.rows.path.with_name("toybox-flow.safetensors"), setting.out / "further.json"
+    command = [
+        sys.executable,
+        "scripts/toybox/flow.py",
+        str(weights),
+        "--json",
+        str(result),
+        "--device",
+        setting.device,
+    ]
+    command += ["--sprites", str(SPRITES), "--steps", str(steps), "--images", str(images), "--seconds", str(seconds)]
+    found = run_json(command, result)
+    return {**found, "ms a step": 1e3 * found["s"] / max(1, found["steps"]), "MiB": weights.stat().st_size / 2**20}
+
+
 PIECES = {
     "0": Piece(0, "the random model", 40, begin),
     "a": Piece(4, "a whole run, from photos to a resumed run", 75, whole_runs),
@@ -254,6 +284,7 @@ PIECES = {
     "d": Piece(3, "memory at the peak", 35, memory_peaks),
     "e": Piece(7, "diffusers' script", 75, peer),
     "f": Piece(2, "training steps with compiled blocks", 100, compiled),
+    "g": Piece(8, "toybox-flow trained further", 45, further),
 }
 """In this order."""
 

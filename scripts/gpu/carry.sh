@@ -6,6 +6,7 @@
 #   scripts/gpu/carry.sh --list            only print the packages and versions
 #   scripts/gpu/carry.sh --rehearse [FOLDER]       afterwards: try on a CPU what was packed
 #   PEER=…/train_dreambooth_lora_sdxl.py scripts/gpu/carry.sh      diffusers' script from a file; without, from GitHub's tag
+#   SPRITES=build/toybox scripts/gpu/carry.sh      where toybox's emoji packages are or go (npm fetches them); that is the default
 # Versions: constraints.txt. WITHOUT names packages that the machine has (by default what comes with an installation of
 # transformers). Checkout and wheels together may weigh LIMIT (64) MiB: more is an error.
 set -euo pipefail
@@ -89,8 +90,9 @@ folder = Path(sys.argv[1])
 rows = json.loads((folder / "out" / "results.json").read_text())["rows"]
 wrong = [f"{row['what']}: {row['error']}\n{row.get('stderr', '')}" for row in rows if "error" in row]
 wrong += [f"no row of point {point}" for point in {0, 1, 2, 3, 4} - {row["point"] for row in rows}]
-if (folder / "checkout" / ".wheels" / "peer").is_dir() and not any(row["point"] == 7 for row in rows):
-    wrong.append("no row of diffusers' script")
+for name, point in {"peer": 7, "world": 8}.items():
+    if (folder / "checkout" / ".wheels" / name).is_dir() and not any(row["point"] == point for row in rows):
+        wrong.append(f"no row of {name}")
 files = [path for path in (folder / "out").rglob("*") if path.is_file()]
 if len(files) > 8 or max(path.stat().st_size for path in files) > 16 * 2**20:
     wrong.append("more than 8 files, or one of more than 16 MiB")
@@ -175,13 +177,19 @@ else
         { rmdir .wheels/peer && echo "carry.sh: going on without diffusers' script; PEER=… names a file of it" >&2; }
 fi
 
-files=(.wheels/*.whl)
+# toybox's small world in one file, for the machine to train toybox-flow on
+mkdir .wheels/world
+PYTHONPATH=. "$python" scripts/toybox/sprites.py .wheels/world/sprites.npz "${SPRITES:-build/toybox}" ||
+    { rmdir .wheels/world && echo "carry.sh: going on without toybox's sprites; toybox-flow will not be trained further" >&2; }
+
+files=(.wheels/*.whl) beside=()
+for file in .wheels/peer/*.py .wheels/world/*.npz; do [ ! -f "$file" ] || beside+=("$file"); done
 kilobytes() { du -ck "$@" | tail -n 1 | cut -f 1; }
 mapfile -d '' -t tracked < <(git ls-files -z)
-wheels=$(kilobytes "${files[@]}") checkout=$(printf '%s\0' "${tracked[@]}" | du -ck --files0-from=- | tail -n 1 | cut -f 1)
+wheels=$(kilobytes "${files[@]}" ${beside[@]+"${beside[@]}"}) checkout=$(printf '%s\0' "${tracked[@]}" | du -ck --files0-from=- | tail -n 1 | cut -f 1)
 du -k "${files[@]}" "${tracked[@]}" | sort -rn | head -n 8 | awk '{ printf "%8.1f MiB  %s\n", $1 / 1024, $2 }'
 awk -v n=${#files[@]} -v wheels="$wheels" -v checkout="$checkout" -v limit="${LIMIT:-64}" 'BEGIN {
     both = (wheels + checkout) / 1024
-    printf "%8.1f MiB  %d wheels, %.1f MiB with the checkout\n", wheels / 1024, n, both
+    printf "%8.1f MiB  %d wheels and what goes with them, %.1f MiB with the checkout\n", wheels / 1024, n, both
     if (both > limit) { printf "carry.sh: that is over %d MiB; name more packages in WITHOUT\n", limit > "/dev/stderr"; exit 1 }
 }'

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusekrona_train.config import RunConfig, make_config
+from diffusekrona_train.config.run import EMBEDDED
 from diffusekrona_train.data import collect
 from diffusekrona_train.evaluation.inputs import Suite, SuiteRow, load_suite
 from diffusekrona_train.evaluation.metrics.encoders import CLIP, DINO
@@ -48,8 +49,9 @@ class Planner:
                 raise ValueError(f"--set {field}: the base and its suite say that; give your own with --base FILE.yaml")
         self.asked = list(dict.fromkeys(subjects or []))
         self.model = str(base.config.get("model", model))
-        self.mark = model_mark(open_model(self.model))
-        names = ("toybox", "toybox") if self.mark.startswith("toybox ") else (CLIP, DINO)
+        source = open_model(self.model)
+        self.mark = model_mark(source)
+        names = ("toybox", "toybox") if source.identity in EMBEDDED else (CLIP, DINO)
         self.encoders = dict(zip(("CLIP", "DINO"), names, strict=True))
         self.tasks: dict[tuple[str, str], Task] = {}
 
@@ -90,7 +92,7 @@ class Planner:
     ) -> str:
         """Note what the task of a cell has to measure; the key of its record."""
         images = self._images(row)
-        fields = {**series.set, **series.models.get(model, {}), **value.set}  # type: ignore[call-overload]
+        fields = {**series.fields_for(model), **value.set}
         try:
             config = self._config(row, images, seed, fields)
         except ValueError as error:

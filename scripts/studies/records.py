@@ -22,6 +22,7 @@ from typing import Any
 
 from diffusekrona_train.common.files import atomic, sha256
 from diffusekrona_train.config import RunConfig
+from diffusekrona_train.config.run import EMBEDDED
 
 ASSETS = Path(__file__).resolve().parents[2] / "diffusekrona_train" / "assets"
 METRICS = ("clip_i", "clip_t", "dino")
@@ -29,6 +30,7 @@ WITHOUT_INFLUENCE = ("checkpoint_every", "keep_resume_states", "keep_best", "log
 """Fields of `train` that do not change the factors."""
 SINCE: dict[str, Any] = {
     "prediction_type": None,
+    "text_encoders": None,
     "subject.caption_key": None,
     "subject.image_column": None,
     "subject.caption_column": None,
@@ -59,9 +61,14 @@ def key_of(of: dict[str, Any]) -> str:
 
 
 def model_mark(source: Any) -> str:
-    """The weights that a record was measured with: toybox's list of sums, else the model's name or its hash."""
-    if source.identity == "toybox":
-        return f"toybox sha256:{sha256(ASSETS / 'toybox' / 'SHA256SUMS')}"
+    """The weights that a record was measured with: an embedded model's list of sums, else its name or its hash.
+
+    toybox-flow's VAE is toybox's, which is not in its list.
+    """
+    if source.identity in EMBEDDED:
+        mark = f"{source.identity} sha256:{sha256(ASSETS / source.identity / 'SHA256SUMS')}"
+        vae = ASSETS / "toybox" / "pipe" / "vae" / "diffusion_pytorch_model.safetensors"
+        return mark if source.identity == "toybox" else f"{mark} vae sha256:{sha256(vae)[:16]}"
     return source.identity
 
 

@@ -19,7 +19,9 @@ from diffusekrona_train.evaluation.inputs import Suite, SuiteRow, load_suite
 from scripts.studies.records import METRICS
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
-MODELS = ("toybox", "sdxl", "sd15")
+MODELS = ("toybox", "toybox-flow", "sdxl", "sd15")
+KIN = {"toybox-flow": "toybox"}
+"""Model -> the one whose values and fields it takes where a study has none of its own for it."""
 
 
 class Sampling(Strict):
@@ -75,10 +77,15 @@ class Series(Strict):
     """Its name."""
     set: dict[str, Any] = {}
     """Config fields by dotted name."""
-    models: dict[Literal["toybox", "sdxl", "sd15"], dict[str, Any]] = {}
-    """Config fields that hold for one model, such as its tuned rate."""
+    models: dict[Literal["toybox", "toybox-flow", "sdxl", "sd15"], dict[str, Any]] = {}
+    """Config fields that hold for one model, such as its tuned rate; toybox-flow takes toybox's if it has none."""
     sample: Sampling = Sampling()
     """Sampling settings that differ from the base's."""
+
+    def fields_for(self, model: str) -> dict[str, Any]:
+        """The config fields that hold for a model."""
+        by_model: dict[str, dict[str, Any]] = {**self.models}
+        return {**self.set, **(by_model.get(model) or by_model.get(KIN.get(model, ""), {}))}
 
 
 class Value(Strict):
@@ -178,7 +185,7 @@ class Study(Strict):
     spread_of_series: bool = False
     """End the table with how far each series' scores spread over the values."""
     values: dict[str, Annotated[list[Value], Field(min_length=1)]]
-    """Values by model; `default` is for models that are not named."""
+    """Values by model; `default` is for models that are not named, toybox-flow takes toybox's if it is not."""
 
     @model_validator(mode="after")
     def _keys_are_known(self) -> Study:
@@ -202,7 +209,8 @@ class Study(Strict):
 
     def values_for(self, model: str) -> list[Value]:
         """The values of a model; ValueError where the study has none for it."""
-        found = self.values.get(model) or self.values.get("default")
+        names = (model, KIN.get(model, model), "default")
+        found = next((self.values[name] for name in names if name in self.values), None)
         if found is None:
             raise ValueError(f"{self.title}: there are no values for {model}")
         return found

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from diffusekrona_train.common.run_folder import adapter_file, claimed, read_metrics, step_of
+from diffusekrona_train.config.run import EMBEDDED
 from diffusekrona_train.evaluation.inputs import Generated, photos_of
 from diffusekrona_train.evaluation.metrics import METRICS, cosines
 from scripts.studies import records
@@ -196,7 +197,7 @@ def _measured(task: Task, key: str, need: dict[str, Any], folder: Path) -> tuple
     with tempfile.TemporaryDirectory(prefix="krona-paper-") as room:
         drawn, strip = _draw(task, need, wearing, Path(room))
         between = time.monotonic()
-        judges = open_judges(Judges, task.config["model"] == "toybox")
+        judges = open_judges(Judges, task.config["model"] in EMBEDDED)
         measured = measure(judges, open_photos(task.images), drawn, identifiers=(token,))
         ranked = rank_in_gallery(judges.dino, task.images, need["gallery"], drawn) if need["gallery"] else {}
     scores = {
@@ -290,8 +291,8 @@ _studios: dict[tuple, Any] = {}
 
 
 def stays(model: str) -> bool:
-    """Whether the sampling pipeline may stay in memory while the next run trains: the embedded model's is small."""
-    return model == "toybox"
+    """Whether the sampling pipeline may stay in memory while the next run trains: an embedded model's is small."""
+    return model in EMBEDDED
 
 
 def open_studio(task: Task, prompts: list[str]) -> Any:

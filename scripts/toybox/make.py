@@ -1,11 +1,12 @@
-"""The recipe of toybox, from npm packages to weights, in one command or by stage; what is done is passed over.
+"""The recipe of toybox and toybox-flow, from npm packages to weights, by one command or by stage; skips what is done.
 
     python scripts/toybox/make.py                       # everything, into build/toybox
     python scripts/toybox/make.py vae identity          # these stages
+    python scripts/toybox/make.py flow                  # toybox-flow, with the VAE and the judges of the package
     python scripts/toybox/make.py --fraction 0.01       # a hundredth of every stage: does it run?
 
-Stages that were stopped go on from their last state (VAE, UNet) or start again (the others take minutes). With a GPU,
---device cuda. `unet.py` says how to train on two CPU cores at once.
+Stages that were stopped go on from their last state (VAE, UNet, flow) or start again (the others take minutes). With a
+GPU, --device cuda. `unet.py` says how to train on two CPU cores at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import sys
 from pathlib import Path
 
+import flow
 import judges
 import numpy as np
 import torch
@@ -30,7 +32,16 @@ from sprites import NAMES, Sprite, fetch, load_sprites, small_world
 from vae import finish
 from world import COLOURS, PLAIN, SCENES, SMALL, WIDE, compose, draw_world, paint
 
-STEPS = {"subjects": 1, "vae": 5819, "clip": 716, "identity": 2400, "wide": 4480, "small": 3339, "grow": 2400}
+STEPS = {
+    "subjects": 1,
+    "vae": 5819,
+    "clip": 716,
+    "identity": 2400,
+    "wide": 4480,
+    "small": 3339,
+    "grow": 2400,
+    "flow": flow.STEPS,
+}
 PICTURES = {"wide": 40_000, "small": 16_000}
 
 
@@ -81,6 +92,8 @@ def make(build: Path, stage: str, sprites: list[Sprite], fraction: float, device
     seen = [sprite for sprite in sprites if not sprite.held_out]
     if stage == "subjects":
         make_subjects(build, sprites)
+    elif stage == "flow":
+        flow.run(build, sprites, max(200, round(flow.PICTURES * fraction)), steps, device=device)
     elif stage in unet.SHAPES:
         number = max(200, round(PICTURES["wide" if stage == "wide" else "small"] * fraction))
         train_unet(build, stage, seen if stage == "wide" else small_world(sprites), number, steps, device)

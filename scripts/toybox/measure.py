@@ -1,16 +1,17 @@
-"""How good a toybox pipeline is, and how well its twelve subjects were learnt, judged by its own encoders.
+"""How good a pipeline of toybox's world is, and how well its twelve subjects were learnt, judged by its own encoders.
 
     python scripts/toybox/measure.py --sprites build/toybox [--pipe FOLDER] [--prompts 200] [--sheet sheet.png]
     python scripts/train_suite.py toybox --config configs/toybox.yaml --runs runs/suite-krona
     python scripts/train_suite.py toybox --config configs/toybox.yaml --runs runs/suite-full \
         --set adapter.type=full --set adapter.targets=all --set train.learning_rate=3e-4 --set train.steps=200
     python scripts/toybox/measure.py --runs runs/suite-krona --runs runs/suite-full [--sheet sheet.png]
+    python scripts/toybox/measure.py --pipe toybox-flow [--runs runs/suite-flow]    # the same of another model
 
 A pipeline: prompts of class x background. The class is judged by the identity network, next to real renders of the same
-prompts; the background by the tiny CLIP, zero-shot among the 23. Several --pipe folders are measured on the same
-prompts and seeds.
+prompts; the background by the tiny CLIP, zero-shot among the 23. Several --pipe (embedded models or
+folders) are measured on the same prompts and seeds.
 
-Subjects (--runs): five backgrounds that a subject's photos do not have, --images images of each, 25 steps, guidance 4.
+Subjects (--runs, trained on --pipe): five backgrounds that a subject's photos do not have, --images images of each.
 Identity is the mean cosine of the judge's embeddings to the subject's photos. The nearest sprite is sought among the
 subject, all sprites of its class and every fourth other one. Real renders are the subject's own sprite on the same
 backgrounds.
@@ -26,20 +27,20 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from sprites import NAMES, Sprite, fetch, load_sprites, small_world
 from world import BACKGROUNDS, SCENES, SMALL, compose, paint, with_article
 
 from diffusekrona_train.adapters.formats import load_adapter
-from diffusekrona_train.evaluation.inputs import load_suite
+from diffusekrona_train.evaluation.inputs import SuiteRow, load_suite
 from diffusekrona_train.evaluation.metrics import unit
 from diffusekrona_train.evaluation.metrics.encoders import TOYBOX, Encoder, open_clip, open_dino
-from diffusekrona_train.models import open_model, sdxl
+from diffusekrona_train.models import ModelSource, open_model
 from diffusekrona_train.report.sheet import contact_sheet
 from diffusekrona_train.sampling.render import SampleSettings, render
 
@@ -96,12 +97,19 @@ def right_backgrounds(pictures: list[Image.Image], pairs: list[Pair]) -> float:
     return float(np.mean(hits))
 
 
-def draw(pipe_folder: Path, pairs: list[Pair], steps: int, guidance: float) -> list[Image.Image]:
-    """One picture a prompt, its noise from (prompt, position)."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(pipe_folder, torch_dtype=torch.float32)
+def open_pipe(model: str) -> tuple[ModelSource, Any]:
+    """An embedded model or a pipeline's folder: where it comes from, and the pipeline in fp32."""
+    source = open_model(model)
+    pipe = source.family.pipeline(source.load("denoiser", "vae", "text_encoders", "tokenizers", "scheduler"))
     pipe.set_progress_bar_config(disable=True)
+    return source, pipe
+
+
+def draw(model: str, pairs: list[Pair], settings: SampleSettings) -> list[Image.Image]:
+    """One picture a prompt, its noise from (prompt, position)."""
+    source, pipe = open_pipe(model)
     jobs = [(text_of(pair), seed) for seed, pair in enumerate(pairs)]
-    return render(pipe, sdxl.SDXL(), jobs, SampleSettings(steps=steps, guidance=guidance), batch_size=20)
+    return render(pipe, source.family, jobs, settings, batch_size=20)
 
 
 def measure_pipelines(given: argparse.Namespace) -> None:
@@ -110,13 +118,13 @@ def measure_pipelines(given: argparse.Namespace) -> None:
     real = real_renders(given.sprites, pairs)
     ceiling = right_classes(real, pairs)
     print(f"real renders: class {ceiling:.3f}, background {right_backgrounds(real, pairs):.3f}", flush=True)
-    for folder in given.pipe or [TOYBOX / "pipe"]:
-        pictures = draw(folder, pairs, given.steps, given.guidance)
+    for model in given.pipe:
+        pictures = draw(model, pairs, settings_of(given))
         share = right_classes(pictures, pairs)
         background = right_backgrounds(pictures, pairs)
-        print(f"{folder}: class {share:.3f} ({share / ceiling:.0%} of real), background {background:.3f}", flush=True)
+        print(f"{model}: class {share:.3f} ({share / ceiling:.0%} of real), background {background:.3f}", flush=True)
         if given.sheet:
-            path = given.sheet.with_stem(f"{given.sheet.stem}-{folder.parent.name}-{folder.name}")
+            path = given.sheet.with_stem("-".join([given.sheet.stem, *Path(model).parts[-2:]]))
             write_sheet(pictures[:60], pairs, path)
 
 
@@ -175,10 +183,8 @@ class Subject:
 
 
 def measure_subjects(given: argparse.Namespace) -> None:
-    rows = load_suite("toybox").rows
-    judge, source, sprites = open_dino("toybox"), open_model("toybox"), load_sprites(given.sprites)
-    pipe = source.family.pipeline(source.load("denoiser", "vae", "text_encoders", "tokenizers", "scheduler"))
-    pipe.set_progress_bar_config(disable=True)
+    rows = rows_of(given.only)
+    judge, sprites, (source, pipe) = open_dino("toybox"), load_sprites(given.sprites), open_pipe(given.pipe[0])
     kinds = ["real renders", "base", *(folder.name for folder in given.runs)]
     table: dict[str, list[Score]] = {kind: [] for kind in kinds}
     mates, sheets = [], {folder: [] for folder in given.runs}
@@ -192,8 +198,7 @@ def measure_subjects(given: argparse.Namespace) -> None:
         mates += [float((judge.images([drawn(s, PLACES[0], 20)]) @ subject.photos.T).mean()) for s in subject.mates]
         for folder in (None, *given.runs):
             injection = load_adapter(pipe, adapter_of(folder, row.name)) if folder else None
-            settings = SampleSettings(steps=25, guidance=4.0)
-            found = render(pipe, source.family, jobs, settings, batch_size=10)
+            found = render(pipe, source.family, jobs, settings_of(given), batch_size=10)
             pictures[folder.name if folder else "base"] = found
             if injection:
                 injection.eject()
@@ -211,14 +216,26 @@ def measure_subjects(given: argparse.Namespace) -> None:
             print(path)
 
 
+def settings_of(given: argparse.Namespace) -> SampleSettings:
+    return SampleSettings(steps=given.steps, guidance=given.guidance)
+
+
 def adapter_of(runs: Path, name: str) -> Path:
     return runs / name / f"{name}.safetensors"
 
 
-def check_runs(folders: list[Path]) -> None:
+def rows_of(only: list[str] | None) -> list[SuiteRow]:
+    """The subjects of the suite, or those named; ValueError of one line for an unknown name."""
+    rows = load_suite("toybox").rows
+    if unknown := set(only or []) - {row.name for row in rows}:
+        raise ValueError(f"--only {min(unknown)}: the suite has {', '.join(row.name for row in rows)}")
+    return [row for row in rows if not only or row.name in only]
+
+
+def check_runs(folders: list[Path], rows: list[SuiteRow]) -> None:
     """ValueError of one line where a folder lacks a subject's run."""
     for folder in folders:
-        if missing := [row.name for row in load_suite("toybox").rows if not adapter_of(folder, row.name).is_file()]:
+        if missing := [row.name for row in rows if not adapter_of(folder, row.name).is_file()]:
             raise ValueError(f"{folder} has no finished run of {', '.join(missing)}: scripts/train_suite.py makes them")
 
 
@@ -226,15 +243,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sprites", type=Path, default=Path("build/toybox"), help="folder of the emoji packages")
     parser.add_argument("--sheet", type=Path, help="PNG of images of each pipeline, or of each folder of runs")
-    parser.add_argument("--pipe", type=Path, action="append", help="pipeline folder; may be repeated (the package's)")
+    parser.add_argument("--pipe", action="append", help="toybox, toybox-flow or a folder; may be repeated (toybox)")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--runs", type=Path, action="append", help="measure subjects: folder of runs; may be repeated")
+    parser.add_argument("--only", nargs="*", help="names of the subjects to measure (all)")
     parser.add_argument("--images", type=int, default=4, help="images a prompt of a subject")
     given = parser.parse_args()
+    given.pipe = given.pipe or ["toybox"]
     try:
-        check_runs(given.runs or [])
+        if given.runs and len(given.pipe) > 1:
+            raise ValueError("--pipe: give one with --runs, the model that they were trained on")
+        check_runs(given.runs or [], rows_of(given.only))
         fetch(given.sprites)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

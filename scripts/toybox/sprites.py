@@ -1,16 +1,20 @@
 """Emoji as sprites: fetched as npm packages, named by class noun, cut out square; the held-out ones are marked.
 
 Two styles: Fluent 3D (f) and Noto (n). classes.txt has the wide world, and the small one, which the UNet learns.
+
+    python scripts/toybox/sprites.py FILE.npz [FOLDER]      # the small world's in one file, for machines without npm
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -97,6 +101,20 @@ def small_world(sprites: list[Sprite]) -> list[Sprite]:
     return chosen
 
 
+def pack(sprites: list[Sprite], path: Path) -> None:
+    """Write sprites to one .npz file."""
+    facts = [[s.short_name, s.name, s.class_noun, s.style, s.held_out] for s in sprites]
+    np.savez_compressed(path, images=np.stack([np.asarray(s.image) for s in sprites]), facts=json.dumps(facts))
+
+
+def unpack(path: Path) -> list[Sprite]:
+    """Read the sprites that `pack` wrote."""
+    with np.load(path) as found:
+        images, facts = found["images"], json.loads(str(found["facts"]))
+    rows = zip(images, facts, strict=True)
+    return [Sprite(a, b, noun, style, Image.fromarray(image), out) for image, (a, b, noun, style, out) in rows]
+
+
 def read_table(world: str) -> dict[str, list[str]]:
     """Class noun -> emoji, from the section [wide] or [small] of classes.txt."""
     text = (HERE / "classes.txt").read_text().split(f"[{world}]\n")[1].split("\n[")[0]
@@ -117,3 +135,18 @@ def _square(path: Path, side: int) -> Image.Image:
     square = Image.new("RGBA", (longest, longest))
     square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
     return square.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def main() -> int:
+    path, folder = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "build/toybox")
+    try:
+        fetch(folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    pack(small_world(load_sprites(folder)), path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

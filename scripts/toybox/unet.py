@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from vae import Average, Pace, finish, load_state, save_state
 
@@ -201,14 +201,14 @@ def run(
         dist.destroy_process_group()
 
 
-def sample_sheet(pipe: StableDiffusionXLPipeline, captions: list[str], across: int = 10) -> list[np.ndarray]:
-    """60 pictures of captions of the world, 25 steps, guidance 4; the captions are printed in the sheet's order."""
+def sample_sheet(pipe: DiffusionPipeline, captions: list[str], across: int = 10, guidance=4.0) -> list[np.ndarray]:
+    """60 pictures of captions of the world, 25 steps; the captions are printed in the sheet's order."""
     texts = [captions[i] for i in np.random.default_rng(0).integers(len(captions), size=6 * across)]
     pipe.to(dtype=torch.float32).set_progress_bar_config(disable=True)
     rows = []
     for start in range(0, len(texts), across):
         part, r = texts[start : start + across], torch.Generator().manual_seed(start)
-        size = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 4.0}
+        size = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": guidance}
         rows.append((pipe(part, generator=r, output_type="np", **size).images * 255).round().astype(np.uint8))
         print("; ".join(part), flush=True)
     return rows

@@ -14,7 +14,8 @@ from tests.faults.sandbox import Sandbox
 
 TO_LORA = ("convert", "dog.safetensors", "out/dog.safetensors", "--to", "lora")
 REFUSED_PICKLE = "the same refusal under every suffix"
-LENGTHS = "a cut in the header or in the data"
+BROKEN = r"is truncated, damaged or not a safetensors file \(.+\)"
+DAMAGED = "the words in brackets are the library's"
 OUT = ("out/*",)
 
 
@@ -101,33 +102,20 @@ def _headers() -> list[Case]:
         path = dog(box)
         path.write_bytes(path.read_bytes() + b"more")
 
-    not_json = "all are headers that are no JSON object of tensors"
     return [
-        adapter_case("empty file", cut(lambda size: 0), r"is truncated: 0 bytes", LENGTHS),
-        adapter_case("5 bytes", cut(lambda size: 5), r"is truncated: 5 bytes", LENGTHS),
-        adapter_case(
-            "cut in the header", cut(lambda size: 200), r"truncated or not a safetensors file: a header of", LENGTHS
-        ),
-        adapter_case("cut in the data", cut(lambda size: size - 1), r"is truncated: the header promises"),
-        adapter_case("half of it", cut(lambda size: size // 2), r"truncated", LENGTHS),
-        adapter_case("bytes after the end", longer, r"has bytes after its end"),
-        adapter_case(
-            "header of 2^63 bytes", raw(struct.pack("<Q", 2**63) + b"{}"), r"a header of 9223372036854775808", LENGTHS
-        ),
-        adapter_case(
-            "header of 2^64 - 1 bytes", raw(b"\xff" * 8 + b"{}"), r"a header of 18446744073709551615", LENGTHS
-        ),
-        adapter_case("header of nothing", raw(b"\0" * 8), r"header is not the JSON", not_json),
-        adapter_case(
-            "header of broken JSON", header(lambda head, data: b'{"a": {"dty'), r"header is not the JSON", not_json
-        ),
-        adapter_case("header a list", header(lambda head, data: [1, 2]), r"header is not the JSON", not_json),
-        adapter_case(
-            "header not UTF-8", header(lambda head, data: b'{"\xff\xfe": 1}'), r"header is not the JSON", not_json
-        ),
-        adapter_case(
-            "header nested 100,000 deep", header(lambda head, data: b"[" * 100_000), r"header is not the JSON", not_json
-        ),
+        adapter_case("empty file", cut(lambda size: 0), BROKEN, DAMAGED),
+        adapter_case("5 bytes", cut(lambda size: 5), BROKEN, DAMAGED),
+        adapter_case("cut in the header", cut(lambda size: 200), BROKEN, DAMAGED),
+        adapter_case("cut in the data", cut(lambda size: size - 1), BROKEN, DAMAGED),
+        adapter_case("half of it", cut(lambda size: size // 2), BROKEN, DAMAGED),
+        adapter_case("bytes after the end", longer, BROKEN, DAMAGED),
+        adapter_case("header of 2^63 bytes", raw(struct.pack("<Q", 2**63) + b"{}"), BROKEN, DAMAGED),
+        adapter_case("header of 2^64 - 1 bytes", raw(b"\xff" * 8 + b"{}"), BROKEN, DAMAGED),
+        adapter_case("header of nothing", raw(b"\0" * 8), BROKEN, DAMAGED),
+        adapter_case("header of broken JSON", header(lambda head, data: b'{"a": {"dty'), BROKEN, DAMAGED),
+        adapter_case("header a list", header(lambda head, data: [1, 2]), BROKEN, DAMAGED),
+        adapter_case("header not UTF-8", header(lambda head, data: b'{"\xff\xfe": 1}'), BROKEN, DAMAGED),
+        adapter_case("header nested 100,000 deep", header(lambda head, data: b"[" * 100_000), BROKEN, DAMAGED),
         adapter_case("no tensors", raw(struct.pack("<Q", 2) + b"{}"), r"holds no tensors"),
         adapter_case(
             "offsets that overlap", header(lambda head, data: first(head, data_offsets=[0, 4])), r"safetensors"
@@ -138,9 +126,7 @@ def _headers() -> list[Case]:
             r"safetensors",
             "offsets",
         ),
-        adapter_case(
-            "offset words", header(lambda head, data: first(head, data_offsets=["a", "b"])), r"not the JSON", not_json
-        ),
+        adapter_case("offset words", header(lambda head, data: first(head, data_offsets=["a", "b"])), BROKEN, DAMAGED),
         adapter_case("shape of 2^62", header(lambda head, data: first(head, shape=[2**31, 2**31])), r"safetensors"),
         adapter_case("negative shape", header(lambda head, data: first(head, shape=[-4, -4])), r"safetensors"),
         adapter_case("unknown type of number", header(lambda head, data: first(head, dtype="F7")), r"safetensors"),

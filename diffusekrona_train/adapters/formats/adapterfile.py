@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusekrona_train import __version__
 from diffusekrona_train.adapters import ADAPTERS
 from diffusekrona_train.adapters.formats import tensorfile
+from diffusekrona_train.adapters.formats.joined import cut_joined
 from diffusekrona_train.adapters.formats.names import (
     KEY,
     describe_groups,
@@ -237,8 +238,9 @@ def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_blo
             _check_same_model(file, by_name, family)
             return file
         known = tables.known_names(by_name, layers_per_block, family)
-        _refuse_unknown([name for name in file.groups if bare_name(name) not in known], len(file.groups), family)
-        groups = {known[bare_name(name)]: group for name, group in file.groups.items()}
+        cut = cut_joined(file.groups, layers, family)
+        _refuse_unknown([name for name in cut if bare_name(name) not in known], len(cut), family)
+        groups = {known[bare_name(name)]: group for name, group in cut.items()}
         found = [layer for layer in layers if layer.name in groups]
         spec, options, groups = describe_groups(found, groups)
     except ValueError as error:
@@ -272,9 +274,9 @@ def _refuse_unknown(unknown: list[str], count: int, family: str) -> None:
 
 _OUTSIDE = re.compile(
     r"resnets|in_layers|out_layers|emb_layers|skip_connection|samplers|_op$|\.op$|_conv$|\.conv$|conv_?(in|out|shortcut|\d)"
-    r"|time_emb|label_emb|add_embedding|norm|_blocks_\d+_0_|unet_out_[02]$"
+    r"|time_emb|label_emb|add_embedding|norm|_blocks_\d+_0_|unet_out_[02]$|(img|txt)_mod|modulation"
 )
-"""Layers of these UNets that are not attention's or a feed-forward's, by the names of either layout."""
+"""Layers that are not attention's or a feed-forward's, by the names of either layout."""
 
 
 def _check_same_model(file: AdapterFile, by_name: dict[str, Layer], family: str) -> None:

@@ -97,10 +97,17 @@ def to_lora(
 def to_diffusers(
     file: AdapterFile, out: Path, *, dtype: str, rank: int | None = None, source: ModelSource | None = None
 ) -> list[str]:
-    """Write a LoRA file in PEFT's keys, `unet.<path>.lora_A.weight` (or transformer.), as the family's pipeline loads
-    it; alpha equals the rank, so that the scale is 1."""
-    pairs, remarks = lora_pairs(file, rank)
+    """Write what the family's own pipeline loads by `load_lora_weights`: a LoRA file in PEFT's keys,
+    `unet.<path>.lora_A.weight` (or transformer.), alpha equal to the rank, so that the scale is 1; a LoKr file where
+    the products are no exact LoRA and the pipeline takes LoKr."""
     part = family_named(file.family).parts.denoiser.folder if file.family in FAMILIES else "unet"
+    products, reason = _products_for_peft(file)
+    dense = any(exact_rank(file.groups[layer.name]) > _largest_rank(layer) for layer in file.layers if products)
+    if rank is None and dense:
+        tensors = {f"{part}.{name}.lokr_w{i + 1}": one for name, pair in products.items() for i, one in enumerate(pair)}
+        tensorfile.write(out, tensorfile.cast(tensors, dtype), {"format": "pt"})
+        return [f"{len(products)} layers, as LoKr: for diffusers only; ComfyUI and Forge read --to lokr"]
+    pairs, remarks = lora_pairs(file, rank, reason)
     tensors = {f"{part}.{name}.lora_A.weight": _shaped(file, name, down) for name, (_, down) in pairs.items()}
     tensors |= {f"{part}.{name}.lora_B.weight": _shaped(file, name, up) for name, (up, _) in pairs.items()}
     ranks = {name: up.shape[1] for name, (up, _) in pairs.items()}
@@ -150,10 +157,32 @@ def _largest_rank(layer: Layer) -> int:
     return layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
 
 
-def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[str]]:
+def _products_for_peft(file: AdapterFile) -> tuple[Pairs, str]:
+    """Return layer -> (A, B), scale inside A, of a file whose products diffusers loads as LoKr; else {} and why not.
+
+    PEFT derives both factors' shapes from one number for all layers.
+    """
+    if kind_of_adapter(file) not in ("krona", "lokr") or file.row_permutation:
+        return {}, ""
+    if file.family not in FAMILIES or not family_named(file.family).loads_lokr:
+        return {}, f"; diffusers loads no LoKr file for family {file.family!r}"
+    products: Pairs = {}
+    for layer in file.layers:
+        scale, matrices = terms({suffix: tensor.float() for suffix, tensor in file.groups[layer.name].items()})
+        A, B = (matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1] for matrix in matrices)
+        products[layer.name] = (scale * A, B.contiguous())
+    sizes = {tuple(A.shape) for A, _ in products.values()}
+    (rows, columns), *others = sizes
+    if others or rows != columns or any(rows > min(B.shape) for _, B in products.values()):
+        return {}, "; diffusers loads a LoKr only where A is square, of one size in all layers, and not larger than B"
+    return products, ""
+
+
+def lora_pairs(file: AdapterFile, rank: int | None = None, reason: str = "") -> tuple[Pairs, list[str]]:
     """Return each layer as a LoRA, exact or truncated to `rank`, with remarks on the ranks and the truncation error.
 
-    Raises ValueError where the exact pair would be larger than the dense difference and no rank is given.
+    Raises ValueError where the exact pair would be larger than the dense difference and no rank is given; `reason` is
+    added to what it says.
     """
     refuse_over_base(file)
     if rank is not None and rank < 1:
@@ -167,7 +196,7 @@ def lora_pairs(file: AdapterFile, rank: int | None = None) -> tuple[Pairs, list[
         if rank is None and exact > _largest_rank(layer):
             raise ValueError(
                 f"{file.path}: layer {layer.name} has exact LoRA rank {exact}, larger than the dense difference of "
-                f"{layer.out_features} x {layer.in_features}; truncate it with --rank, or use --to merged"
+                f"{layer.out_features} x {layer.in_features}; truncate it with --rank, or use --to merged{reason}"
             )
         up, down, errors[layer.name] = _pair(group, exact if rank is None else min(rank, exact), exact)
         if file.options[layer.name].get("row_permutation"):

@@ -178,11 +178,14 @@ def model_lines(config: RunConfig, source: ModelSource) -> list[str]:
             f"data.resolution: {config.data.resolution}, and the model was made for {source.default_resolution}; "
             "its images are worse at other sizes"
         )
-    known = known_model(source.identity)
+    known = known_model(source.like)
+    base = getattr(source.place, "base", None)
     if known is not None and known.train_instead is not None:
         lines.append(f"it is distilled to few steps and learns badly: train {known.train_instead}, generate with this")
     if known is not None:
         lines.append(f"licence: {known.licence}{GATED if known.gated else ''}")
+    if isinstance(base, HubModel):
+        lines.append(f"what is not in files comes from {base.identity}{'' if _is_cached(base) else ', by download'}")
     if isinstance(source.place, HubModel) and not _is_cached(source.place):
         size = known.download_gb if known is not None else parameters * 2.6 / 1e9
         lines.append(f"its weights are not on this machine: about {size:.1f} GB are downloaded first{_room(size)}")

@@ -39,11 +39,15 @@ def quick_fits() -> list[Fit]:
     return sorted(found, key=lambda one: not one.fits)
 
 
-def model_fits() -> list[Fit]:
-    """Return the known models: those that fit this machine first, the largest images before."""
+def fits_here() -> list[Fit]:
+    """Return `model_fits` of this machine."""
     from diffusekrona_train.training.check.starter import free_gib
 
-    free = free_gib()
+    return model_fits(free_gib())
+
+
+def model_fits(free: float | None) -> list[Fit]:
+    """Return the known models: those that fit in `free` GiB of GPU memory (None: no GPU) first, by image size."""
     return sorted((_fit(alias, free) for alias in MODEL_ALIASES), key=lambda one: (not one.fits, -one.pixels))
 
 

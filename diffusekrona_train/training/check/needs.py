@@ -162,7 +162,7 @@ def disk_lines(config: RunConfig, source: ModelSource, collection: Collection, t
 
 def _bytes_a_prompt(source: ModelSource) -> float:
     """Return what an encoded prompt of usual length weighs; 0 for the UNets' short ones, which weigh little."""
-    known = known_model(source.identity)
+    known = known_model(source.like)
     shapes = known.prompt.values() if known else ()
     encoders = source.family.parts.text_encoders
     width = max((source.text_dtype(part).itemsize for part in encoders), default=4)
