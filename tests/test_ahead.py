@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -43,7 +44,8 @@ def forward(net: nn.Module, x: torch.Tensor, context: torch.Tensor, way: str = "
         if way == "plain":
             x = block(x, context)
         else:
-            x = recomputed(block, x, context, use_reentrant=way == "reentrant")  # type: ignore[assignment]
+            work = functools.partial(block, context=context)  # the text is the same tensor when it is computed again
+            x = recomputed(work, x, use_reentrant=way == "reentrant")  # type: ignore[assignment]
     return x
 
 
