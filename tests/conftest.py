@@ -19,13 +19,13 @@ torch.set_num_threads(1)
 
 
 LONG = {
-    "test_train": 60,
-    "test_performance": 45,
+    "test_train": 70,
+    "test_performance": 35,
     "test_families": 45,
     "test_memory": 40,
-    "test_toybox": 40,
+    "test_toybox": 5,
     "test_two_processes": 40,
-    "test_fleet_train": 40,
+    "test_fleet_train": 45,
     "test_graph": 40,
     "test_faults": 40,
     "test_devices": 35,

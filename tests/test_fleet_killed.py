@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_or_trained_twice_by_kills():
     root = Path(__file__).resolve().parents[1]

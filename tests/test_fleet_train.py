@@ -48,6 +48,7 @@ def test_each_job_becomes_what_it_would_alone(world, tmp_path, kind):
     assert not same_factors(*different)
 
 
+@pytest.mark.full
 def test_what_is_beside_the_structure_is_each_jobs_own(world, tmp_path):
     """A is aligned with a job's own photos while others have slots; averages, rates in dW and caps are a row's own."""
     own: list[dict] = [

@@ -80,6 +80,7 @@ def test_parts_of_real_size_are_made_in_the_type_asked_for(tmp_path):
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.full
 def test_measure_writes_rows_with_card_versions_and_date(tmp_path):
     command = [
         "bash", "scripts/gpu/measure.sh", "--size", "small", "--only", "1", "--out", str(tmp_path), "--minutes", "5"

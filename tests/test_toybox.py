@@ -196,10 +196,12 @@ def learnt(base: np.ndarray, adapted: np.ndarray) -> bool:
     return bool(gaps.mean() >= 0.10 and gaps.mean() >= 5 * gaps.std(ddof=1))
 
 
+@pytest.mark.full
 def test_sixty_steps_teach_the_poodle(tmp_path, similarity):
     assert learnt(similarity(None), similarity(learn_poodle(tmp_path, steps=60, learning_rate=4e-3)))
 
 
+@pytest.mark.full
 def test_without_a_learning_rate_nothing_is_learnt(tmp_path, similarity):
     """The smallest rate the config takes in place of zero."""
     assert not learnt(similarity(None), similarity(learn_poodle(tmp_path, steps=2, learning_rate=1e-12)))

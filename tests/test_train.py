@@ -103,6 +103,7 @@ def test_ways_to_train(world, world_sd, tmp_path, kind, sections):
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
 
 
+@pytest.mark.full
 def test_compiled_blocks_give_the_same_losses_and_one_graph_a_shape(world, tmp_path, monkeypatch):
     """The graphs are run as they were traced (aot_eager): what inductor's kernels would round, no test can hold."""
     from torch._dynamo.utils import counters

@@ -46,8 +46,8 @@ def convert(
         Target,
         typer.Option(
             help="native: ours with its JSON; lokr: plain LoKr (ComfyUI, A1111, Forge); lora: exact LoRA in kohya "
-            "keys, for readers without LoKr; diffusers: for its load_lora_weights, LoRA in PEFT keys or LoKr, which "
-            "ComfyUI, A1111, Forge and InvokeAI do not read; merged: a pipeline folder; checkpoint: a merged single "
+            "keys, for readers without LoKr; diffusers: for its load_lora_weights, LoKr or PEFT keys, which ComfyUI, "
+            "A1111, Forge and InvokeAI do not read; merged: a pipeline folder; checkpoint: a merged single "
             "file for ComfyUI and A1111."
         ),
     ],

@@ -63,8 +63,7 @@ UNQUANTISED = {
 class RunConfig(Strict):
     PATHS = ("model", "vae", "text_encoders", "model_config_dir", "output")
     model: str = "sdxl"
-    """Hub name, diffusers folder, one .safetensors file (a complete checkpoint, or a flow model's transformer), or an
-    alias such as sdxl (krona-inspect models lists them)."""
+    """Alias (krona-inspect models lists them), hub name, diffusers folder or one .safetensors file."""
     revision: str | None = None
     """Hub revision of the model."""
     variant: str | None = None
@@ -74,8 +73,7 @@ class RunConfig(Strict):
     text_encoders: list[str] | None = None
     """Files of text encoders, in any order, such as qwen_3_4b.safetensors; none takes the model's own."""
     model_config_dir: str | None = None
-    """Folder with the configs and tokenizers for a single-file model; none takes the package's own. For a flow model's
-    transformer also an alias or hub name: of the model that all other parts are taken from."""
+    """Folder (flow models: alias or hub name too) with what a single file lacks; none takes the package's own."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the model predicts, where its files do not say (or say it wrongly); none takes what they say."""
     subject: SubjectConfig
