@@ -34,7 +34,7 @@ LONG = {
     "test_library": 30,
     "test_resume": 30,
     "test_paper": 30,
-    "test_quickstart": 25,
+    "test_quickstart": 60,
     "test_evaluate": 25,
     "test_sample": 25,
     "test_strengths": 25,
