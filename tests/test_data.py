@@ -665,6 +665,22 @@ def test_a_photo_turned_on_purpose_or_without_straight_edges_does_not_lean():
     assert tilt(noise(300, 300, 1)) == tilt(Image.new("RGB", (300, 300), "grey")) == tilt(house.resize((100, 100))) == 0
 
 
+def striped(degrees):
+    """A photo of (side * side) tiles, each of waves that run at its angle."""
+    side = round(len(degrees) ** 0.5)
+    y, x = np.mgrid[: 512 // side, : 512 // side]
+    tiles = [np.sin((x * np.cos(angle) + y * np.sin(angle)) / 3) for angle in np.radians(degrees)]
+    grey = np.block([tiles[row * side : (row + 1) * side] for row in range(side)])
+    return Image.fromarray((128 + 100 * grey).astype(np.uint8))
+
+
+def test_edges_of_many_directions_or_with_level_ones_among_them_are_no_tilt():
+    assert tilt(striped([12] * 4)) == pytest.approx(12, abs=1)
+    assert tilt(striped([12, 12, 12, 0])) == pytest.approx(12, abs=1)
+    assert tilt(striped([12, 12, 0, 0])) == 0, "half of it is level"
+    assert tilt(striped([*np.linspace(8, 82, 63), 12])) == 0, "few edges agree"
+
+
 def test_no_torch_is_needed():
     import subprocess
 

@@ -5,12 +5,15 @@ Nothing but the header is read until `read`.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from diffusekrona_train.common.files import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +52,11 @@ class CheckpointFile:
     stored: dict[str, str] = field(init=False)
     kinds: dict[str, str] = field(init=False)
     """Name in the file -> safetensors' name of its type."""
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Return the file's name and a hash of its content; never a path."""
+        return f"{self.path.name} sha256:{sha256(self.path)[:16]}"
 
     def __post_init__(self) -> None:
         found, self.metadata = read_header(self.path)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusekrona_train.common.files import sha256
 from diffusekrona_train.models.checkpointfile import CheckpointFile
 from diffusekrona_train.models.contracts import Config
 from diffusekrona_train.models.hub import HubModel
@@ -67,12 +66,8 @@ class SingleFile:
 
     @property
     def identity(self) -> str:
-        """Return base name and hash of the weights, or the name that the model was given; never a path."""
-        return self._identity
-
-    @functools.cached_property
-    def _identity(self) -> str:
-        return f"{self.path.name} sha256:{sha256(self.path)[:16]}"
+        """Return base name and hash of the weights; never a path."""
+        return self.file.identity
 
     def config(self, part: str) -> dict[str, Any]:
         found = self.configs.config(part)

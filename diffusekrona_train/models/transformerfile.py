@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusekrona_train.common.files import sha256
 from diffusekrona_train.config.known import config_file, known_models
 from diffusekrona_train.models.checkpointfile import CheckpointFile
 from diffusekrona_train.models.contracts import Config, Place
@@ -143,11 +142,7 @@ class TransformerFile:
     @property
     def identity(self) -> str:
         """Return base name and hash of the weights; never a path."""
-        return self._identity
-
-    @functools.cached_property
-    def _identity(self) -> str:
-        return f"{self.path.name} sha256:{sha256(self.path)[:16]}"
+        return self.file.identity
 
     @functools.cached_property
     def text_files(self) -> list[PartFile]:
