@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from diffusekrona_train.adapters import ahead
+from diffusekrona_train.adapters import texts as module
 from diffusekrona_train.adapters.grouped import Group
 from scripts.bench.contender import Bench
 from scripts.bench.kernels import Kernels
@@ -56,11 +56,11 @@ def test_gradients_are_those_of_the_dense_weights(name, way, alone):
     injection = injected(net, **SPECS[name])
     x, context = inputs(torch.float64)
     y, wanted, grad_x = dense_gradients(net, injection, x, context)
-    flat = injection.flatten()
-    for text in (context, flat.kept.again(0, lambda: {"text": context.clone()})["text"]):  # kept ones too
+    flat, texts = injection.flatten(), injection.texts
+    for text in (context, texts.kept.again(0, lambda: {"text": context.clone()})["text"]):  # kept ones too
         for _ in range(2):
             x = x.detach().requires_grad_()
-            flat.expect(text)
+            texts.expect(text)
             out = forward(net, x, text, way)
             out.square().sum().backward()
             torch.testing.assert_close(out, y, rtol=0, atol=1e-12)
@@ -85,9 +85,9 @@ def test_16_bits_are_no_less_exact(dtype):
         exact_injection.load_state_dict(injection.state_dict())
         wanted = exact(x.double(), context.double())
         wanted.square().sum().backward()
-        flat = injection.flatten()
+        flat, texts = injection.flatten(), injection.texts
         if expected:
-            flat.expect(context)
+            texts.expect(context)
         out = net(x, context)
         out.float().square().sum().backward()
         flat.flush()
@@ -105,20 +105,20 @@ def test_all_layers_of_a_shape_take_as_many_kernels_as_one():
             net = model()
             net.blocks = nn.ModuleList([net.blocks[0], *(model().blocks[1] for _ in range(blocks - 1))])
             injection = injected(net)
-            flat = injection.flatten()
+            injection.flatten()
             x, context = inputs(torch.float64)
-            counts[blocks, expected] = kernels(net, flat, x.requires_grad_(), context, expected)
+            counts[blocks, expected] = kernels(net, injection, x.requires_grad_(), context, expected)
     assert counts[1, True] <= counts[1, False]
     with_it, without = ((counts[4, way] - counts[2, way]) / 2 for way in (True, False))  # a block more
     assert without - with_it >= 9  # z, what is added (2), grad_z (2), gradients of A and sums over tokens (2 + 1), of B
 
 
-def kernels(net: nn.Module, flat, x: torch.Tensor, context: torch.Tensor, expected: bool) -> int:
+def kernels(net: nn.Module, injection, x: torch.Tensor, context: torch.Tensor, expected: bool) -> int:
     with Kernels() as counted:
         if expected:
-            flat.expect(context)
+            injection.texts.expect(context)
         net(x, context).square().sum().backward()
-        flat.flush()
+        injection.flat.flush()
     return counted.found.total()
 
 
@@ -127,19 +127,19 @@ def test_several_texts_and_uses_before_one_backward_pass(alone):
     net = model()
     injection = injected(net)
     x, context = inputs(torch.float64)
-    texts = [context, context + 1, context - 1]
-    _, *wanted = zip(*(dense_gradients(net, injection, x, text) for text in (*texts, texts[0])), strict=True)
-    flat = injection.flatten()
+    given = [context, context + 1, context - 1]
+    _, *wanted = zip(*(dense_gradients(net, injection, x, text) for text in (*given, given[0])), strict=True)
+    flat, texts = injection.flatten(), injection.texts
     for way in ("plain", "checkpointed"):
         alone.clear()
         x = x.detach().requires_grad_()
-        flat.expect(texts[0])
-        total = forward(net, x, texts[0], way).square().sum()
-        flat.expect(texts[1])
-        total = total + forward(net, x, texts[1], way).square().sum()
-        total = total + forward(net, x, texts[2], way).square().sum()
-        flat.expect(texts[0])
-        total = total + forward(net, x, texts[0], way).square().sum()
+        texts.expect(given[0])
+        total = forward(net, x, given[0], way).square().sum()
+        texts.expect(given[1])
+        total = total + forward(net, x, given[1], way).square().sum()
+        total = total + forward(net, x, given[2], way).square().sum()
+        texts.expect(given[0])
+        total = total + forward(net, x, given[0], way).square().sum()
         assert len(alone) == 2  # a group for each block
         total.backward()
         flat.flush()
@@ -153,9 +153,9 @@ def test_several_texts_and_uses_before_one_backward_pass(alone):
 def test_layers_that_are_not_called_have_no_gradient():
     net = model()
     injection = injected(net)
-    flat = injection.flatten()
+    flat, texts = injection.flatten(), injection.texts
     _, context = inputs(torch.float64)
-    flat.expect(context)
+    texts.expect(context)
     net.blocks[1].ask.to_v(context).square().sum().backward()
     flat.flush()
     moved = {name.partition("|")[0] for name, parameter in injection.named_parameters() if parameter.grad.any()}
@@ -167,7 +167,7 @@ def test_what_is_ready_is_of_this_text_these_factors_and_this_strength(alone):
     injection = injected(net)
     x, context = inputs(torch.float64)
     base = net.blocks[0].ask.to_k.base
-    flat = injection.flatten()
+    flat, texts = injection.flatten(), injection.texts
 
     def outputs() -> torch.Tensor:
         return net.blocks[0].ask.to_k(context).detach()
@@ -176,8 +176,8 @@ def test_what_is_ready_is_of_this_text_these_factors_and_this_strength(alone):
         adapter = injection.adapters["blocks.0.ask.to_k"]
         return context @ (base.weight + adapter.delta()).T.double()
 
-    flat.expect(context)
-    assert set(flat.ready[id(context)].outputs) == {
+    texts.expect(context)
+    assert set(texts.ready[id(context)].outputs) == {
         injection.adapters[f"blocks.{block}.ask.to_{role}"] for block in (0, 1) for role in "kv"
     }
     torch.testing.assert_close(outputs(), wanted())
@@ -189,12 +189,12 @@ def test_what_is_ready_is_of_this_text_these_factors_and_this_strength(alone):
     torch.testing.assert_close(outputs(), wanted())
     assert alone
     flat.flush()
-    assert not flat.ready
+    assert not texts.ready
     with torch.no_grad():
         flat.master.mul_(2)
     flat.refresh()
     injection.set_strength(0.5)
-    flat.expect(context)
+    texts.expect(context)
     alone.clear()
     torch.testing.assert_close(outputs(), wanted())
     assert not alone
@@ -228,32 +228,35 @@ def ejected(injection):
 def test_nothing_is_ready_where_layers_must_compute_it_themselves(change):
     net, twin = model(), model()
     injections = [injected(one) for one in (net, twin)]
-    flat = injections[0].flatten()
+    injections[0].flatten()
+    texts = injections[0].texts
     x, context = inputs(torch.float64)
     for injection in injections:
         change(injection)
-    flat.expect(context)
-    assert not flat.ready
+    texts.expect(context)
+    assert not texts.ready
     torch.testing.assert_close(net(x, context), twin(x, context))
 
 
 def test_nothing_is_ready_of_other_inputs(monkeypatch):
     net = model()
-    flat = injected(net).flatten()
+    injection = injected(net)
+    injection.flatten()
+    texts = injection.texts
     x, context = inputs(torch.float64)
-    flat.expect(x)  # of another width
-    flat.expect(context.clone().requires_grad_())
+    texts.expect(x)  # of another width
+    texts.expect(context.clone().requires_grad_())
     with torch.no_grad():
-        flat.expect(context)
+        texts.expect(context)
     with torch.autocast("cpu", torch.bfloat16):
-        flat.expect(context.float())
-    flat.expect(context.to("meta"))  # the layers are on another device, as those in host memory are
-    assert not flat.ready
-    monkeypatch.setattr(ahead, "LIMIT", MEMBERS * context[..., 0].numel() * 16 * 8)
-    flat.expect(context)
-    assert len(flat.ready.pop(id(context)).outputs) == MEMBERS
-    flat.expect(torch.cat([context, context[:1]]))
-    assert not flat.ready
+        texts.expect(context.float())
+    texts.expect(context.to("meta"))  # the layers are on another device, as those in host memory are
+    assert not texts.ready
+    monkeypatch.setattr(module, "MOST_AHEAD", MEMBERS * context[..., 0].numel() * 16 * 8)
+    texts.expect(context)
+    assert len(texts.ready.pop(id(context)).outputs) == MEMBERS
+    texts.expect(torch.cat([context, context[:1]]))
+    assert not texts.ready
 
 
 def test_one_of_two_injections_is_computed_ahead_under_the_other():
@@ -267,9 +270,9 @@ def test_one_of_two_injections_is_computed_ahead_under_the_other():
         for parameter in injection.parameters():
             parameter.grad = None
     flats = [injection.flatten() for injection in (under, over)]
-    for flat in flats:
-        flat.expect(context)
-    assert flats[0].ready and not flats[1].ready
+    for injection in (under, over):
+        injection.texts.expect(context)
+    assert under.texts.ready and not over.texts.ready
     again = net(x, context)
     torch.testing.assert_close(again, both)
     again.square().sum().backward()
@@ -283,12 +286,12 @@ def test_one_of_two_injections_is_computed_ahead_under_the_other():
 def test_a_failed_pass_leaves_nothing_that_holds_the_model():
     net = model()
     injection = injected(net)
-    flat = injection.flatten()
+    flat, texts = injection.flatten(), injection.texts
     _, context = inputs(torch.float64)
-    flat.expect(context)
+    texts.expect(context)
     layer = weakref.ref(net.blocks[0].ask.to_k.base)
     flat.clear()
-    del net, injection, flat
+    del net, injection, flat, texts
     gc.collect()
     assert layer() is None
 
@@ -297,12 +300,10 @@ def test_a_failed_pass_leaves_nothing_that_holds_the_model():
 def test_the_objective_expects_the_captions_of_a_unet(monkeypatch, kind):
     """Each step's captions, of the given batch; and a run ends with the same numbers, up to rounding, without."""
     found, takes = {}, []
-    take = ahead.take
-    monkeypatch.setattr(
-        "diffusekrona_train.adapters.grouped.take", lambda *given: (takes.append(y := take(*given)), y)[1]
-    )
-    for limit in (ahead.LIMIT, 0):
-        monkeypatch.setattr(ahead, "LIMIT", limit)
+    take = module.Texts.take
+    monkeypatch.setattr(module.Texts, "take", lambda *given: (takes.append(y := take(*given)), y)[1])
+    for limit in (module.MOST_AHEAD, 0):
+        monkeypatch.setattr(module, "MOST_AHEAD", limit)
         torch.manual_seed(0)
         run = Bench(make_unet(kind).requires_grad_(False), 64, 2).contender({"a1": 4, "a2": 4})
         takes.clear()
@@ -311,9 +312,9 @@ def test_the_objective_expects_the_captions_of_a_unet(monkeypatch, kind):
         assert run.descent is not None
         found[limit] = run.descent.factors.master.detach().clone()
         cross = [a for a in run.objective.injection.adapters.values() if a.layer.kind == "cross"]
-        texts = sum(adapter.layer.projection in "kv" for adapter in cross)
-        assert sum(y is not None for y in takes) == (3 * texts if limit else 0)
-        assert not run.descent.factors.ready
+        readers = sum(adapter.layer.projection in "kv" for adapter in cross)
+        assert sum(y is not None for y in takes) == (3 * readers if limit else 0)
+        assert not run.objective.injection.texts.ready
     one, other = found.values()
     torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
     assert not torch.equal(one, torch.zeros_like(one))

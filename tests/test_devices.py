@@ -24,6 +24,7 @@ from diffusekrona_train.data import training_set
 from diffusekrona_train.models import family_named, open_model
 from diffusekrona_train.training import checkpoint, memory, preview, setup
 from diffusekrona_train.training.check import needs
+from diffusekrona_train.training.graph import add_gradients
 from diffusekrona_train.training.optimizer import Descent
 from diffusekrona_train.training.preview import Gallery
 from scripts.bench.contender import Bench, OneProcess
@@ -89,7 +90,7 @@ def test_a_step_mixes_no_devices_and_waits_for_none(adapter, dtype, monkeypatch)
             run.objective.denoiser.enable_gradient_checkpointing()
         with OneDevice() as mode:
             for number in range(2):
-                run.descent.backward(run.objective.loss_of(run.objective.batches(number, 0)))
+                add_gradients(run.descent, run.objective.loss_of(run.objective.batches(number, 0)))
                 run.descent.step(1e-3)
         assert mode.sent <= 2 * 8  # noise, timesteps, indices, … of each micro-batch
     assert all(parameter.grad.device.type == "meta" for parameter in run.objective.injection.parameters())
@@ -264,10 +265,10 @@ def test_without_a_fused_optimiser_a_bad_step_changes_nothing_and_nothing_is_fp6
     monkeypatch.setitem(devices.ABILITIES, "cpu", devices.ABILITIES["mps"])
     weight = torch.nn.Parameter(torch.ones(4))
     descent = Descent([weight], TrainConfig(), OneProcess)
-    descent.backward((weight * float("nan")).sum())
+    add_gradients(descent, (weight * float("nan")).sum())
     descent.step(0.1)
     assert torch.equal(weight.detach(), torch.ones(4)) and descent.read()["skipped"] == 1
-    descent.backward(weight.square().sum())
+    add_gradients(descent, weight.square().sum())
     descent.step(0.1)
     assert (weight < 1).all() and descent.meters.dtype == torch.float32
     assert not descent.optimizer.defaults["fused"]

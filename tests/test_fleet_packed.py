@@ -11,7 +11,7 @@ from torch.func import functional_call
 from diffusekrona_train.adapters.inject import inject
 from diffusekrona_train.adapters.packed import Pack
 from diffusekrona_train.config import AdapterConfig, make_config
-from diffusekrona_train.training.optimizer import LOSS, SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent
 from tests.tiny import make_unet
 
 KINDS = {
@@ -63,7 +63,7 @@ def seats_of(pack: Pack, count: int) -> list:
     """Return subjects with factors that are all different from zero, fp64, in flat rows."""
     seats = [pack.seat(slot, seed=slot) for slot in range(count)]
     for number, seat in enumerate(seats):
-        flat = seat.flatten(SPARE)
+        flat = seat.flatten()
         noise = torch.randn(flat.size, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         for segment in flat.segments:
             segment.of(flat.master.data).add_(0.1 * segment.of(noise))
@@ -96,9 +96,7 @@ def written_out(base, seat, factors: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 def pack_of(base, kind: str, slots: int) -> Pack:
-    return Pack(
-        fresh(base), AdapterConfig(**KINDS[kind]), slots, dtype=torch.float64, masters=torch.float64, spare=SPARE
-    )
+    return Pack(fresh(base), AdapterConfig(**KINDS[kind]), slots, dtype=torch.float64, masters=torch.float64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,7 +140,7 @@ def test_several_steps_are_those_of_each_subject_alone(base, kind):
         losses = pack.model(**given, return_dict=False)[0].square().flatten(1).mean(1)
         pack.backward(losses.sum())
         for descent, loss in zip(descents, losses.detach(), strict=True):
-            descent.flat[LOSS] += loss
+            descent.factors.flush(loss)
             descent.step(descent.train.learning_rate)
     fresh(base)
     for slot, (seat, train) in enumerate(zip(seats, trains, strict=True)):
@@ -179,7 +177,7 @@ def test_a_slot_that_is_not_finite_harms_no_other(base):
         pack.backward(losses.sum())
         gradients.append([seats[0].flat.gradient.clone(), seats[2].flat.gradient.clone()])
         for slot, loss in zip(chosen, losses.detach(), strict=True):
-            descents[slot].flat[LOSS] += loss
+            descents[slot].factors.flush(loss)
         if chosen == [0, 1, 2]:
             descents[1].step(1e-2)
             assert torch.equal(pack.masters, before), "the slot that is not finite moved, or another one did"
@@ -220,10 +218,10 @@ def test_a_new_subject_starts_as_it_would_alone(base):
     alone = inject(fresh(base), spec, seed=7)
     wanted = {name: value.clone() for name, value in alone.state_dict().items()}
     alone.eject()
-    pack = Pack(base, spec, 2, dtype=torch.float64, spare=SPARE)
+    pack = Pack(base, spec, 2, dtype=torch.float64)
     for seed in (3, 7):  # the slot was another subject's before
         seat = pack.seat(1, seed=seed)
-        seat.flatten(SPARE)
+        seat.flatten()
     assert seat.state_dict().keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in seat.state_dict().items())
     assert not pack.masters[0].any()

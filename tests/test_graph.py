@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from diffusekrona_train.common.progress import Stopped
 from diffusekrona_train.config.training import TrainConfig
 from diffusekrona_train.training import graph, memory, train
-from diffusekrona_train.training.graph import StepGraphs, Uncapturable, why_not
+from diffusekrona_train.training.graph import StepGraphs, Uncapturable, add_gradients, why_not
 from diffusekrona_train.training.optimizer import Descent
 from scripts.bench.contender import Bench, OneProcess
 from tests.runs import Told, factors, make_run, make_world, same_factors
@@ -359,7 +359,7 @@ def test_the_work_of_a_step_neither_waits_nor_copies_nor_draws(dtype, checkpoint
     run.descent.prepare(1e-3, False)
     for _ in range(2):
         with Uncapturable() as mode:
-            run.descent.backward(run.objective.loss_of(batches))
+            add_gradients(run.descent, run.objective.loss_of(batches))
             run.descent.apply()
         assert not mode.found
 
@@ -376,7 +376,7 @@ def test_a_rate_on_the_device_is_the_same_rate():
     own = torch.optim.AdamW([theirs], lr=1.0, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, fused=True)
     for number, gradient in enumerate(gradients):
         rate = 1e-3 / (number + 3)
-        descent.backward((mine * gradient).sum())
+        add_gradients(descent, (mine * gradient).sum())
         descent.step(rate)
         theirs.grad = gradient.clone()
         own.param_groups[0]["lr"] = rate
@@ -389,7 +389,7 @@ def test_what_a_step_counts_stays_where_it_is():
     descent = Descent([weight], TrainConfig(), OneProcess)
     places = [tensor.data_ptr() for tensor in (descent.meters, descent.wish, descent.rate, descent.flat)]
     for value in (1.0, float("nan"), 2.0):
-        descent.backward((weight * value).sum())
+        add_gradients(descent, (weight * value).sum())
         wish = descent.step(0.1, stop=value == 2.0)
     assert [tensor.data_ptr() for tensor in (descent.meters, descent.wish, descent.rate, descent.flat)] == places
     assert wish.item() == 1.0 and descent.read()["skipped"] == 1
@@ -449,7 +449,7 @@ def test_a_scaler_s_numbers_are_among_what_is_compared():
     scaler = torch.amp.GradScaler("cpu")
     accelerator = SimpleNamespace(num_processes=1, scaler=scaler, backward=lambda loss: scaler.scale(loss).backward())
     descent = Descent([weight], TrainConfig(), accelerator)
-    descent.backward(weight.sum())
+    add_gradients(descent, weight.sum())
     descent.step(0.1)
     changed = descent.state()
     assert any(tensor is scaler._scale for tensor in changed) and any(t is descent.meters for t in changed)

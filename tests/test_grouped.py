@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from diffusekrona_train.adapters.flat import ALIGN
+from diffusekrona_train.adapters.flat import ALIGN, SPARE
 from diffusekrona_train.adapters.grouped import Group
 from diffusekrona_train.adapters.inject import Injection
-from diffusekrona_train.training.optimizer import SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent
 from tests.runs import make_run
 from tests.test_inject import Model, injected, inputs
 from tests.test_train import OneProcess
@@ -244,7 +244,7 @@ def test_nothing_of_a_checkpointed_pass_is_kept(monkeypatch):
 def test_segments_lie_on_blocks_and_are_views():
     injection = injected(model(torch.float32), ffn=True)
     before = {name: value.clone() for name, value in injection.state_dict().items()}
-    flat = injection.flatten(SPARE)
+    flat = injection.flatten()
     assert len(flat.buffer) == flat.size + SPARE and flat.size % ALIGN == 0
     assert {segment.name for segment in flat.segments} == before.keys()
     assert all(segment.start % ALIGN == 0 and segment.slot == 0 for segment in flat.segments)

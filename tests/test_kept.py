@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from diffusekrona_train.adapters.kept import Kept
+from diffusekrona_train.adapters.texts import Kept
 from diffusekrona_train.training.base import enable_checkpointing
 from tests.test_graph import contender
 from tests.test_grouped import SPECS, dense_gradients, model, staged
@@ -51,68 +51,73 @@ def test_gradients_are_those_of_the_dense_weights(name, way):
     injection = injected(net, **SPECS[name])
     x, context = inputs(torch.float64)
     wanted, factors, grad_x = dense_gradients(net, injection, x, context)
-    flat = injection.flatten()
+    flat, texts = injection.flatten(), injection.texts
     computed = made(net, flat, x, context, way)
-    assert flat.kept.nbytes == 0  # this text is not one that comes again
+    assert texts.kept.nbytes == 0  # this text is not one that comes again
     for _ in range(2):
-        found = made(net, flat, x, text(flat.kept), way)
+        found = made(net, flat, x, text(texts.kept), way)
         assert all(map(torch.equal, found, computed))
         for mine, theirs in zip(found[:2], (wanted, grad_x), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
         for key, value in staged(injection).items():
             torch.testing.assert_close(value, factors[key], rtol=1e-12, atol=1e-12)
-    assert flat.kept.nbytes == context.nbytes + 4 * 2 * 3 * 16 * 8  # k and v of two blocks
+    assert texts.kept.nbytes == context.nbytes + 4 * 2 * 3 * 16 * 8  # k and v of two blocks
 
 
 def test_each_product_is_computed_once(monkeypatch):
     net = model()
-    flat = injected(net).flatten()
+    injection = injected(net)
+    injection.flatten()
+    texts = injection.texts
     asked = []
     whole = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (asked.append(x), whole(self, x))[1])
     x, _ = inputs(torch.float64)
-    context = text(flat.kept)
+    context = text(texts.kept)
     for _ in range(3):
-        net(x, text(flat.kept))
+        net(x, text(texts.kept))
     assert sum(value is context for value in asked) == len(KEYS)
 
 
 def test_captions_do_not_mix():
     net = model()
-    flat = injected(net).flatten()
+    injection = injected(net)
+    flat, texts = injection.flatten(), injection.texts
     x, context = inputs(torch.float64)
     wanted = {key: made(net, flat, x, context + key) for key in (0, 1, 2)}
     assert not torch.equal(wanted[0][0], wanted[1][0])
     for key in (0, 1, 0, 2, 1, 0):
-        assert all(map(torch.equal, made(net, flat, x, text(flat.kept, key)), wanted[key]))
+        assert all(map(torch.equal, made(net, flat, x, text(texts.kept, key)), wanted[key]))
 
 
 def test_memory_stays_below_the_limit_and_the_last_used_stay():
     net = model()
-    flat = injected(net).flatten()
+    injection = injected(net)
+    injection.flatten()
+    texts = injection.texts
     one = 2 * 3 * (24 + 4 * 16) * 8  # a text and what is made of it
     x, context = inputs(torch.float64)
     for limit in (0, 1200, one, 2 * one + 1200):  # nothing; a text alone; one; two
-        flat.kept = Kept(limit)
+        texts.kept = Kept(limit)
         for key in (0, 1, 2, 0, 0, 1):
-            assert torch.equal(net(x, text(flat.kept, key)), net(x, context + key))
-            assert flat.kept.nbytes <= limit
-        assert (flat.kept.nbytes >= one) == (limit >= one)
-        assert (text(flat.kept, 1) is text(flat.kept, 1)) == (limit > 0)
+            assert torch.equal(net(x, text(texts.kept, key)), net(x, context + key))
+            assert texts.kept.nbytes <= limit
+        assert (texts.kept.nbytes >= one) == (limit >= one)
+        assert (text(texts.kept, 1) is text(texts.kept, 1)) == (limit > 0)
 
 
 def test_it_is_freed_with_the_injection_and_layers_with_the_model():
     net = model()
     injection = injected(net)
-    flat = injection.flatten()
+    flat, texts = injection.flatten(), injection.texts
     x, _ = inputs(torch.float64)
-    net(x, text(flat.kept))
+    net(x, text(texts.kept))
     base = linear(net)
-    output = weakref.ref(flat.kept.of(base, text(flat.kept)))
-    layer, kept = weakref.ref(base), flat.kept
+    output = weakref.ref(texts.kept.of(base, text(texts.kept)))
+    layer, kept = weakref.ref(base), texts.kept
     assert output() is not None
     injection.eject()
-    del injection, flat, net, base
+    del injection, flat, texts, net, base
     gc.collect()
     assert layer() is None and output() is None and kept.nbytes > 0  # whoever has `kept` holds no model
     kept.stop()
@@ -125,7 +130,8 @@ def test_changed_texts_and_weights_and_adapted_bases_are_computed_anew():
     for parameter in under.parameters():
         parameter.requires_grad_(False)
     x, _ = inputs(torch.float64)
-    context = text(over.flatten().kept)
+    over.flatten()
+    context = text(over.texts.kept)
     before = net(x, context)
     under.set_strength(2.0)
     twice = net(x, context)

@@ -21,6 +21,7 @@ from diffusekrona_train.models.sdxl import SDXL
 from diffusekrona_train.sampling import render
 from diffusekrona_train.sampling.session import while_drawing
 from diffusekrona_train.training import base, memory, preview, train
+from diffusekrona_train.training.graph import add_gradients
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import OVERFLOWS_IN_A_ROW, Descent
 from diffusekrona_train.training.step import FIRST_STEPS
@@ -184,7 +185,7 @@ def test_scaled_steps_are_the_unscaled_ones(world, tmp_path):
     descent = Descent(mine, settings, Scaled(256.0))
     reference = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=settings.weight_decay)
     for _ in range(6):
-        descent.backward(half_loss(mine))
+        add_gradients(descent, half_loss(mine))
         descent.step(1e-2)
         reference.zero_grad()
         half_loss(theirs).backward()
@@ -202,7 +203,7 @@ def test_an_overflow_halves_the_scale_and_moves_nothing(world, tmp_path):
     before = [parameter.detach().clone() for parameter in masters]
     scales = []
     for _ in range(3):
-        descent.backward(half_loss(masters))
+        add_gradients(descent, half_loss(masters))
         descent.step(1e-2)
         scales.append(descent.accelerator.scaler.get_scale())
         assert all(torch.equal(a, b) for a, b in zip(masters, before, strict=True))
@@ -211,7 +212,7 @@ def test_an_overflow_halves_the_scale_and_moves_nothing(world, tmp_path):
     read = descent.read()
     assert read["skipped"] == 3 and read["worst"] == pytest.approx(3 * 3 / OVERFLOWS_IN_A_ROW)
     for _ in range(40):
-        descent.backward(half_loss(masters))
+        add_gradients(descent, half_loss(masters))
         descent.step(1e-2)
     assert not torch.equal(masters[0], before[0]) and all(p.isfinite().all() for p in masters)
 

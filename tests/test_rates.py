@@ -11,7 +11,7 @@ from diffusekrona_train.adapters import build_adapter, plan
 from diffusekrona_train.adapters.grouped import flatten
 from diffusekrona_train.config import AdapterConfig, TrainConfig, make_config
 from diffusekrona_train.models.layers import Layer
-from diffusekrona_train.training.optimizer import SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent
 
 SPECS = {
     "krona": {"a1": 4, "a2": 8},
@@ -52,7 +52,7 @@ def adapters_of(name: str, *, random: bool):
 
 def descent_of(adapters, **train):
     settings = {"max_grad_norm": None, "weight_decay": 0.0, **train}
-    return Descent(flatten([adapters], SPARE), TrainConfig(**settings), OneProcess)
+    return Descent(flatten([adapters]), TrainConfig(**settings), OneProcess)
 
 
 def step(descent, rate, generator):

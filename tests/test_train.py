@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusekrona_train.adapters import formats as weights
 from diffusekrona_train.adapters.inject import inject
+from diffusekrona_train.adapters.texts import Texts
 from diffusekrona_train.common.progress import Progress
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
@@ -21,6 +22,7 @@ from diffusekrona_train.models.sd import collate
 from diffusekrona_train.sampling.session import Subject, base_model_of
 from diffusekrona_train.training import Diverged, checkpoint, memory, train
 from diffusekrona_train.training.draw import Shelf, draw
+from diffusekrona_train.training.graph import add_gradients
 from diffusekrona_train.training.journal import Stop
 from diffusekrona_train.training.loss import Objective
 from diffusekrona_train.training.optimizer import Descent
@@ -254,7 +256,7 @@ class Linear(torch.nn.Module):
 
 
 class Family:
-    collate = staticmethod(collate)
+    caption, collate = "", staticmethod(collate)
 
     @staticmethod
     def predict(denoiser, x_t, t, conditioning):
@@ -262,10 +264,8 @@ class Family:
 
 
 class Off:
-    flat = None
-
     def __init__(self, denoiser):
-        self.denoiser = denoiser
+        self.denoiser, self.texts = denoiser, Texts()
 
     def disabled(self):
         import contextlib
@@ -390,7 +390,7 @@ def test_a_step_is_adamw_on_clipped_means(world, tmp_path, accumulation):
     reference = torch.optim.AdamW(mine, lr=0.1, weight_decay=1e-2)
     for _ in range(3):
         for _ in range(accumulation):
-            descent.backward(squares(parameters))
+            add_gradients(descent, squares(parameters))
         descent.step(0.1)
         squares(mine).backward()
         torch.nn.utils.clip_grad_norm_(mine, 0.5)
@@ -406,7 +406,7 @@ def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, optimizer, f
     parameters, descent = make_descent(world, tmp_path, optimizer=optimizer)
 
     def step(factor=1.0):
-        descent.backward(squares(parameters) * factor)
+        add_gradients(descent, squares(parameters) * factor)
         descent.step(0.1)
 
     def everything():

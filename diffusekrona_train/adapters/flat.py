@@ -4,21 +4,24 @@ The optimiser then sees one parameter: clearing, averaging, unscaling, clipping 
 16-bit copy of all factors is one cast a step. Segments begin at multiples of 256, the block of 8-bit optimisers, so no
 block mixes two factors. A slot is a subject: slots have equal layouts one after the other, so that all that is decided
 for each subject (rate, norm, step count, finite or not) is a view (slots, slot size) of the buffers.
+
+Adapters of equal shapes lie side by side, so that each factor of all of them is one tensor (`Members`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffusekrona_train.adapters.base import Adapter
-from diffusekrona_train.adapters.kept import Kept
 
 ALIGN = 256
+SPARE = 2
+LOSS, STOP = -2, -1
+"""Where behind the gradients lies what travels with them: this process's loss, and its wish to stop."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +53,16 @@ class Segment:
         return buffer[self.start : self.start + self.size].view(self.shape)
 
 
-@dataclass
-class Ready:
-    """What was computed of an input before the model runs; `version` is the input's then."""
-
-    x: Tensor
-    version: int
-    outputs: dict[nn.Module, Tensor]
-    """Adapter -> its layer's output, what it adds included."""
-
-
-class Early(Protocol):
-    """Layers that can be computed before the model runs (see `ahead`)."""
-
-    def prepare(self, x: Tensor) -> dict[nn.Module, Tensor]:
-        """Return adapter -> output of its layer for x (..., in); {} if the layers have to compute it themselves."""
-        ...
-
-
 class FlatFactors:
     """The adapters' parameters become views of `master`, their gradients views of `gradient`.
 
-    `subjects` maps layer names to adapters for each slot, of equal shapes. `spare` numbers at the end of `buffer`
-    travel with the gradients. Adapters that know how (see `grouped`) are made to write their gradients into `stage`
-    buffers of the type that they compute in; `flush` adds those to `gradient`, once a backward pass. `home`: tensors to
-    live in as `master` and `buffer`, of the same sizes; their numbers are overwritten.
+    `subjects` maps layer names to adapters for each slot, of equal shapes. `buffer` is the gradients and SPARE numbers
+    behind them. Adapters that know how (see `grouped`) are made to write their gradients into `stage` buffers of the
+    type that they compute in; `flush` adds those to `gradient`, once a backward pass. `home`: tensors to live in as
+    `master` and `buffer`, of the same sizes; their numbers are overwritten.
     """
 
-    def __init__(
-        self,
-        subjects: Sequence[Mapping[str, nn.Module]],
-        spare: int = 0,
-        home: tuple[Tensor, Tensor] | None = None,
-    ):
+    def __init__(self, subjects: Sequence[Mapping[str, nn.Module]], home: tuple[Tensor, Tensor] | None = None):
         self.segments: list[Segment] = []
         self.layout: list[tuple[int, list[str], list[Segment]]] = []
         start = 0
@@ -98,7 +78,7 @@ class FlatFactors:
         parameters = [adapter_parameter(subjects, segment) for segment in self.segments]
         assert all(parameter.dtype == torch.float32 for parameter in parameters), "trained parameters are fp32 masters"
         device = parameters[0].device
-        master, self.buffer = home or (torch.zeros(start, device=device), torch.zeros(start + spare, device=device))
+        master, self.buffer = home or (torch.zeros(start, device=device), torch.zeros(start + SPARE, device=device))
         self.master = nn.Parameter(master.zero_())
         self.buffer.zero_()
         self.gradient = self.buffer[:start]
@@ -106,9 +86,8 @@ class FlatFactors:
         self._shadows: dict[torch.dtype, Tensor] = {self.master.dtype: self.master.detach()}
         self._stages: dict[torch.dtype, Tensor] = {}
         self.round = 0
-        self.kept = Kept()
-        self.ahead: list[Early] = []
-        self.ready: dict[int, Ready] = {}
+        self.after_round: list[Callable[[], object]] = []
+        """Called where the gradients of a pass were stored, or are forgotten."""
         with torch.no_grad():
             for segment, parameter in zip(self.segments, parameters, strict=True):
                 segment.of(self.master).copy_(parameter)
@@ -157,20 +136,12 @@ class FlatFactors:
             if dtype != self.master.dtype:
                 shadow.copy_(self.master)
 
-    def expect(self, x: Tensor) -> None:
-        """Compute what depends only on x (B, L, width), before a model that gives x to its layers unchanged runs.
-
-        Its layers take it while that tensor is unchanged, until `flush` or `clear`.
-        """
-        found: dict[nn.Module, Tensor] = {}
-        for early in self.ahead if torch.is_grad_enabled() else ():
-            found |= early.prepare(x)
-        if found:
-            self.ready[id(x)] = Ready(x, x._version, found)
-
     @torch.no_grad()
-    def flush(self) -> None:
-        """Add what the last backward pass left in the stages to `gradient`, in fp32."""
+    def flush(self, loss: Tensor | None = None) -> None:
+        """Add what the last backward pass left in the stages to `gradient`, in fp32, and its loss to that of the
+        step."""
+        if loss is not None:
+            self.buffer[LOSS] += loss
         for stage in self._stages.values():
             self.gradient.add_(stage)
             stage.zero_()
@@ -186,11 +157,67 @@ class FlatFactors:
 
     def _next_round(self) -> None:
         self.round += 1
-        self.ready.clear()
+        for call in self.after_round:
+            call()
 
     def of_slot(self, slot: int, buffer: Tensor) -> Tensor:
         """Return one slot's share of a buffer with this layout."""
         return buffer[: self.size].view(self.slots, -1)[slot]
+
+
+class Members:
+    """Adapters of two products each; `starts` holds the first one's segments by factor."""
+
+    def __init__(self, flat: FlatFactors, adapters: list[Adapter], starts: Mapping[str, Segment]):
+        sides = adapters[0].sides
+        assert sides is not None
+        (self.inner, inner), (self.outer, outer) = sides
+        self.flat, self.adapters = flat, adapters
+        self.segments = starts
+        self._factors = starts[inner], starts[outer]
+        self._views: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._each: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        self._stages: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._round = -1
+        self.anchor = adapters[0].get_parameter(inner)
+        self._gradients = self._of(flat.gradient)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return all members' inner and outer factors (s, o, i) in `dtype`."""
+        if dtype not in self._views:
+            self._views[dtype] = self._of(self.flat.shadow(dtype))
+        return self._views[dtype]
+
+    def each(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Return each member's inner and outer factor (o, i) in `dtype`."""
+        if dtype not in self._each:
+            self._each[dtype] = list(zip(*self.factors(dtype), strict=True))
+        return self._each[dtype]
+
+    def stages(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return where this pass's gradients of both factors go; those of an earlier use are stored first."""
+        if dtype not in self._stages:
+            self._stages[dtype] = self._of(self.flat.stage(dtype))
+        if self._round == self.flat.round:
+            for gradient, stages in zip(self._gradients, zip(*self._stages.values(), strict=True), strict=True):
+                for stage in stages:
+                    gradient.add_(stage)
+                    stage.zero_()
+        self._round = self.flat.round
+        return self._stages[dtype]
+
+    def scales(self) -> list[float]:
+        return [adapter.multiplier for adapter in self.adapters]
+
+    def _of(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(  # type: ignore[return-value]
+            buffer.as_strided(
+                (len(self.adapters), *first.shape),
+                (first.step, first.shape[1], 1),
+                buffer.storage_offset() + first.start,
+            )
+            for first in self._factors
+        )
 
 
 def members_of(adapters: Mapping[str, nn.Module]) -> list[list[str]]:

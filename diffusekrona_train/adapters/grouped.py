@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusekrona_train.adapters import operator
-from diffusekrona_train.adapters.ahead import Ahead, take
 from diffusekrona_train.adapters.base import Adapter, check_plain
-from diffusekrona_train.adapters.flat import FlatFactors, Segment, grouped, reads_the_text
+from diffusekrona_train.adapters.flat import FlatFactors, Members, Segment, grouped, reads_the_text
 from diffusekrona_train.adapters.kron import Left, computes_in_own_type
-from diffusekrona_train.adapters.members import Members
+from diffusekrona_train.adapters.texts import Ahead, Texts
 
 
 class AdaptedLinear(nn.Module):
@@ -130,16 +129,17 @@ Chooser = Callable[[Tensor, Tensor, Tensor], bool]
 
 def flatten(
     subjects: Sequence[Mapping[str, nn.Module]],
-    spare: int = 0,
     by_operator: Chooser | None = None,
     sites: Mapping[str, AdaptedLinear] | None = None,
+    texts: Texts | None = None,
 ) -> FlatFactors:
     """Move the subjects' parameters into flat buffers, and have those that can be computed together computed so.
 
     `by_operator` says which products the operator computes; default: `operator.use_operator` on a GPU, else none.
-    `sites`: layer name -> where its adapter is, for those that can be computed ahead (see `ahead`).
+    `sites`: layer name -> where its adapter is, for those that can be computed ahead (see `texts`).
     """
-    flat = FlatFactors(subjects, spare)
+    flat, texts = FlatFactors(subjects), texts or Texts()
+    flat.after_round.append(texts.forget)
     for slot, layers, segments in flat.layout:
         adapters = {layer: adapter for layer in layers if isinstance(adapter := subjects[slot][layer], Adapter)}
         if not adapters or adapters[layers[0]].sides is None:
@@ -147,11 +147,11 @@ def flatten(
         groups = []
         for names in grouped(adapters):
             starts = {segment.factor: segment for segment in segments if segment.layer == names[0]}
-            groups.append(group := Group(flat, [adapters[name] for name in names], starts, by_operator))
+            groups.append(group := Group(flat, [adapters[name] for name in names], starts, texts, by_operator))
             for index, name in enumerate(names):
                 adapters[name].lane = GroupLane(group, index)
         if sites and reads_the_text(adapters[layers[0]]):
-            flat.ahead.append(Ahead(flat, groups, [sites[layer] for layer in layers]))
+            texts.ahead.append(Ahead(flat, groups, [sites[layer] for layer in layers]))
     return flat
 
 
@@ -159,9 +159,15 @@ class Group(Members):
     """Members that one block computes together: they are given the same input."""
 
     def __init__(
-        self, flat: FlatFactors, adapters: list[Adapter], starts: Mapping[str, Segment], by_operator: Chooser | None
+        self,
+        flat: FlatFactors,
+        adapters: list[Adapter],
+        starts: Mapping[str, Segment],
+        texts: Texts,
+        by_operator: Chooser | None,
     ):
         super().__init__(flat, adapters, starts)
+        self.texts = texts
         self._shared: _Shared | None = None
         if Left not in (self.inner, self.outer):
             by_operator = None
@@ -283,11 +289,12 @@ class GroupLane:
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Compute base(x) plus what the adapter adds, (..., out), for x (..., in)."""
-        if self.group.flat.ready and (ready := take(self.group.flat, self.group.adapters[self.index], x)) is not None:
+        texts = self.group.texts
+        if texts.ready and (ready := texts.take(self.group.adapters[self.index], x)) is not None:
             return ready
         plain = _is_plain(base, x)
         shared = self.group.shared(self.index, x, plain)
-        if (kept := self.group.flat.kept.of(base, x)) is not None:
+        if (kept := texts.kept.of(base, x)) is not None:
             return _Over.apply(self, shared.taken, shared.z, (x,), kept)  # type: ignore[return-value]
         if plain:
             return _Plain.apply(self, shared.taken, shared.z, (x, base.weight, base.bias))  # type: ignore[return-value]

@@ -21,6 +21,7 @@ from diffusekrona_train.adapters import Fp32Module, Options, build_adapter, plan
 from diffusekrona_train.adapters.bounds import sigma_of
 from diffusekrona_train.adapters.flat import FlatFactors
 from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser, flatten
+from diffusekrona_train.adapters.texts import Texts
 from diffusekrona_train.adapters.whole import WholeModule, whole_modules
 from diffusekrona_train.config import AdapterConfig
 from diffusekrona_train.models.layers import find_layers, find_projections, select_layers
@@ -53,6 +54,7 @@ class Injection:
         self.model, self.spec, self.seed, self._placed = model, spec, seed, placed
         self._sites: dict[str, AdaptedLinear | WholeModule] = {}
         self.flat: FlatFactors | None = None
+        self.texts = Texts()
         self._thawed = [parameter for parameter in _foreign_parameters(model) if parameter.requires_grad]
         if spec.is_whole:
             assert placed, "full fine-tuning is a part of the model"
@@ -93,10 +95,11 @@ class Injection:
         """Yield ("layer|parameter", fp32 parameter) in a fixed order."""
         return [(f"{n}|{p}", value) for n, adapter in self.adapters.items() for p, value in adapter.named_parameters()]
 
-    def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
+    def flatten(self, by_operator: Chooser | None = None) -> FlatFactors:
         """Move parameters and gradients into flat buffers (see `grouped.flatten`), for an optimiser."""
         sites = {name: site for name, site in self._sites.items() if isinstance(site, AdaptedLinear)}
-        self.flat = flatten([self.adapters], spare, by_operator, sites)
+        self.texts = Texts()
+        self.flat = flatten([self.adapters], by_operator, sites, self.texts)
         return self.flat
 
     def base_sigmas(self) -> dict[str, float]:
@@ -211,8 +214,7 @@ class Injection:
             parameter.requires_grad_(True)
         self._thawed = []
         self._sites = {}
-        if self.flat is not None:
-            self.flat.ahead.clear()
+        self.texts.ahead.clear()
         return self.model
 
 

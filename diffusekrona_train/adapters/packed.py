@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusekrona_train.adapters.base import Adapter, Options, scaled
 from diffusekrona_train.adapters.baselines import LoHa, LoKr, LoRA
-from diffusekrona_train.adapters.flat import FlatFactors, Segment, aligned
+from diffusekrona_train.adapters.flat import SPARE, FlatFactors, Segment, aligned
 from diffusekrona_train.adapters.further import Terms
 from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser
 from diffusekrona_train.adapters.inject import Injection
@@ -49,7 +49,6 @@ class Pack:
         *,
         options: dict[str, Options] | None = None,
         dtype: torch.dtype = torch.float32,
-        spare: int = 0,
         masters: torch.dtype = torch.float32,
     ):
         first = Injection(model, spec, 0, options, placed=False)
@@ -61,10 +60,10 @@ class Pack:
                 raise ValueError("adapters of the paper's authors cannot be packed; convert them with krona-convert")
         self.model, self.spec, self.options, self.dtype, self.slots = model, spec, first.options, dtype, slots
         layout = FlatFactors([first.adapters])
-        self.size, self.segments, self.spare = layout.size, layout.segments, spare
+        self.size, self.segments = layout.size, layout.segments
         device = layout.master.device
         self.masters = torch.zeros(slots, self.size, dtype=masters, device=device)
-        self._buffers = torch.zeros(slots, self.size + aligned(spare), dtype=masters, device=device)
+        self._buffers = torch.zeros(slots, self.size + aligned(SPARE), dtype=masters, device=device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._room: tuple[Tensor, Tensor] | None = None
         self._leaves: dict[int, dict[str, Factors]] = {}
@@ -88,8 +87,8 @@ class Pack:
         return Seat(self, slot, seed)
 
     def home(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Return where a slot's factors are, and its gradients with the spare numbers after them."""
-        return self.masters[slot], self._buffers[slot, : self.size + self.spare]
+        """Return where a slot's factors are, and its gradients with SPARE numbers behind them."""
+        return self.masters[slot], self._buffers[slot, : self.size + SPARE]
 
     # ---- who sees what ----
 
@@ -214,9 +213,8 @@ class Seat(Injection):
         super().__init__(pack.model, pack.spec, seed, pack.options, placed=False)
         self.pack, self.slot = pack, slot
 
-    def flatten(self, spare: int = 0, by_operator: Chooser | None = None) -> FlatFactors:
+    def flatten(self, by_operator: Chooser | None = None) -> FlatFactors:
         """Move parameters and gradients into the slot's rows."""
-        assert spare == self.pack.spare
         self.flat = Row(self.pack, self.slot, self.adapters)
         return self.flat
 
@@ -235,7 +233,7 @@ class Row(FlatFactors):
     """The flat buffers of one subject, in its pack's."""
 
     def __init__(self, pack: Pack, slot: int, adapters: Mapping[str, nn.Module]):
-        super().__init__([adapters], pack.spare, home=pack.home(slot))
+        super().__init__([adapters], pack.home(slot))
         self.pack = pack
 
     def refresh(self) -> None:

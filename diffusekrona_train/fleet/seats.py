@@ -23,7 +23,6 @@ from diffusekrona_train.models import configured_model
 from diffusekrona_train.models.source import ModelSource
 from diffusekrona_train.training import loop, run, setup
 from diffusekrona_train.training.base import Base, choose_level, compile_blocks, load_denoiser
-from diffusekrona_train.training.optimizer import SPARE
 
 KEPT = ("vae", "text_encoders", "tokenizers")
 """Parts that are kept from one job to the next."""
@@ -164,7 +163,7 @@ class Seats:
             setup.check_start(config, source)
             level, why, room = choose_level(wide, source, start.accelerator, start.dtype)
             denoiser = load_denoiser(config, source, level, start.dtype, start.accelerator.device)
-            pack = Pack(denoiser, config.adapter, self.count, dtype=start.dtype, spare=SPARE)
+            pack = Pack(denoiser, config.adapter, self.count, dtype=start.dtype)
             if config.train.compile:
                 compile_blocks(denoiser)
             self.packed = PackedStep(pack)

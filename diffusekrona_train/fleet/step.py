@@ -19,7 +19,6 @@ from diffusekrona_train.common.device import free, ran_out
 from diffusekrona_train.models.contracts import Conditioning, Tensors
 from diffusekrona_train.training import memory
 from diffusekrona_train.training.loss import AGAINST_BASE, Batch
-from diffusekrona_train.training.optimizer import LOSS
 from diffusekrona_train.training.setup import Run
 from diffusekrona_train.training.step import learning_rate
 
@@ -113,7 +112,7 @@ class PackedStep:
         total = torch.stack([_scaled(share.run, loss) for share, loss in zip(shares, losses, strict=True)]).sum()
         self.pack.backward(total)
         for share, loss in zip(shares, losses, strict=True):
-            share.run.descent.flat[LOSS] += loss.detach()
+            share.run.descent.factors.flush(loss.detach())
 
 
 def _scaled(run: Run, loss: Tensor) -> Tensor:

@@ -98,4 +98,4 @@ class EachStudio(Studio):
         except ValueError as error:
             first = self.subjects[0].name
             raise ValueError(f"--each: {error}; in one call all adapters have the type and shapes of {first}") from None
-        seat.flatten(self.pack.spare)
+        seat.flatten()

@@ -225,7 +225,7 @@ class StepGraphs:
             self._do("apply", self.descent.apply, self.descent.state)
 
     def _pass(self, batches: Sequence[Batch]) -> None:
-        self.descent.backward(self.objective.loss_of(batches))
+        add_gradients(self.descent, self.objective.loss_of(batches))
 
     def _do(self, key: Hashable, work: Work, state: Callable[[], list[Tensor]]) -> None:
         if (replay := self._replays.get(key)) is not None:
@@ -270,6 +270,13 @@ class StepGraphs:
         self.refused = why
         self.forget()
         free()
+
+
+def add_gradients(descent: Descent, loss: Tensor) -> None:
+    """Add those of one micro-batch's loss to the gradients of the step."""
+    loss = loss / descent.train.gradient_accumulation
+    descent.accelerator.backward(loss)
+    descent.factors.flush(loss.detach())
 
 
 def step_graphs(

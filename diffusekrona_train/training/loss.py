@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from diffusekrona_train.adapters.inject import Injection
-from diffusekrona_train.adapters.kept import Kept
+from diffusekrona_train.adapters.texts import Kept
 from diffusekrona_train.common.device import ABILITIES, abilities, moved
 from diffusekrona_train.config import RunConfig
 from diffusekrona_train.data.training_set import Bucket, TrainingSet
@@ -170,8 +170,7 @@ class Objective:
     @property
     def kept(self) -> Kept:
         """Where the injection's layers keep what they make of captions."""
-        flat = self.injection.flat if self.injection else None  # none of either: a bare denoiser is timed
-        return Kept(limit=0) if flat is None else flat.kept
+        return self.injection.texts.kept if self.injection else Kept(limit=0)  # none: a bare denoiser is timed
 
     def prompts(self, batch: Batch) -> list[Tensors]:
         """Return the encoded captions of a batch, one row a sample."""
@@ -230,9 +229,8 @@ class Objective:
         return loss * self.process.weight(train.weighting, batch.t, train.snr_gamma) * batch.share
 
     def _predicted(self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        flat = self.injection.flat if self.injection else None
-        if flat is not None and self.family.caption and not self.config.train.compile:  # compiled layers look nowhere
-            flat.expect(conditioning[self.family.caption])
+        if self.injection and self.family.caption and not self.config.train.compile:  # compiled layers look nowhere
+            self.injection.texts.expect(conditioning[self.family.caption])
         return self.family.predict(self.denoiser, x_t.to(self.dtype), t, conditioning).float()
 
     @torch.no_grad()

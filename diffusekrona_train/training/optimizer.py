@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 
 from diffusekrona_train.adapters.bounds import NormCap
-from diffusekrona_train.adapters.flat import FlatFactors
+from diffusekrona_train.adapters.flat import LOSS, STOP, FlatFactors
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.common.device import abilities
 from diffusekrona_train.config import RunConfig
@@ -27,9 +27,6 @@ BAD_IN_A_ROW = 3
 """Non-finite steps in a row that end a run."""
 OVERFLOWS_IN_A_ROW = 20
 """fp16: gradients that overflow while the loss is finite halve the loss scale; only this many in a row mean trouble."""
-SPARE = 2
-LOSS, STOP = -2, -1
-"""Where in the buffer's spare end lies what travels with the gradients: this process's loss, and its wish to stop."""
 
 
 class Descent:
@@ -47,7 +44,7 @@ class Descent:
         cap: NormCap | None = None,
     ):
         if isinstance(factors, list):  # parameters of another library, or of a test
-            factors = FlatFactors([{"": torch.nn.ParameterList(factors)}], SPARE)
+            factors = FlatFactors([{"": torch.nn.ParameterList(factors)}])
         assert factors.slots == 1, "a run of several subjects has an optimiser for each slot"
         self.train = train
         self.accelerator = accelerator
@@ -64,13 +61,6 @@ class Descent:
         # On the device, so that a step that is replayed reads each step's own. CUDA's kernel reads fp32.
         exact = torch.float64 if self.flat.device.type == "cpu" else torch.float32
         self.rate = torch.zeros((), dtype=exact, device=self.flat.device)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add one micro-batch to the gradients of this step."""
-        loss = loss / self.train.gradient_accumulation
-        self.accelerator.backward(loss)
-        self.factors.flush()
-        self.flat[LOSS] += loss.detach()
 
     def step(self, learning_rate: float, stop: bool = False) -> torch.Tensor:
         """Apply the gradients; return the mean of all processes' wish to stop, on the device until the next step.
@@ -175,7 +165,7 @@ class Descent:
 
 def make_descent(config: RunConfig, injection: Injection, accelerator: Any) -> Descent:
     """The optimiser of an injection's factors, which become views of flat buffers."""
-    factors, share = injection.flatten(SPARE), config.adapter.norm_cap
+    factors, share = injection.flatten(), config.adapter.norm_cap
     cap = None if share is None else NormCap(factors, injection.base_sigmas(), share)
     return Descent(factors, config.train, accelerator, cap)
 

@@ -16,9 +16,9 @@ from diffusekrona_train.data.training_set import Bucket, TrainingSet
 from diffusekrona_train.models import family_of
 from diffusekrona_train.models.contracts import Process
 from diffusekrona_train.models.process import Ddpm, Flow
-from diffusekrona_train.training.graph import CudaRecorder, Recorder, StepGraphs, leaves, put, staying
+from diffusekrona_train.training.graph import CudaRecorder, Recorder, StepGraphs, add_gradients, leaves, put, staying
 from diffusekrona_train.training.loss import Batch, Objective
-from diffusekrona_train.training.optimizer import SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent
 from scripts.bench.setting import Setting
 from tests.tiny import make_unet, real_part
 
@@ -100,7 +100,7 @@ class Bench:
         config = self.config(adapter)
         before = dict(self.unet.named_modules())
         injection = inject(self.unet, config.adapter)
-        descent = Descent(injection.flatten(SPARE, by_operator), config.train, OneProcess)
+        descent = Descent(injection.flatten(by_operator), config.train, OneProcess)
         swaps = {name: (before[name], self.unet.get_submodule(name)) for name in injection.adapters}
         return Contender(self.objective(injection), descent, swaps)
 
@@ -144,7 +144,7 @@ class Contender:
         if self.descent is None:
             self.objective._predicted(batch.x_0, batch.t, batch.conditioning).square().mean().backward()
         else:
-            self.descent.backward(self.objective.per_sample(batch).sum() / len(batch))
+            add_gradients(self.descent, self.objective.per_sample(batch).sum() / len(batch))
 
     def finish(self) -> None:
         if self.descent is not None:

@@ -6,7 +6,7 @@ Counted is what PyTorch's dispatcher is asked for in a forward and a backward pa
 gathering of the batch to the gradients in the flat buffer: one for each operation that is no view and allocates not
 only. Attention itself is left out (one kernel forward and some backward, the same for all). `krona_operator` counts the
 product with A ⊗ B as the one operator that it is on NVIDIA cards. `--again` counts a second step with the same caption,
-which finds what the first one kept (see adapters.kept).
+which finds what the first one kept (see adapters.texts).
 """
 
 from __future__ import annotations

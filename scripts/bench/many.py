@@ -34,7 +34,7 @@ from diffusekrona_train.adapters.formats import read_adapter
 from diffusekrona_train.adapters.packed import Pack
 from diffusekrona_train.data import toybox_subjects
 from diffusekrona_train.fleet.step import PackedStep, Share
-from diffusekrona_train.training.optimizer import SPARE, Descent
+from diffusekrona_train.training.optimizer import Descent
 from scripts.bench.contender import Bench, OneProcess
 from scripts.bench.kernels import Kernels, as_on_a_card, kernels
 from scripts.bench.trace import SIDES
@@ -133,11 +133,11 @@ def packed_kernels(kind: str, adapter: dict[str, Any], slots: int) -> Counter[st
     with as_on_a_card():
         bench = Bench(unet, SIDES[kind], 1)
         config = bench.config(adapter)
-        pack = Pack(unet, config.adapter, slots, dtype=torch.bfloat16, spare=SPARE)
+        pack = Pack(unet, config.adapter, slots, dtype=torch.bfloat16)
         runs = []
         for slot in range(slots):
             seat = pack.seat(slot, slot)
-            descent = Descent(seat.flatten(SPARE), config.train, OneProcess)
+            descent = Descent(seat.flatten(), config.train, OneProcess)
             objective = bench.objective(seat)
             runs.append(mock.Mock(config=config, objective=objective, descent=descent, accelerator=OneProcess))
         step = PackedStep(pack)
