@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +209,8 @@ def test_every_layer_learns_and_eject_restores_every_bit(case):
 
 
 def test_names_in_files_lead_back_to_their_layers(case):
-    names = [layer.name for layer in case.source.layers()]
+    layers = case.source.layers()
+    names = [layer.name for layer in [*layers, *tables.projections_of(layers), *case.source.others()]]
     per_block = int(case.source.denoiser_config.get("layers_per_block", 2))
     files = tables.file_names(case.family.name, names, per_block)
     known = tables.known_names(names, per_block, case.family.name)
@@ -345,16 +347,26 @@ OTHERS = {
 """Family -> how trainers name their LoRA files: by original names, diffusers' own by its paths."""
 DIFFUSERS_NAMES = ("zimage", "qwenimage")
 """Families whose files of other trainers have diffusers' paths too."""
-NOT_IN_DIFFUSERS = {("flux1", KOHYA), ("chroma", KOHYA), ("sd3", AI_TOOLKIT)}
-"""What diffusers cannot load, or only at the real width: held against the weights' own sums."""
+MODULATED = {"zimage", "flux2", "flux2-klein", "qwenimage", "krea2", "flux1", "sd3", "anima"}
+"""Families with linears that modulate or gate: some trainers adapt these too."""
+OUTSIDE = "_stream_modulation|^text_fusion"
+"""Such ones outside the repeated blocks."""
+NOT_IN_DIFFUSERS = {("flux1", KOHYA), ("chroma", KOHYA), ("sd3", AI_TOOLKIT), ("flux2-klein", KOHYA)}
+"""What diffusers cannot load, or in part, or only at the real width: held against the weights' own sums."""
 
 
 @torch.no_grad()
 def test_loras_of_other_trainers_are_as_strong_as_in_diffusers(case, tmp_path):
-    """Every linear of attention and feed-forwards, those too whose output leads nowhere; fused where theirs are."""
+    """Every linear of the blocks, those too whose output leads nowhere; fused where theirs are."""
     name, denoiser, rank = case.family.name, case.parts["denoiser"], 4
     linears, generator = tables.linears_of(denoiser), torch.Generator().manual_seed(2)
     layers = {layer.name for layer in case.source.layers()} | set(case.family.without_effect(case.source.layers()))
+    others = {layer.name for layer in case.source.others() if layer.block or re.search(OUTSIDE, layer.name)}
+    others -= {
+        n for n in others if name == "sd3" and "norm1_context" in n
+    }  # its last block's rows are in another order
+    assert bool(others) == (name in MODULATED)
+    layers |= others
     downs = {width: torch.randn(rank, width, generator=generator) * 0.1 for width, _ in linears.values()}
     ups = {n: torch.randn(linears[n][1], rank, generator=generator) * 0.1 for n in linears if n in layers}
     pairs = {n: (up, downs[linears[n][0]]) for n, up in ups.items()}
@@ -382,9 +394,16 @@ def test_loras_of_other_trainers_are_as_strong_as_in_diffusers(case, tmp_path):
             case.pipe.unload_lora_weights()
         injection = inject_file(denoiser, read_adapter(tmp_path / "theirs.safetensors"))
         got = _predicts(case)
+        save_adapter(tmp_path / "ours.safetensors", injection, {"model": "x", "token": "sks", "class": "dog"})
         injection.eject()
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(base, wanted, rtol=1e-3, atol=1e-3), form
+    if others:  # a file of ours that holds them describes itself, and gives the LoRA back
+        EXPORTERS["lora"](read_adapter(tmp_path / "ours.safetensors"), tmp_path / "lora.safetensors", dtype="fp32")
+        for path in ("ours.safetensors", "lora.safetensors"):
+            injection = inject_file(denoiser, read_adapter(tmp_path / path))
+            torch.testing.assert_close(_predicts(case), got, rtol=1e-4, atol=1e-5)
+            injection.eject()
 
 
 def _matrix(denoiser, layer):

@@ -24,7 +24,7 @@ from diffusekrona_train.adapters.grouped import AdaptedLinear, Chooser, flatten
 from diffusekrona_train.adapters.texts import Texts
 from diffusekrona_train.adapters.whole import WholeModule, whole_modules
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models.layers import find_layers, find_projections, select_layers
+from diffusekrona_train.models.layers import find_layers, find_others, select_layers
 
 __all__ = ["AdaptedLinear", "Injection", "find_layers", "inject", "select_layers"]
 
@@ -71,13 +71,9 @@ class Injection:
             layers = find_layers(self.model, self.spec)
             self.options = plan(self.spec, layers)
         else:
-            everything = {
-                layer.name: layer for layer in [*find_layers(self.model, None), *find_projections(self.model)]
-            }
+            everything = {layer.name: layer for layer in [*find_layers(self.model, None), *find_others(self.model)]}
             if unknown := [name for name in options if name not in everything]:
-                raise ValueError(
-                    f"{unknown[0]} is not an attention or feed-forward layer of this {type(self.model).__name__}"
-                )
+                raise ValueError(f"{unknown[0]} is not a linear layer of this {type(self.model).__name__}")
             layers = [everything[name] for name in options]
             self.options = {name: dict(value) for name, value in options.items()}
         for layer in layers:

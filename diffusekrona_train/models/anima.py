@@ -58,6 +58,9 @@ class Anima(QwenVae):
         r"\.to_out\.0$": ".output_proj",
         r"\.ff\.net\.0\.proj$": ".mlp.layer1",
         r"\.ff\.net\.2$": ".mlp.layer2",
+        r"\.norm1\.linear_([12])$": r".adaln_modulation_self_attn.\1",
+        r"\.norm2\.linear_([12])$": r".adaln_modulation_cross_attn.\1",
+        r"\.norm3\.linear_([12])$": r".adaln_modulation_mlp.\1",
     }
     version, architecture = "anima", "anima"
     # counted by python -m scripts.bench.known

@@ -86,7 +86,7 @@ class Layer:
     projection: str
     """Its role: q, k, v, o or ffn; several letters where one linear holds several projections (qkv)."""
     kind: str
-    """self, cross or ffn"""
+    """self, cross or ffn; proj and other for what only other tools adapt"""
     stream: str = "image"
     """Whose tokens it sees in a denoiser of two streams: image, text or both; image where there is but one stream."""
     block: str = ""
@@ -311,6 +311,11 @@ class Family(Protocol):
     def layers(self, linears: Linears) -> list[Layer]:
         """Return every layer of a complete denoiser that can be adapted; layers whose gradient is always zero are left
         out."""
+        ...
+
+    def describe_other(self, name: str, in_features: int, out_features: int) -> Layer | None:
+        """Return the row of a linear that only files of other tools adapt, such as a modulation; None for another
+        one."""
         ...
 
     def quantizes(self, name: str) -> bool:

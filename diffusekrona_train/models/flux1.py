@@ -61,6 +61,9 @@ class Flux1(FlowTransformer):
         r"^transformer_blocks\.(\d+)\.ff\.net\.2$": r"double_blocks.\1.img_mlp.2",
         r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj$": r"double_blocks.\1.txt_mlp.0",
         r"^transformer_blocks\.(\d+)\.ff_context\.net\.2$": r"double_blocks.\1.txt_mlp.2",
+        r"^transformer_blocks\.(\d+)\.norm1\.linear$": r"double_blocks.\1.img_mod.lin",
+        r"^transformer_blocks\.(\d+)\.norm1_context\.linear$": r"double_blocks.\1.txt_mod.lin",
+        r"^single_transformer_blocks\.(\d+)\.norm\.linear$": r"single_blocks.\1.modulation.lin",
     }
     joined = {
         r"^transformer_blocks\.(\d+)\.attn\.to_[qkv]$": r"double_blocks.\1.img_attn.qkv",

@@ -64,6 +64,7 @@ class Flux2(FlowTransformer):
         r"^transformer_blocks\.(\d+)\.ff\.linear_out$": r"double_blocks.\1.img_mlp.2",
         r"^transformer_blocks\.(\d+)\.ff_context\.linear_in$": r"double_blocks.\1.txt_mlp.0",
         r"^transformer_blocks\.(\d+)\.ff_context\.linear_out$": r"double_blocks.\1.txt_mlp.2",
+        r"^(\w+_stream_modulation\w*)\.linear$": r"\1.lin",
     }
     joined = {
         r"^transformer_blocks\.(\d+)\.attn\.to_[qkv]$": r"double_blocks.\1.img_attn.qkv",

@@ -45,8 +45,10 @@ class Krea2(QwenVae):
     feed_forward = {r"ff\.(gate|up|down)": ""}
     originals = {
         r"^transformer_blocks\.": "blocks.",
+        r"^text_fusion\.": "txtfusion.",
         r"\.attn\.to_([qkv])$": r".attn.w\1",
         r"\.attn\.to_out\.0$": ".attn.wo",
+        r"\.attn\.to_gate$": ".attn.gate",
         r"\.ff\.": ".mlp.",
     }
     pipeline_class = "Krea2Pipeline"

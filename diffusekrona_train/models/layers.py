@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from diffusekrona_train.common.files import ASSETS
 from diffusekrona_train.common.nearest import nearest
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models.contracts import Layer, Linears
+from diffusekrona_train.models.contracts import Family, Layer, Linears
 from diffusekrona_train.models.registry import FAMILIES, family_named, known_family
 
 FOLDER = ASSETS / "layers"
@@ -112,6 +112,18 @@ def describe_projection(name: str, width: int) -> Layer | None:
     """Return the row of a UNet's proj_in or proj_out; None for another name. Only other tools adapt them."""
     match = _AROUND.fullmatch(name)
     return match and Layer(name, width, width, match["end"], "proj", block=match["block"], group=name)
+
+
+def describer(family: str) -> Callable[[str, int, int], Layer | None]:
+    """Return what describes any layer of a family's adapter files by its dotted path: None for one that is not in
+    such."""
+    own = family_named(family)
+
+    def describe_any(name: str, width_in: int, width_out: int) -> Layer | None:
+        found = own.describe(name, width_in, width_out) or describe_projection(name, width_in)
+        return found or own.describe_other(name, width_in, width_out)
+
+    return describe_any
 
 
 def projections_of(layers: Iterable[Layer]) -> list[Layer]:
@@ -244,6 +256,17 @@ def find_projections(model: nn.Module) -> list[Layer]:
         if isinstance(width, int) and (layer := describe_projection(name, width)):
             found.append(layer)
     return found
+
+
+def others(family: Family, linears: Linears) -> list[Layer]:
+    """Return the layers of a complete denoiser that only files of other tools adapt, beside a UNet's projections."""
+    return [layer for name, widths in linears.items() if (layer := family.describe_other(name, *widths))]
+
+
+def find_others(model: nn.Module) -> list[Layer]:
+    """Return the same, and the projections, of a built denoiser."""
+    family = known_family({"_class_name": type(model).__name__, **dict(getattr(model, "config", None) or {})})
+    return [*find_projections(model), *(others(family, linears_of(model)) if family else ())]
 
 
 def select_layers(layers: list[Layer], spec: AdapterConfig) -> list[Layer]:

@@ -127,6 +127,11 @@ class SD:
         """Return every projection and feed-forward of the transformer blocks."""
         return names.described(linears)
 
+    def describe_other(self, name: str, in_features: int, out_features: int) -> Layer | None:
+        """Return None: what other tools adapt around the blocks of a UNet may be convolutions
+        (layers.find_projections)."""
+        return None
+
     def quantizes(self, name: str) -> bool:
         """Return True inside attention blocks: embeddings and time projections are small but affect every block."""
         return ".attentions." in name

@@ -61,6 +61,8 @@ class SD3(FlowTransformer):
         r"^transformer_blocks\.(\d+)\.ff\.net\.2$": r"joint_blocks.\1.x_block.mlp.fc2",
         r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj$": r"joint_blocks.\1.context_block.mlp.fc1",
         r"^transformer_blocks\.(\d+)\.ff_context\.net\.2$": r"joint_blocks.\1.context_block.mlp.fc2",
+        # not the text's: the rows of the last block have another order there
+        r"^transformer_blocks\.(\d+)\.norm1\.linear$": r"joint_blocks.\1.x_block.adaLN_modulation.1",
     }
     joined = {
         r"^transformer_blocks\.(\d+)\.(attn2?)\.to_[qkv]$": r"joint_blocks.\1.x_block.\2.qkv",

@@ -109,6 +109,11 @@ class ModelSource:
             self._layers = tables.layer_table(known) if known else self.family.layers(linears)
         return list(self._layers)
 
+    def others(self) -> list[Layer]:
+        """Return the layers that only files of other tools adapt, without loading a weight."""
+        known = self.alias in tables.TABLES and self.alias not in EMBEDDED
+        return [] if known else tables.others(self.family, tables.linears_of_shapes(self._meta_shapes))
+
     def base_parameters(self) -> int:
         """Count the parameters of the denoiser."""
         if self.alias in tables.TABLES and self.alias not in EMBEDDED:

@@ -105,6 +105,13 @@ class FlowTransformer(SD):
         last = max(first, key=lambda block: int(block.rpartition(".")[2]), default="")
         return [layer for layer in found if not (layer.block == last and self._is_dead(layer))]
 
+    def describe_other(self, name: str, in_features: int, out_features: int) -> Layer | None:
+        """Describe a modulation, an embedder or the last layer."""
+        if self.describe(name, in_features, out_features) is not None:
+            return None
+        match = self._in_block(name)
+        return Layer(name, in_features, out_features, "other", "other", "both", match["block"] if match else "", name)
+
     def _is_dead(self, layer: Layer) -> bool:
         return any(re.fullmatch(pattern, layer.name.removeprefix(f"{layer.block}.")) for pattern in self.dead)
 

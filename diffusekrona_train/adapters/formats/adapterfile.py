@@ -27,7 +27,7 @@ from diffusekrona_train.adapters.formats.names import (
 from diffusekrona_train.adapters.formats.peftnotes import bare_name, with_scales
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models import FAMILIES, family_named
+from diffusekrona_train.models import FAMILIES
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models.layers import Layer
 
@@ -169,12 +169,9 @@ def _described(path: str, groups: dict[str, dict[str, Tensor]], metadata: dict[s
         family, options = info["family"], dict(info["options"])
         per_block = int(info["layers_per_block"])
         is_known = family in FAMILIES
-        describe = whole_module if spec.is_whole or not is_known else family_named(family).describe
+        describe = whole_module if spec.is_whole or not is_known else tables.describer(family)
         widths = [(int(width_in), int(width_out)) for width_in, width_out in info["widths"]]
-        rows = [
-            describe(name, *pair) or tables.describe_projection(name, pair[0])
-            for name, pair in zip(info["layers"], widths, strict=True)
-        ]
+        rows = [describe(name, *pair) for name, pair in zip(info["layers"], widths, strict=True)]
         layers = [row for row in rows if row is not None]
         if len(layers) < len(rows):
             raise ValueError(f"{info['layers'][rows.index(None)]} is not a layer of family {family}")
@@ -231,7 +228,7 @@ def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_blo
     A file that describes itself is checked against the model instead. Raises ValueError for another family, unknown
     layers and shapes that do not fit.
     """
-    layers = [*layers, *tables.projections_of(layers)]
+    layers = list({layer.name: layer for layer in [*layers, *tables.projections_of(layers)]}.values())
     by_name = {layer.name: layer for layer in layers}
     try:
         if file.layers:

@@ -153,8 +153,8 @@ def export_command(file: AdapterFile, path: Path, model: str) -> str:
 
 
 def _largest_rank(layer: Layer) -> int:
-    """Return the largest rank of a LoRA that is not larger than the dense difference."""
-    return layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
+    """Return the largest rank of a LoRA that is not larger than the dense difference; 1 for a single row or column."""
+    return max(1, layer.in_features * layer.out_features // (layer.in_features + layer.out_features))
 
 
 def _products_for_peft(file: AdapterFile) -> tuple[Pairs, str]:

@@ -14,7 +14,7 @@ from diffusekrona_train.adapters.formats.names import family_name, layers_per_bl
 from diffusekrona_train.adapters.inject import Injection, inject
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models import open_model
-from diffusekrona_train.models.layers import Layer, find_layers
+from diffusekrona_train.models.layers import Layer, find_layers, find_others
 
 
 class Pipeline(Protocol):
@@ -25,12 +25,13 @@ class Pipeline(Protocol):
 
 
 def known_layers(model: str, model_config_dir: str | None = None) -> tuple[list[Layer], str, int]:
-    """Return the adaptable linears, family and layers per block of a model (alias, hub name, folder, file); loads no
-    weights."""
+    """Return the linears that a file may adapt, family and layers per block of a model (alias, hub name, folder,
+    file); loads no weights."""
     if model in tables.TABLES:
         return tables.layer_table(model), tables.FAMILY_OF[model], tables.layers_per_block(model)
     source = open_model(model, model_config_dir=model_config_dir)
-    return source.layers(), source.family.name, layers_per_block(source.denoiser_config)
+    layers = [*source.layers(), *source.others()]
+    return layers, source.family.name, layers_per_block(source.denoiser_config)
 
 
 def open_adapter(
@@ -66,7 +67,7 @@ def inject_file(model: nn.Module, file: AdapterFile) -> Injection:
 
 def identified(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """Return the file with its adapter's type, layers and options known, as they are in this model."""
-    layers = find_layers(model, None)
+    layers = [*find_layers(model, None), *find_others(model)]
     return identify(file, layers, family_name(model), layers_per_block(getattr(model, "config", None)))
 
 

@@ -84,7 +84,10 @@ def _given(source: ModelSource | None, name: str) -> ModelSource:
 def _merged_parts(file: AdapterFile, source: ModelSource, dtype: str) -> dict[str, Any]:
     """Return all parts of the base in `dtype`, the adapter summed into its denoiser in fp32 and rounded once."""
     denoiser = source.load("denoiser", dtype=torch.float32, device="cpu")["denoiser"]
-    merge(denoiser, identify(file, source.layers(), source.family.name, layers_per_block(denoiser.config)))
+    merge(
+        denoiser,
+        identify(file, [*source.layers(), *source.others()], source.family.name, layers_per_block(denoiser.config)),
+    )
     denoiser.to(tensorfile.DTYPES[dtype])
     others = source.load(
         "vae", "text_encoders", "tokenizers", "scheduler", dtype=tensorfile.DTYPES[dtype], device="cpu"

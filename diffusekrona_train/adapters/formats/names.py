@@ -88,7 +88,7 @@ def _refuse_foreign(tensors: Iterable[str]) -> None:
 
 FOREIGN = {
     r"\.(dora_scale|lora_magnitude_vector)\b": f"makes this a DoRA, {DORA}",
-    r"^(lora_te|lycoris_te|lora_prior_te|text_encoder|text_encoders\.|clip_[lgh]\b|cond_stage_model|te[12]?\.)": (
+    r"^((lora|lycoris|lora_prior)_te\d*_|text_encoder|text_encoders\.|clip_[lgh]\b|cond_stage_model|te[12]?\.)": (
         "adapts a text encoder; only adapters of the denoiser can be read"
     ),
     r"lycoris_text_model|base_model\.model\.text_model": (
