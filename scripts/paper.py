@@ -4,7 +4,7 @@
     python scripts/paper.py all --model sdxl --photos dreambench --workers 4
     python scripts/paper.py factors guidance --on ray                     # RAY_ADDRESS names the cluster
     python scripts/paper.py baselines --export docs/paper/toybox          # tables, plot, sheet and records, small
-    python scripts/paper.py all --import-records records.jsonl --report-only
+    python scripts/paper.py all --import-records records.jsonl.gz --report-only
     python scripts/paper.py confirm --photos FOLDER              # the default against LoRA, on your subjects
 
 A study is a YAML in configs/paper/: a base (configs/paper/models/) and the values to vary. Runs that several studies of

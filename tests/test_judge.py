@@ -244,7 +244,7 @@ def test_a_changed_default_finds_no_old_record(tmp_path, monkeypatch):
         planner = Planner("toybox", load_base("toybox"), tmp_path, seeds=1, subjects=["poodle"])
         return planner.expand("suite", load_studies(["suite"])["suite"], "toybox")[0].key
 
-    committed = {json.loads(line)["key"] for line in (ROOT / "docs/paper/toybox/records.jsonl").open()}
+    committed = {record["key"] for _, record in records.lines_of(ROOT / "docs/paper/toybox/records.jsonl.gz")}
     assert key() in committed
     monkeypatch.setattr(TrainConfig.model_fields["weight_decay"], "default", 0.02)
     TrainConfig.model_rebuild(force=True)
@@ -262,8 +262,7 @@ def test_a_changed_default_finds_no_old_record(tmp_path, monkeypatch):
 
 def test_records_of_0_1_get_their_new_names_once(tmp_path):
     """A committed record, written as 0.1 wrote it, comes back byte for byte."""
-    lines = (ROOT / "docs" / "paper" / "toybox" / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    whole = [json.loads(line) for line in lines]
+    whole = [record for _, record in records.lines_of(ROOT / "docs" / "paper" / "toybox" / "records.jsonl.gz")]
     chosen = [
         next(record for record in whole if record["of"]["step"] == 0),
         next(record for record in whole if record["of"]["run"]["config"].get("adapter", {}).get("type") == "lora"),

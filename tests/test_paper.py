@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib
 import json
 import re
@@ -114,6 +115,7 @@ def test_whole_seeds_come_first_and_shared_runs_before_others(tmp_path):
     assert first == sorted(first, reverse=True) and first[:5] == [2, 2, 2, 2, 1]
 
 
+PICTURE = str(ROOT / "docs" / "images" / "toybox-flow.png")
 MISTAKES = {
     "an unknown study": (["initt"], "study 'initt' is not known; there are baselines, "),
     "an unknown model": (["init", "--model", "sd9"], "--model 'sd9' is not known; there are toybox, toybox-flow, sdxl"),
@@ -123,6 +125,7 @@ MISTAKES = {
     "a model by --set": (["init", "--set", "model=sdxl"], "--set model: the base and its suite say that"),
     "other photos by --set": (["init", "--set", "subject.images=x"], "--set subject.images: the base and its suite"),
     "records that are not there": (["init", "--import-records", "nowhere.jsonl"], "--import-records nowhere.jsonl: No"),
+    "records that are no text": (["init", "--import-records", PICTURE], "flow.png: is damaged, or not of the"),
 }
 
 
@@ -144,15 +147,16 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(option, tmp_path, capsys):
 
 
 def test_an_export_keeps_other_studies_records(tmp_path):
-    path = tmp_path / "records.jsonl"
+    path = tmp_path / "records.jsonl.gz"
     records.write_lines(path, [{"key": "b", "scores": 1}, {"key": "a", "scores": 1}])
     records.write_lines(path, [{"key": "c", "scores": 2}, {"key": "a", "scores": 2}])
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     assert [(one["key"], one["scores"]) for one in kept] == [("a", 2), ("b", 1), ("c", 2)]
-    path.write_text("no record\n")
-    with pytest.raises(ValueError, match="is no file of records"):
-        records.write_lines(path, [])
-    assert path.read_text() == "no record\n"
+    for content in (b"no record\n", path.read_bytes()[:-9], gzip.compress(b"no record\n")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no file of records"):
+            records.write_lines(path, [])
+        assert path.read_bytes() == content
     assert paper.main(["init", "--runs", str(tmp_path / "runs"), "--export", str(tmp_path)]) == 2
     assert sorted(tmp_path.iterdir()) == [path], "refused before anything is done"
 
@@ -294,7 +298,7 @@ def test_a_study_leaves_table_sheet_and_plot(world):
 def test_records_of_another_machine_give_the_same_tables(world, tmp_path, monkeypatch):
     call, runs, export = world
     monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
-    source = ["--import-records", str(export / "records.jsonl")]
+    source = ["--import-records", str(export / "records.jsonl.gz")]
     assert paper.main([*call, "--runs", str(tmp_path / "runs"), *source]) == 0
     for name in ("table.md", "table.csv"):
         assert (tmp_path / "runs" / "small" / "toybox" / name).read_bytes() == (
@@ -314,7 +318,7 @@ TAMPERED = {
 def test_records_of_other_weights_or_changed_ones_are_refused(name, world, tmp_path, capsys):
     call, _, export = world
     change, told = TAMPERED[name]
-    record = json.loads((export / "records.jsonl").read_text().splitlines()[0])
+    record = records.lines_of(export / "records.jsonl.gz")[0][1]
     change(record)
     if name == "other weights":
         record["key"] = records.key_of(record["of"])
@@ -638,7 +642,7 @@ def test_the_committed_tables_are_made_of_the_committed_records(tmp_path, monkey
     monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
     for name in ("write_plot", "write_sheet"):
         monkeypatch.setattr(conduct.figures, name, lambda *_, **__: False)
-    source = ["--import-records", str(COMMITTED / "records.jsonl")]
+    source = ["--import-records", str(COMMITTED / "records.jsonl.gz")]
     assert paper.main(["all", "--seeds", "3", "--runs", str(tmp_path), *source]) == 0
     for study in known_studies():
         for name in ("table.md", "table.csv"):

@@ -43,7 +43,7 @@ def conduct(options: argparse.Namespace) -> int:
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"{name} {folder}: is a file; give a folder")
     if options.export:
-        records.lines_of(options.export / "records.jsonl")  # refused now, not after hours of work
+        records.lines_of(options.export / "records.jsonl.gz")  # refused now, not after hours of work
     planner = Planner(
         options.model,
         base,
@@ -70,7 +70,7 @@ def conduct(options: argparse.Namespace) -> int:
     if options.export:
         write_all(studies, cells, runs, {name: options.export / name for name in studies}, small=True)
         kept = read_all([cell for own in cells.values() for cell in own], runs)
-        records.write_lines(options.export / "records.jsonl", kept.values())
+        records.write_lines(options.export / "records.jsonl.gz", kept.values())
     if further and not options.check:
         found = read_all(cells[CONFIRM], runs)
         told_about = about(cells[CONFIRM], found) if found else "nothing is measured yet"

@@ -12,10 +12,12 @@ varied; a default that changed would then have found a record of other runs. Nam
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,7 @@ def write_lines(path: Path, records: Iterable[Record]) -> None:
     """The records in one file, one a line, in order of their keys; those that are there of other studies stay."""
     lines = {record["key"]: line for line, record in lines_of(path)}
     lines |= {record["key"]: json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records}
-    with atomic(path) as temporary:
-        temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
+    _write(path, [lines[key] for key in sorted(lines)])
 
 
 def lines_of(path: Path) -> list[tuple[str, Record]]:
@@ -139,7 +140,7 @@ def lines_of(path: Path) -> list[tuple[str, Record]]:
     if not path.is_file():
         return []
     try:
-        found = [(line, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        found = [(line, json.loads(line)) for line in _lines(path) if line]
         return [(line, record) for line, record in found if record["key"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: is no file of records; move it, or export to another folder") from None
@@ -148,14 +149,32 @@ def lines_of(path: Path) -> list[tuple[str, Record]]:
 def import_lines(path: Path, runs: Path, model: str) -> int:
     """Takes up records that another machine made; how many are new here. ValueError where one is of other weights."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _lines(path)
     except OSError as error:
         raise ValueError(f"--import-records {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--import-records {path}: {error}") from None
     found = [_checked(line, f"--import-records {path}, line {i}", model) for i, line in enumerate(lines, 1) if line]
     new = [record for record in found if read(runs, record["key"]) is None]
     for record in new:
         keep(runs, record)
     return len(new)
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file, of a packed one by its suffix .gz; ValueError where it cannot be read as such."""
+    content = path.read_bytes()
+    try:
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8").splitlines()
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError):
+        raise ValueError("is damaged, or not of the kind that its suffix says") from None
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """The reverse of `_lines`; equal lines give equal bytes."""
+    content = "".join(f"{line}\n" for line in lines).encode("utf-8")
+    with atomic(path) as temporary:
+        temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def _checked(line: str, where: str, model: str) -> Record:
@@ -243,7 +262,7 @@ def _base_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def main(given: list[str]) -> int:
     if len(given) != 1 or not Path(given[0]).is_file():
-        print("error: give one file of records, such as docs/paper/toybox/records.jsonl", file=sys.stderr)
+        print("error: give one file of records, such as docs/paper/toybox/records.jsonl.gz", file=sys.stderr)
         return 2
     path = Path(given[0])
     try:
@@ -253,9 +272,7 @@ def main(given: list[str]) -> int:
         print(f"error: {path}: {error}", file=sys.stderr)
         return 2
     assert len(new) == len(old), "two records under one name"
-    with atomic(path) as temporary:
-        lines = (json.dumps(new[key], ensure_ascii=False, sort_keys=True) for key in sorted(new))
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    _write(path, [json.dumps(new[key], ensure_ascii=False, sort_keys=True) for key in sorted(new)])
     changed = len(new.keys() - {record["key"] for record in old})
     print(f"{changed} of {len(new)} records have new names")
     return 0
