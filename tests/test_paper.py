@@ -633,33 +633,49 @@ def test_the_estimate_is_made_of_finished_records(tmp_path):
 
 # ---- what is committed ---------------------------------------------------------------------------------------------
 
-PAGE = ROOT / "docs" / "paper.md"
-COMMITTED = ROOT / "docs" / "paper" / "toybox"
+DOCS = ROOT / "docs"
+PAGES = {
+    "paper": ["all", "--seeds", "3"],
+    "method": ["stage-1", "--seeds", "1"],
+}
+"""Page of docs/ -> the call of its studies; tables and records lie in docs/PAGE/toybox."""
 
 
-def test_the_committed_tables_are_made_of_the_committed_records(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_committed_tables_are_made_of_the_committed_records(page, tmp_path, monkeypatch):
     """And of today's studies, subjects and weights: each record's key is worked out anew from these."""
     monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
     for name in ("write_plot", "write_sheet"):
         monkeypatch.setattr(conduct.figures, name, lambda *_, **__: False)
-    source = ["--import-records", str(COMMITTED / "records.jsonl.gz")]
-    assert paper.main(["all", "--seeds", "3", "--runs", str(tmp_path), *source]) == 0
-    for study in known_studies():
+    monkeypatch.setattr(conduct.judge, "write_fronts", lambda *_, **__: False)
+    source, committed = ["--import-records", str(DOCS / page / "toybox" / "records.jsonl.gz")], DOCS / page / "toybox"
+    assert paper.main([*PAGES[page], "--runs", str(tmp_path), *source]) == 0
+    studies = [path.parent.name for path in committed.glob("*/table.md")]
+    assert set(studies) == set(known_studies() if page == "paper" else PAGES[page][:1])
+    for study in studies:
         for name in ("table.md", "table.csv"):
-            told = (COMMITTED / study / name).read_text(encoding="utf-8")
+            told = (committed / study / name).read_text(encoding="utf-8")
             assert (tmp_path / study / "toybox" / name).read_text(encoding="utf-8") == told, f"{study}/{name}"
 
 
-def test_the_numbers_of_the_page_stand_in_the_tables_that_it_links():
-    lines = [
-        line for line in PAGE.read_text(encoding="utf-8").splitlines() if "(paper/toybox/" in line and line[0] == "|"
-    ]
-    checked = 0
-    for line in lines:
-        (cell,) = [cell for cell in line.split(" | ") if "(paper/toybox/" in cell]
-        (name,) = re.findall(r"\(paper/toybox/([\w-]+)/table\.md\)", cell)
-        table = (COMMITTED / name / "table.md").read_text(encoding="utf-8")
-        for number in re.findall(r"[+-]?\d+\.\d+", cell):
-            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", table), f"{name}: {number} of {cell!r}"
+@pytest.mark.parametrize("page", PAGES)
+def test_the_numbers_of_the_page_stand_in_the_tables_that_it_links(page):
+    text, link = (DOCS / f"{page}.md").read_text(encoding="utf-8"), f"({page}/toybox/"
+    checked, tables_of = 0, re.compile(rf"\({page}/toybox/([\w-]+)/table\.md\)")
+    heading: list[str] = []
+    for line in text.splitlines():
+        cells = line.split(" | ")
+        if not line.startswith("|"):
+            heading = []
+            continue
+        heading = heading or cells
+        names = tables_of.findall(line) or tables_of.findall(" | ".join(heading))
+        if not names or set(line) <= set("|-"):
+            continue
+        (name,) = set(names)
+        at = next(i for i, cell in enumerate(cells if link in line else heading) if link in cell)
+        table = (DOCS / page / "toybox" / name / "table.md").read_text(encoding="utf-8")
+        for number in re.findall(r"[+-]?\d+\.\d+", cells[at]):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", table), f"{name}: {number} of {cells[at]!r}"
             checked += 1
-    assert checked > len(lines) > 20
+    assert checked > 20

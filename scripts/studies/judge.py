@@ -29,6 +29,10 @@ Point = tuple[str, float]
 """(label of the value, strength)."""
 
 
+MOST_EDGES = 8
+"""Methods up to which all of them have a colour in the plot; of more, those that go on to the next stage."""
+
+
 def hypervolume(points: Iterable[tuple[float, float]]) -> float:
     """Return the area of all (x, y) >= (0, 0) that some point reaches in both coordinates."""
     area, height = 0.0, 0.0
@@ -303,13 +307,20 @@ def write_fronts(path: Path, study: Study, cells: Sequence[Cell], records: dict[
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
-    for i, method in enumerate(methods):
-        colour = COLOURS[i % len(COLOURS)]
-        points = [(method.mean(point, "clip_t"), method.mean(point, "dino")) for point in method.points()]
-        left.plot(*zip(*points, strict=True), "o", markersize=3, alpha=0.55, color=colour)
-        left.plot(*_edge(points), linewidth=1.2, color=colour, label=method.label)
-    left.set(xlabel="CLIP-T", ylabel="DINO", title="points and what they dominate")
-    left.legend(fontsize=7, frameon=False)
+    shown = [method for method in methods if len(methods) <= MOST_EDGES or method.label in going_on(study, methods)]
+    for method in methods:
+        if method not in shown:
+            left.plot(*_plane(method), "o", markersize=2.5, alpha=0.5, color="#bbbbbb", label="_")
+    for i, method in enumerate(shown):
+        points = list(zip(*_plane(method), strict=True))
+        colour, line = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
+        left.plot(*_plane(method), "o", markersize=3.5, alpha=0.7, color=colour)
+        left.plot(*_edge(points), line, linewidth=1.3, color=colour, label=method.label)
+    x, y = (np.concatenate([_plane(method)[side] for method in shown]) for side in (0, 1))
+    left.set(xlim=_around(x), ylim=_around(y))
+    title = "points and what they dominate" + ("" if shown == methods else "; grey: all others")
+    left.set(xlabel="CLIP-T", ylabel="DINO", title=title)
+    left.legend(fontsize=8, frameon=False, loc="lower left")
     _plot_differences(right, methods, study.judge.against)
     for panel in (left, right):
         panel.grid(alpha=0.25, linewidth=0.6)
@@ -317,6 +328,18 @@ def write_fronts(path: Path, study: Study, cells: Sequence[Cell], records: dict[
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
     return True
+
+
+def _plane(method: Method) -> tuple[list[float], list[float]]:
+    """CLIP-T and DINO of a method's points, means over subjects."""
+    return tuple([method.mean(point, metric) for point in method.points()] for metric in ("clip_t", "dino"))  # type: ignore[return-value]
+
+
+def _around(values: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis that leave a margin; a few points far below the others do not shrink the rest."""
+    low, high = float(np.quantile(values, 0.05)), float(values.max())
+    margin = 0.06 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def _edge(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
