@@ -10,10 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from diffusekrona_train.adapters import spectra
 from diffusekrona_train.adapters.formats import identify, inject_file, merged, read_adapter
 from diffusekrona_train.cli.convert import app as convert
+from diffusekrona_train.cli.inspect import app as inspect
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models import open_model
+from diffusekrona_train.report import factors as plots
+from diffusekrona_train.training.setup import check_start
+from tests.runs import make_run
 from tests.tiny.families import TINY
 from tests.tiny.original_flow import ORIGINAL
 
@@ -236,3 +241,37 @@ def test_diffsynths_names_are_pefts(models, tmp_path):
     file = identify(read_adapter(tmp_path / "theirs.safetensors"), models("qwenimage").layers, "qwenimage")
     up, down = lora(name, 384, 64).values()
     torch.testing.assert_close(merged.delta(file, file.layers[0]), up @ down)
+
+
+# ---- where such files go ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_does_not_begin_with_what_it_would_not_train(models, tmp_path):
+    model, theirs, native = models("flux1"), tmp_path / "theirs.safetensors", tmp_path / "native.safetensors"
+    factors = {name: torch.ones(4, 4) for name in (f"{TO_Q}.lokr_w1", f"{MOD}.lokr_w1")}
+    save_file({**factors, f"{TO_Q}.lokr_w2": torch.ones(16, 16), f"{MOD}.lokr_w2": torch.ones(96, 16)}, theirs)
+    result = CliRunner().invoke(convert, [str(theirs), str(native), "--to", "native", "--model", model.source.model])
+    assert result.exit_code == 0, result.output + result.stderr
+    adapter = read_adapter(native).spec
+    assert adapter is not None
+    for path, words in ((theirs, "was not made by this project"), (native, "adapts .*norm1.linear .1 such., which is")):
+        config = make_run(tmp_path, tmp_path / "run", train={"init_from": str(path)})
+        config = config.model_copy(update={"adapter": adapter})
+        with pytest.raises(ValueError, match=f"^train.init_from: .*{words}") as caught:
+            check_start(config, model.source)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["flux2", "qwenimage"])
+def test_a_report_shows_every_linear(models, tmp_path, family):
+    """Fused and modulating ones too, each kind under a name of its own."""
+    model, path = models(family), tmp_path / "theirs.safetensors"
+    of_everything(model, path, "by diffusers'")
+    arguments = ["factors", str(path), "--model", model.source.model, "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(inspect, arguments)
+    assert result.exit_code == 0, result.output + result.stderr
+    assert f"{len(model.layers)} layers" in result.output
+    file = identify(read_adapter(path), model.layers, family)
+    found = plots._roles(spectra.measure(file.groups, file.layers))
+    assert {"flux2": "single_stream_modulation.linear", "qwenimage": "img_mod.1"}[family] in found
+    assert len(found) == len(set(found)) and ("self qkv" in found) == (family == "flux2")
