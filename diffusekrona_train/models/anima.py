@@ -61,6 +61,10 @@ class Anima(QwenVae):
         r"\.norm1\.linear_([12])$": r".adaln_modulation_self_attn.\1",
         r"\.norm2\.linear_([12])$": r".adaln_modulation_cross_attn.\1",
         r"\.norm3\.linear_([12])$": r".adaln_modulation_mlp.\1",
+        r"^patch_embed\.proj$": "x_embedder.proj.1",
+        r"^time_embed\.t_embedder\.": "t_embedder.1.",
+        r"^norm_out\.linear_([12])$": r"final_layer.adaln_modulation.\1",
+        r"^proj_out$": "final_layer.linear",
     }
     version, architecture = "anima", "anima"
     # counted by python -m scripts.bench.known

@@ -360,6 +360,11 @@ class Family(Protocol):
         then of a feed-forward. Empty where no such linear is."""
         ...
 
+    def turned_names(self, layer: Layer) -> Sequence[str]:
+        """Return every name that tools give the original linear of this layer where its two halves of rows have the
+        other order. Empty where all rows have one order."""
+        ...
+
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
         """Return what an adapter file records about its base for other tools: ss_base_model_version,
         modelspec.architecture, …"""

@@ -29,6 +29,19 @@ from diffusekrona_train.models.transformer import FlowTransformer, pack, places,
 MAX_TOKENS = 512
 """Of T5."""
 
+AROUND = {
+    r"^x_embedder$": "img_in",
+    r"^context_embedder$": "txt_in",
+    r"^time_(?:text|guidance)_embed\.timestep_embedder\.": "time_in.",
+    r"^time_(?:text|guidance)_embed\.guidance_embedder\.": "guidance_in.",
+    r"^time_text_embed\.text_embedder\.": "vector_in.",
+    r"^((?:time|guidance|vector)_in|distilled_guidance_layer\.layers\.\d+)\.linear_1$": r"\1.in_layer",
+    r"^((?:time|guidance|vector)_in|distilled_guidance_layer\.layers\.\d+)\.linear_2$": r"\1.out_layer",
+    r"^norm_out\.linear$": "final_layer.adaLN_modulation.1",
+    r"^proj_out$": "final_layer.linear",
+}
+"""`originals` of the layers around the blocks, of FLUX.1, Chroma and FLUX.2."""
+
 
 class Flux1(FlowTransformer):
     """FLUX.1: the guidance of dev and Krea-dev is an input of the transformer, schnell has none."""
@@ -64,7 +77,9 @@ class Flux1(FlowTransformer):
         r"^transformer_blocks\.(\d+)\.norm1\.linear$": r"double_blocks.\1.img_mod.lin",
         r"^transformer_blocks\.(\d+)\.norm1_context\.linear$": r"double_blocks.\1.txt_mod.lin",
         r"^single_transformer_blocks\.(\d+)\.norm\.linear$": r"single_blocks.\1.modulation.lin",
+        **AROUND,
     }
+    turned = (r"norm_out\.linear",)
     joined = {
         r"^transformer_blocks\.(\d+)\.attn\.to_[qkv]$": r"double_blocks.\1.img_attn.qkv",
         r"^transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj$": r"double_blocks.\1.txt_attn.qkv",

@@ -24,6 +24,7 @@ from diffusekrona_train.models.contracts import (
     Request,
     Tensors,
 )
+from diffusekrona_train.models.flux1 import AROUND
 from diffusekrona_train.models.sd import decoded
 from diffusekrona_train.models.transformer import FlowTransformer, hidden_states, posterior, usual
 
@@ -65,7 +66,9 @@ class Flux2(FlowTransformer):
         r"^transformer_blocks\.(\d+)\.ff_context\.linear_in$": r"double_blocks.\1.txt_mlp.0",
         r"^transformer_blocks\.(\d+)\.ff_context\.linear_out$": r"double_blocks.\1.txt_mlp.2",
         r"^(\w+_stream_modulation\w*)\.linear$": r"\1.lin",
+        **AROUND,
     }
+    turned = (r"norm_out\.linear",)
     joined = {
         r"^transformer_blocks\.(\d+)\.attn\.to_[qkv]$": r"double_blocks.\1.img_attn.qkv",
         r"^transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj$": r"double_blocks.\1.txt_attn.qkv",

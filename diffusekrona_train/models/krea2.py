@@ -32,7 +32,7 @@ TEXT_LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 
 
 class Krea2(QwenVae):
-    """Krea 2 without its text fusion and attention gates, which other trainers leave alone too."""
+    """Krea 2 without its text fusion and attention gates, which only files of other tools adapt."""
 
     name = "krea2"
     parts = Parts(
@@ -50,6 +50,13 @@ class Krea2(QwenVae):
         r"\.attn\.to_out\.0$": ".attn.wo",
         r"\.attn\.to_gate$": ".attn.gate",
         r"\.ff\.": ".mlp.",
+        r"^img_in$": "first",
+        r"^time_embed\.linear_1$": "tmlp.0",
+        r"^time_embed\.linear_2$": "tmlp.2",
+        r"^time_mod_proj$": "tproj.1",
+        r"^txt_in\.linear_1$": "txtmlp.1",
+        r"^txt_in\.linear_2$": "txtmlp.3",
+        r"^final_layer\.linear$": "last.linear",
     }
     pipeline_class = "Krea2Pipeline"
     version, architecture = "krea2", "krea-2"

@@ -196,6 +196,10 @@ class SD:
         """Return nothing: q, k and v are apart in the original UNets too."""
         return ()
 
+    def turned_names(self, layer: Layer) -> Sequence[str]:
+        """Return nothing: all rows have one order."""
+        return ()
+
     def metadata(self, layers: Sequence[Layer], prediction_type: str) -> dict[str, str]:
         """Return SD 1's or SD 2's metadata: SD 2 has text embeddings 1024 wide, SD 1 768."""
         predicts_v = prediction_type == "v_prediction"

@@ -61,9 +61,16 @@ class SD3(FlowTransformer):
         r"^transformer_blocks\.(\d+)\.ff\.net\.2$": r"joint_blocks.\1.x_block.mlp.fc2",
         r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj$": r"joint_blocks.\1.context_block.mlp.fc1",
         r"^transformer_blocks\.(\d+)\.ff_context\.net\.2$": r"joint_blocks.\1.context_block.mlp.fc2",
-        # not the text's: the rows of the last block have another order there
         r"^transformer_blocks\.(\d+)\.norm1\.linear$": r"joint_blocks.\1.x_block.adaLN_modulation.1",
+        r"^transformer_blocks\.(\d+)\.norm1_context\.linear$": r"joint_blocks.\1.context_block.adaLN_modulation.1",
+        r"^time_text_embed\.timestep_embedder\.linear_1$": "t_embedder.mlp.0",
+        r"^time_text_embed\.timestep_embedder\.linear_2$": "t_embedder.mlp.2",
+        r"^time_text_embed\.text_embedder\.linear_1$": "y_embedder.mlp.0",
+        r"^time_text_embed\.text_embedder\.linear_2$": "y_embedder.mlp.2",
+        r"^norm_out\.linear$": "final_layer.adaLN_modulation.1",
+        r"^proj_out$": "final_layer.linear",
     }
+    turned = (r"norm_out\.linear", r"transformer_blocks\.\d+\.norm1_context\.linear")  # of the text, the last alone
     joined = {
         r"^transformer_blocks\.(\d+)\.(attn2?)\.to_[qkv]$": r"joint_blocks.\1.x_block.\2.qkv",
         r"^transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj$": r"joint_blocks.\1.context_block.attn.qkv",

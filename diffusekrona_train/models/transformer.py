@@ -39,6 +39,8 @@ class FlowTransformer(SD):
     """Pattern in a diffusers path -> what the original release calls it, applied in turn."""
     joined: Mapping[str, str] = {}
     """Pattern in a diffusers path -> the original linear that holds it beside others: rows of q, k, v, then of ffn."""
+    turned: Sequence[str] = ()
+    """Patterns of what gives two halves, scale and shift, where the original linear gives shift and scale."""
     pipeline_class = ""
     version = ""
     architecture = ""
@@ -157,15 +159,24 @@ class FlowTransformer(SD):
     def other_names(self, layer: str, layers_per_block: int = 2) -> Sequence[str]:
         """Return the diffusers path and, where one original linear is this layer, its path: bare, below transformer.
         and diffusion_model., kohya's, LyCORIS's and OneTrainer's."""
-        paths = dict.fromkeys([layer, self.original(layer)])
-        usual = names.usual_names(*paths, prefixes=["transformer", "diffusion_model"])
-        return [*usual, *(names.underscored("lora_transformer_", path) for path in paths)]
+        return self._forms(*dict.fromkeys([layer, self.original(layer)]))
 
     def joined_names(self, layer: str) -> Sequence[str]:
         """Return what tools call the original linear that holds this layer beside others, in the forms of
         `other_names`."""
         held = [re.sub(pattern, new, layer) for pattern, new in self.joined.items() if re.search(pattern, layer)]
         return names.usual_names(*held, prefixes=["transformer", "diffusion_model"])
+
+    def turned_names(self, layer: Layer) -> Sequence[str]:
+        """Return the original names of a layer whose halves have the other order there, in the forms of
+        `other_names`."""
+        if layer.out_features != 2 * layer.in_features or not any(re.fullmatch(one, layer.name) for one in self.turned):
+            return ()
+        return self._forms(self.original(layer.name))
+
+    def _forms(self, *paths: str) -> list[str]:
+        usual = names.usual_names(*paths, prefixes=["transformer", "diffusion_model"])
+        return [*usual, *(names.underscored("lora_transformer_", path) for path in paths)]
 
     def original(self, layer: str) -> str:
         """Return the original path of a diffusers path by `originals`; itself where it is a part of a fused linear."""

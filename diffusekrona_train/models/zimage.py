@@ -46,7 +46,11 @@ class ZImage(FlowTransformer):
     streams = {"noise_refiner": "image", "context_refiner": "text", "layers": "both"}
     feed_forward = {r"feed_forward\.w[123]": ""}
     gated = r"(.+\.feed_forward)\.w[13]"
-    originals = {r"\.attention\.to_out\.0$": ".attention.out"}
+    originals = {
+        r"\.attention\.to_out\.0$": ".attention.out",
+        r"^all_x_embedder\.2-1$": "x_embedder",
+        r"^all_final_layer\.2-1\.": "final_layer.",
+    }
     joined = {r"\.attention\.to_[qkv]$": ".attention.qkv"}
     pipeline_class = "ZImagePipeline"
     version, architecture = "zimage", "z-image"

@@ -44,8 +44,7 @@ def norm_map(rows: list[LayerSpectrum], path: Path) -> Path:
     relative = all(row.relative is not None for row in rows)
     # models list the middle after the end; in the network it is between down and up
     columns = sorted(dict.fromkeys(_block(row.name) for row in rows), key=lambda block: STAGES.index(block.split()[0]))
-    present = {_role(row): None for row in rows}
-    lines = [role for role in ROLES if role in present]
+    lines = _roles(rows)
     grid = torch.full((len(lines), len(columns)), float("nan"))
     for row in rows:
         grid[lines.index(_role(row)), columns.index(_block(row.name))] = row.size if relative else row.norm
@@ -67,7 +66,7 @@ def spectrum_plot(rows: list[LayerSpectrum], path: Path) -> Path:
     """Plot singular values by projection, each layer's scaled to its largest: median and middle half of the layers."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for role in ROLES:
+    for role in _roles(rows):
         spectra = [row.singular_values for row in rows if _role(row) == role and row.norm > 0]
         if not spectra:
             continue
@@ -133,7 +132,15 @@ ROLES = [f"{kind} {letter}" for kind in ("self", "cross") for letter in "qkvo"] 
 STAGES = ("down", "mid", "up", "other")
 
 
+def _roles(rows: list[LayerSpectrum]) -> list[str]:
+    """Return the roles of these layers: the usual ones first, then fused linears and what only other tools adapt."""
+    present = list(dict.fromkeys(_role(row) for row in rows))
+    return [*(role for role in ROLES if role in present), *(role for role in present if role not in ROLES)]
+
+
 def _role(row: LayerSpectrum) -> str:
+    if row.kind == "other":
+        return ".".join(row.name.split(".")[-2:])
     if row.kind != "ffn":
         return f"{row.kind} {row.projection}"
     return "ffn out" if row.name.endswith("net.2") else "ffn in"

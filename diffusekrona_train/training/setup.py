@@ -219,8 +219,13 @@ def check_start(config: RunConfig, source: ModelSource) -> None:
         return
     try:
         file = formats.read_adapter(Path(config.train.init_from).expanduser())
-        formats.identify(file, source.layers(), source.family.name)
+        known = formats.identify(file, [*source.layers(), *source.others()], source.family.name)
         _refuse_other_adapter(config, file)
+        if others := [layer.name for layer in known.layers if layer.kind == "other"]:
+            raise ValueError(
+                f"train.init_from: {config.train.init_from} adapts {others[0]} ({len(others)} such), which is "
+                "not trained here; give a file of attention and feed-forwards alone"
+            )
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("train.init_from: ") else f"train.init_from: {text}") from None

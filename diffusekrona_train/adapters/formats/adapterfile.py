@@ -24,10 +24,10 @@ from diffusekrona_train.adapters.formats.names import (
     split_keys,
     without_paths,
 )
-from diffusekrona_train.adapters.formats.peftnotes import bare_name, with_scales
+from diffusekrona_train.adapters.formats.peftnotes import with_scales
 from diffusekrona_train.adapters.inject import Injection
 from diffusekrona_train.config import AdapterConfig
-from diffusekrona_train.models import FAMILIES
+from diffusekrona_train.models import FAMILIES, family_named
 from diffusekrona_train.models import layers as tables
 from diffusekrona_train.models.layers import Layer
 
@@ -236,10 +236,13 @@ def identify(file: AdapterFile, layers: list[Layer], family: str, layers_per_blo
             return file
         known = tables.known_names(by_name, layers_per_block, family)
         cut = cut_joined(file.groups, layers, family)
-        _refuse_unknown([name for name in cut if bare_name(name) not in known], len(cut), family)
-        groups = {known[bare_name(name)]: group for name, group in cut.items()}
+        _refuse_unknown([name for name, path, _ in cut if path not in known], len(cut), family)
+        _refuse_doubled([(name, known[path]) for name, path, _ in cut])
+        groups = {known[path]: group for _, path, group in cut}
         found = [layer for layer in layers if layer.name in groups]
         spec, options, groups = describe_groups(found, groups)
+        for layer in found:
+            _check_shapes(layer, groups[layer.name], ADAPTERS[spec.type].shapes(layer, options[layer.name], spec))
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
     return replace(
@@ -257,8 +260,9 @@ def _refuse_unknown(unknown: list[str], count: int, family: str) -> None:
     """Raise ValueError for layers that are not among those that can be adapted, whether of this model or of another."""
     if not unknown:
         return
-    others = [name for name in unknown if _OUTSIDE.search(name)]
-    if others:
+    is_unet = family_named(family).parts.denoiser.cls.startswith("UNet")
+    others = [name for name in unknown if is_unet and _OUTSIDE.search(name)]
+    if len(others) == len(unknown):
         raise ValueError(
             f"layer {others[0]} is a convolution or another layer outside attention ({len(others)} of {count} are); "
             "only linear layers of transformer blocks and their proj_in and proj_out can be read"
@@ -269,11 +273,20 @@ def _refuse_unknown(unknown: list[str], count: int, family: str) -> None:
     )
 
 
+def _refuse_doubled(adapted: list[tuple[str, str]]) -> None:
+    """Raise ValueError where two layers of a file, (name in it, layer of the model), are one of the model's."""
+    seen: dict[str, str] = {}
+    for name, layer in adapted:
+        if layer in seen:
+            raise ValueError(f"layers {seen[layer]} and {name} both adapt {layer}; a layer is adapted once in a file")
+        seen[layer] = name
+
+
 _OUTSIDE = re.compile(
     r"resnets|in_layers|out_layers|emb_layers|skip_connection|samplers|_op$|\.op$|_conv$|\.conv$|conv_?(in|out|shortcut|\d)"
-    r"|time_emb|label_emb|add_embedding|norm|_blocks_\d+_0_|unet_out_[02]$|(img|txt)_mod|modulation"
+    r"|time_emb|label_emb|add_embedding|norm|_blocks_\d+_0_|unet_out_[02]$"
 )
-"""Layers that are not attention's or a feed-forward's, by the names of either layout."""
+"""Layers of a UNet that are not attention's or a feed-forward's, by the names of either layout."""
 
 
 def _check_same_model(file: AdapterFile, by_name: dict[str, Layer], family: str) -> None:

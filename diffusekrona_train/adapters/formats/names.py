@@ -29,6 +29,8 @@ KEY = "diffusekrona"
 SAME = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
+    "lora_A.default.weight": "lora_down.weight",
+    "lora_B.default.weight": "lora_up.weight",
     "lora.down.weight": "lora_down.weight",
     "lora.up.weight": "lora_up.weight",
 }
@@ -94,6 +96,9 @@ FOREIGN = {
     r"lycoris_text_model|base_model\.model\.text_model": (
         "adapts a text encoder; only adapters of the denoiser can be read"
     ),
+    r"(^|\.|_)(llm_adapter|text_conditioner)[._]": (
+        "adapts the text conditioner; only adapters of the denoiser can be read"
+    ),
     r"\.(lora_mid\.weight|hada_t[12]|lokr_t[12])$": (
         "adapts a 3x3 convolution (Tucker form); only linear layers and 1x1 projections can be read"
     ),
@@ -136,10 +141,12 @@ def describe_groups(
         group, is_conv = _flat(layer, groups[layer.name])
         if any(suffix.startswith("lokr") for suffix in group):
             complete[layer.name], options[layer.name] = _as_krona(layer, group)
-        elif "diff" in group:
+        elif any(suffix.startswith("diff") for suffix in group):
             kind, complete[layer.name], options[layer.name] = "full", group, {}
         else:
             kind, thin = ("lora", "lora_down.weight") if "lora_down.weight" in group else ("loha", "hada_w1_b")
+            if not group[thin].shape[0]:
+                raise ValueError(f"layer {layer.name}: {thin} has shape {tuple(group[thin].shape)}: its rank is 0")
             alpha = group.get("alpha", torch.tensor(float(group[thin].shape[0])))
             options[layer.name] = {"rank": group[thin].shape[0], "alpha": float(alpha)}
             complete[layer.name] = {**group, "alpha": alpha}
@@ -152,9 +159,12 @@ def describe_groups(
 
 
 def _flat(layer: Layer, group: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """fp32 tensors with those of a 1x1 convolution as matrices, and whether it is one; ValueError for larger ones."""
-    if large := [suffix for suffix, tensor in group.items() if tensor.ndim > 2 and tensor.shape[2:] != (1, 1)]:
-        raise ValueError(f"layer {layer.name}: {large[0]} has shape {tuple(group[large[0]].shape)}, not a matrix's")
+    """fp32 tensors with those of a 1x1 convolution as matrices, and whether it is one; ValueError for other shapes."""
+    for suffix, tensor in group.items():
+        if suffix == "alpha" and tensor.numel() != 1:
+            raise ValueError(f"layer {layer.name}: alpha has shape {tuple(tensor.shape)}, not one number's")
+        if suffix not in ("alpha", "diff_b") and (tensor.ndim < 2 or tensor.shape[2:] not in ((), (1, 1))):
+            raise ValueError(f"layer {layer.name}: {suffix} has shape {tuple(tensor.shape)}, not a matrix's")
     is_conv = any(tensor.ndim == 4 for tensor in group.values())
     return {s: (tensor.flatten(1) if tensor.ndim == 4 else tensor).float() for s, tensor in group.items()}, is_conv
 
