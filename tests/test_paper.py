@@ -634,34 +634,37 @@ def test_the_estimate_is_made_of_finished_records(tmp_path):
 # ---- what is committed ---------------------------------------------------------------------------------------------
 
 DOCS = ROOT / "docs"
-PAGES = {
-    "paper": ["all", "--seeds", "3"],
-    "method": ["stage-1", "--seeds", "1"],
+COMMITTED = {
+    ("paper", "toybox"): ["all", "--seeds", "3"],
+    ("paper", "toybox-flow"): ["baselines", "learning-rate", "modules", "--seeds", "3"],
+    ("method", "toybox"): ["stage-1", "--seeds", "1"],
 }
-"""Page of docs/ -> the call of its studies; tables and records lie in docs/PAGE/toybox."""
+"""(page of docs/, model) -> the call of its studies; tables and records lie in docs/PAGE/MODEL."""
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_committed_tables_are_made_of_the_committed_records(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "model"), [pytest.param(*key, marks=[pytest.mark.full] * (key[0] == "method")) for key in COMMITTED]
+)
+def test_the_committed_tables_are_made_of_the_committed_records(page, model, tmp_path, monkeypatch):
     """And of today's studies, subjects and weights: each record's key is worked out anew from these."""
     monkeypatch.setitem(conduct.RUNNERS, "local", forbid)
     for name in ("write_plot", "write_sheet"):
         monkeypatch.setattr(conduct.figures, name, lambda *_, **__: False)
     monkeypatch.setattr(conduct.judge, "write_fronts", lambda *_, **__: False)
-    source, committed = ["--import-records", str(DOCS / page / "toybox" / "records.jsonl.gz")], DOCS / page / "toybox"
-    assert paper.main([*PAGES[page], "--runs", str(tmp_path), *source]) == 0
+    call, committed = COMMITTED[page, model], DOCS / page / model
+    source = ["--model", model, "--import-records", str(committed / "records.jsonl.gz")]
+    assert paper.main([*call, "--runs", str(tmp_path), *source]) == 0
     studies = [path.parent.name for path in committed.glob("*/table.md")]
-    assert set(studies) == set(known_studies() if page == "paper" else PAGES[page][:1])
+    assert set(studies) == set(known_studies() if call[0] == "all" else call[: call.index("--seeds")])
     for study in studies:
         for name in ("table.md", "table.csv"):
             told = (committed / study / name).read_text(encoding="utf-8")
-            assert (tmp_path / study / "toybox" / name).read_text(encoding="utf-8") == told, f"{study}/{name}"
+            assert (tmp_path / study / model / name).read_text(encoding="utf-8") == told, f"{study}/{name}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["paper", "method"])
 def test_the_numbers_of_the_page_stand_in_the_tables_that_it_links(page):
-    text, link = (DOCS / f"{page}.md").read_text(encoding="utf-8"), f"({page}/toybox/"
-    checked, tables_of = 0, re.compile(rf"\({page}/toybox/([\w-]+)/table\.md\)")
+    text, checked, link = (DOCS / f"{page}.md").read_text(encoding="utf-8"), 0, re.compile(r"\(([\w/-]+/table\.md)\)")
     heading: list[str] = []
     for line in text.splitlines():
         cells = line.split(" | ")
@@ -669,12 +672,12 @@ def test_the_numbers_of_the_page_stand_in_the_tables_that_it_links(page):
             heading = []
             continue
         heading = heading or cells
-        names = tables_of.findall(line) or tables_of.findall(" | ".join(heading))
-        if not names or set(line) <= set("|-"):
+        linking = cells if link.search(line) else heading
+        found = [(i, link.findall(cell)) for i, cell in enumerate(linking) if link.search(cell)]
+        if not found or set(line) <= set("|-"):
             continue
-        (name,) = set(names)
-        at = next(i for i, cell in enumerate(cells if link in line else heading) if link in cell)
-        table = (DOCS / page / "toybox" / name / "table.md").read_text(encoding="utf-8")
+        ((at, (name,)),) = found
+        table = (DOCS / name).read_text(encoding="utf-8")
         for number in re.findall(r"[+-]?\d+\.\d+", cells[at]):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", table), f"{name}: {number} of {cells[at]!r}"
             checked += 1
