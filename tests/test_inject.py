@@ -250,7 +250,7 @@ def test_options_name_the_layers(model):
     again = inject(Model(), first.spec, options={name: {"a1": 2, "a2": 4} for name in first.options})
     assert list(again.adapters) == list(first.adapters)
     assert next(iter(again.adapters.values())).A.shape == (4, 2)
-    with pytest.raises(ValueError, match="blocks.9.mix.to_q is not an attention or feed-forward layer of this Model"):
+    with pytest.raises(ValueError, match="blocks.9.mix.to_q is not a layer of this Model that can be adapted"):
         inject(Model(), first.spec, options={"blocks.9.mix.to_q": {"a1": 2, "a2": 4}})
 
 

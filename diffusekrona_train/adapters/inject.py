@@ -73,7 +73,7 @@ class Injection:
         else:
             everything = {layer.name: layer for layer in [*find_layers(self.model, None), *find_others(self.model)]}
             if unknown := [name for name in options if name not in everything]:
-                raise ValueError(f"{unknown[0]} is not a linear layer of this {type(self.model).__name__}")
+                raise ValueError(f"{unknown[0]} is not a layer of this {type(self.model).__name__} that can be adapted")
             layers = [everything[name] for name in options]
             self.options = {name: dict(value) for name, value in options.items()}
         for layer in layers:
