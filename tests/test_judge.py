@@ -352,7 +352,7 @@ MORE = (
 
 
 def test_the_studies_beyond_the_paper_expand_and_share_runs(tmp_path):
-    for name, runs in (("stage-1", 25 * 20), ("stage-2", 2 * 252), ("factor-rates", 5 * 36), *MORE):
+    for name, runs in (("stage-1", 25 * 20), ("stage-2", 6 * 252), ("factor-rates", 5 * 36), *MORE):
         planner = Planner("toybox", load_base("toybox"), tmp_path, seeds=1 if name == "stage-1" else 3)
         planner.expand(name, load_studies([name])[name], "toybox")
         assert len(planner.tasks) == runs, name
