@@ -351,6 +351,12 @@ MORE = (
 )
 
 
+def test_the_edge_of_what_points_dominate_is_a_staircase():
+    """By hand: (0.4, 0.8) and (0.6, 0.5) are on it, (0.3, 0.7) and (0.5, 0.4) are below it."""
+    x, y = judge._edge([(0.3, 0.7), (0.6, 0.5), (0.4, 0.8), (0.5, 0.4)])
+    assert list(zip(x, y, strict=True)) == [(0.4, 0.8), (0.4, 0.5), (0.6, 0.5), (0.6, 0.0)]
+
+
 def test_the_studies_beyond_the_paper_expand_and_share_runs(tmp_path):
     for name, runs in (("stage-1", 25 * 20), ("stage-2", 6 * 252), ("factor-rates", 5 * 36), *MORE):
         planner = Planner("toybox", load_base("toybox"), tmp_path, seeds=1 if name == "stage-1" else 3)
